@@ -16,8 +16,9 @@ help: ## list these targets
 setup: $(STAMP) ## .venv with everything in it
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || python3 -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@test -x $(BIN)/python || python3 -m venv .venv
+	@echo 'installing the packages of constraints.txt into .venv, a minute or two'
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 lint: $(STAMP) ## style, types, import directions, generated pages
