@@ -1,0 +1,1 @@
+"""Numbers and files: checkpoints, low-rank pairs, sparse parts; knows no model."""

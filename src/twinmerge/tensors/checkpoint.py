@@ -1,0 +1,388 @@
+"""Safetensors on disk: read lazily from checked headers, written in place, durable before they are visible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twinmerge.errors import CheckpointError, OutputExistsError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers were read and checked; its data stays on disk until asked for."""
+
+    path: Path
+    specs: Mapping[str, TensorSpec]
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read and check the headers of a checkpoint.
+
+        Args:
+            path: a folder with `model.safetensors`, or with `model.safetensors.index.json` and
+                its shards, or one `.safetensors` file of any name.
+
+        Returns:
+            The checkpoint; `config` is the folder's `config.json`, `{}` if there is none or for
+            a single file.
+
+        Raises:
+            CheckpointError: if something is missing, truncated, garbled or contradictory.
+        """
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; expected a checkpoint folder or a .safetensors file")
+        if path.is_file():
+            return cls(path, _read_header(path), {})
+        single, index = path / WEIGHTS, path / INDEX
+        if single.exists() and index.exists():
+            raise CheckpointError(f"{path} holds both {WEIGHTS} and {INDEX}; one of them is stale, remove it")
+        if index.exists():
+            specs = _read_shards(index)
+        elif single.exists():
+            specs = _read_header(single)
+        else:
+            raise CheckpointError(_explain_no_weights(path))
+        config = path / "config.json"
+        return cls(path, specs, _read_json(config) if config.exists() else {})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def read(self, name: str) -> Shaped[Tensor, "..."]:
+        """Read one tensor in its stored dtype.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or its file can no longer be read.
+        """
+        return self._read(name, lambda opened: opened.get_tensor(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
+        """Read rows `start` (included) to `stop` (excluded) of one tensor, nothing else of it.
+
+        Raises:
+            CheckpointError: if there is no such tensor, it has no such rows, or its file can no
+                longer be read.
+        """
+        shape = self._spec(name).shape
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no rows {start}:{stop}")
+        return self._read(name, lambda opened: opened.get_slice(name)[start:stop])
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self.specs:
+            raise CheckpointError(f"{self.path} has no tensor {name!r} among its {len(self.specs)}")
+        return self.specs[name]
+
+    def _read(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
+        file = self._spec(name).file
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return take(opened)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
+
+
+def save_tensors(
+    tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write one safetensors file, whole or not at all.
+
+    Args:
+        tensors: what to write, by name; tensors that share memory are written once each.
+        path: the file, replaced if it exists.
+        metadata: goes into the header beside `format: pt`.
+
+    Raises:
+        CheckpointError: if a dtype has no name in the safetensors format.
+    """
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    _write_file(path, layout, tensors.__getitem__, metadata or {})
+
+
+def save_checkpoint(
+    specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], folder: Path, max_shard_bytes: int
+) -> None:
+    """Write a checkpoint as transformers does, with one tensor in memory at a time.
+
+    The shards are planned from `specs` before the first tensor is read; each file is laid out
+    under its final header and filled in place. An index is written if there is more than one.
+
+    Args:
+        specs: names, shapes and dtypes in the order to write (`file` and `nbytes` are not used).
+        read: gives the tensor of a name, called once for each.
+        folder: an existing folder without weights.
+        max_shard_bytes: bytes of tensors per file; a larger tensor gets a file of its own.
+
+    Raises:
+        OutputExistsError: if `folder` holds weights already (an older index would be read first).
+        CheckpointError: if a dtype has no name in the safetensors format.
+        ValueError: if `read` gives a tensor of another shape or dtype than announced.
+    """
+    if found := sorted(file.name for file in folder.glob("model*.safetensors*")):
+        raise OutputExistsError(f"{folder} holds weights already ({found[0]}); write to an empty folder")
+    layout = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+    shards = _plan_shards({name: _size_bytes(*entry) for name, entry in layout.items()}, max_shard_bytes)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [WEIGHTS]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(folder / file, {name: layout[name] for name in names}, read, {})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(_size_bytes(*entry) for entry in layout.values())},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _fsync(folder / INDEX)
+        _fsync(folder)
+
+
+@contextmanager
+def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when it is complete and on disk.
+
+    Args:
+        target: the folder to write; its parents are created.
+        overwrite: replace an existing folder once the new one is complete.
+
+    Yields:
+        An empty folder beside `target`; removed, and `target` left as it was, on any exception.
+
+    Raises:
+        OutputExistsError: before any work, if `target` exists and may not be replaced.
+    """
+    target = target.resolve()
+    _require_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tag = f"{os.getpid()}-{secrets.token_hex(4)}"
+    staging = target.with_name(f".{target.name}.tmp-{tag}")
+    staging.mkdir()
+    try:
+        yield staging
+        for folder, _, files in os.walk(staging):
+            for file in files:
+                _fsync(Path(folder, file))
+            _fsync(Path(folder))
+        _require_free(target, overwrite)
+        _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{tag}"))
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, read in chunks."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _explain_no_weights(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled:
+        return (
+            f"{folder} has no {WEIGHTS}, only {pickled[0]}; convert it first "
+            "(save_pretrained with transformers writes safetensors)"
+        )
+    return f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds {', '.join(names[:5]) or 'nothing'}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _read_shards(index: Path) -> dict[str, TensorSpec]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} must hold a 'weight_map' of tensor names to file names")
+    specs: dict[str, TensorSpec] = {}
+    for file in sorted({str(file) for file in weight_map.values()}):
+        shard = index.parent / file
+        if Path(file).name != file or not shard.is_file():
+            raise CheckpointError(f"{index} names shard {file!r}, which is not in the folder; is the copy complete?")
+        for name, spec in _read_header(shard).items():
+            if name in specs:
+                raise CheckpointError(f"tensor {name!r} is in two shards, {specs[name].file.name} and {file}")
+            if weight_map.get(name) != file:
+                raise CheckpointError(f"{shard} holds tensor {name!r}, which {INDEX} does not place there")
+            specs[name] = spec
+    if missing := [name for name in weight_map if name not in specs]:
+        raise CheckpointError(
+            f"{index} names {len(missing)} tensors that its shards do not hold, first {missing[0]!r} "
+            f"in {weight_map[missing[0]]}"
+        )
+    return {name: specs[name] for name in weight_map}
+
+
+def _read_header(path: Path) -> dict[str, TensorSpec]:
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        start = opened.read(23)
+        if start.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{path} is truncated or no safetensors file: its {size} bytes end inside the header")
+        opened.seek(8)
+        header = opened.read(length)
+    try:
+        entries = dict(json.loads(header))
+        entries.pop("__metadata__", None)
+        offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+        specs = {
+            name: TensorSpec(name, tuple(entry["shape"]), _dtype(entry["dtype"], path), path, end - begin)
+            for (name, entry), (begin, end) in zip(entries.items(), offsets.values(), strict=True)
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header cannot be understood ({error})") from error
+    data = size - 8 - length
+    for name, spec in specs.items():
+        if offsets[name][1] > data:
+            raise CheckpointError(
+                f"{path} is truncated: tensor {name!r} ends at byte {offsets[name][1]} of the data, "
+                f"the file holds {data}; download it again"
+            )
+        if spec.nbytes != _size_bytes(spec.shape, spec.dtype):
+            raise CheckpointError(f"{path}: tensor {name!r} has {spec.nbytes} bytes, too few or many for {spec.shape}")
+    return specs
+
+
+def _dtype(name: str, path: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise CheckpointError(f"{path}: dtype {name!r} is not supported; known are {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_file(
+    path: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name in sorted(layout, key=lambda name: (-layout[name][1].itemsize, name)):  # widest first: all are aligned
+        shape, dtype = layout[name]
+        if dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which a safetensors file cannot hold here")
+        begin, end = end, end + _size_bytes(shape, dtype)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with staging.open("wb") as opened:
+            opened.write(len(encoded).to_bytes(8, "little") + encoded)
+            opened.truncate(8 + len(encoded) + end)
+            for name, (shape, dtype) in layout.items():
+                tensor = read(name)
+                if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+                    raise ValueError(f"{name!r}: announced {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+                opened.seek(8 + len(encoded) + header[name]["data_offsets"][0])
+                opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            opened.flush()
+            os.fsync(opened.fileno())
+        staging.replace(path)
+        _fsync(path.parent)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+
+
+def _require_free(target: Path, overwrite: bool) -> None:
+    if target.exists() and not (overwrite and target.is_dir()):
+        hint = "choose another path, or overwrite it" if target.is_dir() else "it is a file; choose another path"
+        raise OutputExistsError(f"{target} exists already; {hint}")
+
+
+def _put_in_place(staging: Path, target: Path, old: Path) -> None:
+    replaced = target.exists()
+    if replaced:
+        target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:
+        if replaced:
+            old.rename(target)
+        raise
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,213 @@
+"""Low-rank pairs: truncated SVD of differences and of sums of LoRA products, and what a pair weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Shaped
+from torch import Tensor
+
+from twinmerge.errors import RankError
+
+_CHUNK = 4096  # rows upcast to float64 at a time
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix as two factors, `up @ down`: a LoRA pair with scale 1 (METHOD §3).
+
+    `up` is U diag(s) and `down` is V^T, directions sorted by falling singular value. Rank 0 is the
+    zero matrix.
+
+    Example:
+        >>> LowRank(torch.ones(4, 1), torch.ones(1, 3)).dense().shape
+        torch.Size([4, 3])
+    """
+
+    up: Float[Tensor, "out rank"]
+    down: Float[Tensor, "rank in"]
+
+    def __post_init__(self) -> None:
+        """Refuse factors that do not fit each other.
+
+        Raises:
+            RankError: if they are no matrices of one dtype with an inner axis in common.
+        """
+        up, down = self.up, self.down
+        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or up.dtype != down.dtype:
+            raise RankError(
+                f"factors must be (out, rank) and (rank, in) of one dtype, found "
+                f"{tuple(up.shape)} {up.dtype} and {tuple(down.shape)} {down.dtype}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Directions kept."""
+        return self.up.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the matrix, `(out, in)`."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.up.nbytes + self.down.nbytes
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The matrix itself, in the dtype of the factors."""
+        return self.up @ self.down
+
+    def truncate(self, rank: int) -> LowRank:
+        """Keep the first `rank` directions.
+
+        Raises:
+            RankError: if `rank` is outside `[0, self.rank]`.
+        """
+        _require_rank(rank, self.rank)
+        return LowRank(self.up[:, :rank].contiguous(), self.down[:rank].contiguous())
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The same pair in another float dtype."""
+        return LowRank(self.up.to(dtype), self.down.to(dtype))
+
+
+def decompose(
+    difference: Float[Tensor, "out in"], rank: int | None = None
+) -> tuple[LowRank, Float[Tensor, " directions"]]:
+    """Truncated SVD together with the whole spectrum.
+
+    The singular vectors of the shorter side are the eigenvectors of the smaller Gram matrix, summed
+    in float64; the other factor is the projection of the difference on them. So the factors at full
+    rank multiply back to the difference to rounding, whatever its conditioning. Singular values
+    below about 1e-8 of the largest are noise.
+
+    Args:
+        difference: expert minus shared expert, `(out, in)`, any float dtype, finite.
+        rank: directions kept, `0 <= rank <= min(out, in)`; None keeps all.
+
+    Returns:
+        The factors, and all `min(out, in)` singular values in falling order; float64 if the
+        difference is float64, else float32. Of each row of `down` the largest entry is positive.
+
+    Raises:
+        RankError: if `rank` is no integer in `[0, min(out, in)]`.
+
+    Source: METHOD §3, arXiv:2406.15479; the best approximation of its rank (Eckart-Young).
+    """
+    out, in_ = difference.shape
+    kept = _require_rank(rank, min(out, in_))
+    tall = difference if out >= in_ else difference.T
+    eigenvalues, eigenvectors = torch.linalg.eigh(_gram(tall))
+    basis = eigenvectors.flip(1)[:, :kept]
+    projected = torch.cat([rows.double() @ basis for rows in torch.split(tall, _CHUNK)])
+    if out >= in_:
+        up, down = projected, basis.T
+    else:
+        norms = projected.norm(dim=0)
+        up, down = basis * norms, (projected / norms.where(norms > 0, 1.0)).T
+    return _pair(up, down, difference.dtype), _spectrum(eigenvalues, difference.dtype)
+
+
+def truncate(difference: Float[Tensor, "out in"], rank: int) -> LowRank:
+    """Keep the `rank` largest singular directions of a weight difference.
+
+    Args:
+        difference: expert minus shared expert, `(out, in)`, any float dtype.
+        rank: directions kept, `0 <= rank <= min(out, in)`.
+
+    Returns:
+        Factors on the device of `difference`, `up @ down ≈ difference`.
+
+    Raises:
+        RankError: if `rank` is no integer in `[0, min(out, in)]`.
+
+    Example:
+        >>> truncate(torch.eye(4), rank=2).up.shape
+        torch.Size([4, 2])
+    """
+    return decompose(difference, rank)[0]
+
+
+def singular_values(difference: Float[Tensor, "out in"]) -> Float[Tensor, " directions"]:
+    """All `min(out, in)` singular values in falling order, as `decompose` gives them."""
+    tall = difference if difference.shape[0] >= difference.shape[1] else difference.T
+    return _spectrum(torch.linalg.eigvalsh(_gram(tall)), difference.dtype)
+
+
+def compress_product(
+    ups: Sequence[Float[Tensor, "out _"]], downs: Sequence[Float[Tensor, "_ in"]], rank: int | None = None
+) -> tuple[LowRank, Float[Tensor, " directions"]]:
+    """Truncated SVD of `sum_i ups[i] @ downs[i]` without forming the `(out, in)` matrix.
+
+    The stacked factors are orthogonalised by QR and only the small core between them is decomposed
+    (METHOD §3), so the cost is that of the factors.
+
+    Args:
+        ups: left factors `(out, k_i)`; the ranks may differ.
+        downs: right factors `(k_i, in)`, scale already multiplied in.
+        rank: directions kept, `0 <= rank <= min(out, in)`; None keeps all there are. With
+            `k = sum k_i` there are `min(out, in, k)`, and a rank above that keeps them all.
+
+    Returns:
+        The factors, and all `min(out, in, k)` singular values in falling order; float64 if the
+        first factor is float64, else float32.
+
+    Raises:
+        RankError: if the factors do not fit each other, or `rank` is no integer in `[0, min(out, in)]`.
+    """
+    shapes = {LowRank(up, down).shape for up, down in zip(ups, downs, strict=True)}
+    if len(shapes) != 1:
+        raise RankError(f"products to be added must have one shape (out, in), found {sorted(shapes) or 'none'}")
+    kept = _require_rank(rank, min(shapes.pop()))
+    left, left_core = torch.linalg.qr(torch.cat([up.double() for up in ups], dim=1))
+    right, right_core = torch.linalg.qr(torch.cat([down.double() for down in downs]).T)
+    core_left, values, core_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    up = left @ (core_left * values)[:, :kept]
+    down = core_right[:kept] @ right.T
+    return _pair(up, down, ups[0].dtype), values.to(_factor_dtype(ups[0].dtype))
+
+
+def as_matrix(tensor: Shaped[Tensor, "out *rest"]) -> Shaped[Tensor, "out in"]:
+    """View a parameter as `(out, in)`: a convolution becomes `(out, in * kh * kw)`.
+
+    Raises:
+        ValueError: if the tensor has fewer than two axes.
+    """
+    if tensor.ndim < 2:
+        raise ValueError(f"a matrix needs two axes or more, found shape {tuple(tensor.shape)}")
+    return tensor.flatten(1)
+
+
+def _require_rank(rank: int | None, limit: int) -> int:
+    if rank is None:
+        return limit
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= limit:
+        raise RankError(f"rank must be an integer from 0 to {limit}, the smaller side of the matrix, found {rank!r}")
+    return rank
+
+
+def _gram(tall: Float[Tensor, "long short"]) -> Float64[Tensor, "short short"]:
+    gram = tall.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for rows in torch.split(tall, _CHUNK):
+        wide = rows.double()
+        gram.addmm_(wide.T, wide)
+    return gram
+
+
+def _spectrum(eigenvalues: Tensor, dtype: torch.dtype) -> Tensor:
+    return eigenvalues.flip(0).clamp(min=0).sqrt().to(_factor_dtype(dtype))
+
+
+def _pair(up: Tensor, down: Tensor, dtype: torch.dtype) -> LowRank:
+    largest = down.gather(1, down.abs().argmax(dim=1, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(up.dtype)
+    factor = _factor_dtype(dtype)
+    return LowRank((up * signs.T).to(factor).contiguous(), (down * signs).to(factor).contiguous())
+
+
+def _factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
