@@ -1,0 +1,1 @@
+"""Task vectors in, one tensor out: pure functions in the papers' verbs."""
