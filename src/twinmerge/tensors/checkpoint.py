@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +148,7 @@ def save_tensors(
 
 
 def save_checkpoint(
-    specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], folder: Path, max_shard_bytes: int
+    specs: Iterable[TensorSpec], read: Callable[[str], Tensor], folder: Path, max_shard_bytes: int
 ) -> None:
     """Write a checkpoint as transformers does, with one tensor in memory at a time.
 
@@ -168,7 +168,7 @@ def save_checkpoint(
     """
     if found := sorted(file.name for file in folder.glob("model*.safetensors*")):
         raise OutputExistsError(f"{folder} holds weights already ({found[0]}); write to an empty folder")
-    layout = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+    layout = {spec.name: (spec.shape, spec.dtype) for spec in specs}
     shards = _plan_shards({name: _size_bytes(*entry) for name, entry in layout.items()}, max_shard_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:

@@ -1,0 +1,141 @@
+"""The formulas of docs/method.md, line by line, slow and plain: what fast code is compared with.
+
+Nothing here imports twinmerge. Everything is computed in the dtype it is given.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+
+# ---- §2 shared expert -------------------------------------------------------------------------
+
+
+def task_vector(base: StateDict, expert: StateDict) -> StateDict:
+    """tau_t = theta_t - theta_0."""
+    return {name: expert[name] - base[name] for name in base}
+
+
+def average(base: StateDict, experts: Mapping[str, StateDict]) -> StateDict:
+    """theta_s = 1/T sum_t theta_t."""
+    return {name: torch.stack([expert[name] for expert in experts.values()]).mean(0) for name in base}
+
+
+def task_arithmetic(base: StateDict, experts: Mapping[str, StateDict], scaling: float) -> StateDict:
+    """theta_s = theta_0 + lambda sum_t tau_t."""
+    vectors = [task_vector(base, expert) for expert in experts.values()]
+    return {name: base[name] + scaling * sum(vector[name] for vector in vectors) for name in base}
+
+
+def ties(base: StateDict, experts: Mapping[str, StateDict], density: float, scaling: float) -> StateDict:
+    """TIES on whole task vectors: sort, trim, elect by the sum's sign, average what agrees (arXiv:2306.01708)."""
+    vectors = [trim(flatten(task_vector(base, expert)), density) for expert in experts.values()]
+    return unflatten(flatten(base) + scaling * elect_and_average(vectors), base)
+
+
+def trim(vector: Tensor, density: float) -> Tensor:
+    """Keep what is at least as large as the k-th largest magnitude, k = round(density * n), 1 or more."""
+    k = max(1, round(density * len(vector)))
+    threshold = sorted(vector.abs().tolist(), reverse=True)[k - 1]
+    return torch.stack([value if abs(value) >= threshold else torch.zeros_like(value) for value in vector])
+
+
+def elect_and_average(vectors: list[Tensor]) -> Tensor:
+    """Entry by entry: the mean of the non-zero values whose sign is that of the sum; 0 where the sum is 0."""
+    merged = torch.zeros_like(vectors[0])
+    for i in range(len(merged)):
+        values = [vector[i] for vector in vectors]
+        sign = torch.sign(sum(values))
+        agreeing = [value for value in values if value != 0 and torch.sign(value) == sign]
+        if agreeing:
+            merged[i] = sum(agreeing) / len(agreeing)
+    return merged
+
+
+def dare(vector: Tensor, dropped: Tensor, density: float) -> Tensor:
+    """Zero where dropped, the others divided by the fraction kept (arXiv:2311.03099)."""
+    return (~dropped) * vector / density
+
+
+def flatten(tensors: StateDict) -> Tensor:
+    """All tensors of a state dict, one after the other, as one vector."""
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def unflatten(vector: Tensor, like: StateDict) -> StateDict:
+    """The inverse of `flatten`."""
+    pieces = vector.split([like[name].numel() for name in sorted(like)])
+    return {name: piece.view(like[name].shape) for name, piece in zip(sorted(like), pieces, strict=True)}
+
+
+# ---- §3 exclusive knowledge -------------------------------------------------------------------
+
+
+def truncated_svd(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """up = U diag(s), down = V^T, cut at the rank, and all singular values."""
+    u, s, vt = torch.linalg.svd(difference, full_matrices=False)
+    return (u * s)[:, :rank], vt[:rank], s
+
+
+# ---- §5 inference -----------------------------------------------------------------------------
+
+
+def compose(shared: StateDict, exclusive: Mapping[str, StateDict], gate: Mapping[str, float]) -> StateDict:
+    """theta(x) = theta_s + sum_t w_t D_t for one input, exclusive parts dense."""
+    composed = {name: tensor.clone() for name, tensor in shared.items()}
+    for expert, parts in exclusive.items():
+        for name, difference in parts.items():
+            composed[name] = composed[name] + gate[expert] * difference
+    return composed
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ups: list[Tensor],
+    downs: list[Tensor],
+    biases: list[Tensor | None],
+    gate: Tensor,
+) -> Tensor:
+    """y = x W_s^T + b_s + sum_t w_t (x down_t^T) up_t^T + sum_t w_t db_t, row by row; x (batch, seq, in)."""
+    rows = []
+    for row, w in zip(x, gate, strict=True):
+        y = row @ weight.T
+        if bias is not None:
+            y = y + bias
+        for t in range(len(ups)):
+            y = y + w[t] * (row @ downs[t].T) @ ups[t].T
+            if biases[t] is not None:
+                y = y + w[t] * biases[t]
+        rows.append(y)
+    return torch.stack(rows)
+
+
+def gated_embedding(ids: Tensor, weight: Tensor, ups: list[Tensor], downs: list[Tensor], gate: Tensor) -> Tensor:
+    """Each token's row of W_s + sum_t w_t up_t down_t; ids (batch, seq)."""
+    rows = []
+    for row, w in zip(ids, gate, strict=True):
+        table = weight
+        for t in range(len(ups)):
+            table = table + w[t] * (ups[t] @ downs[t])
+        rows.append(table[row])
+    return torch.stack(rows)
+
+
+def gated_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, weights: list[Tensor], biases: list[Tensor], gate: Tensor, epsilon: float
+) -> Tensor:
+    """LayerNorm with gamma(x) = gamma_s + sum_t w_t dgamma_t, likewise beta; x (batch, seq, features)."""
+    rows = []
+    for row, w in zip(x, gate, strict=True):
+        gamma, beta = weight, bias
+        for t in range(len(weights)):
+            gamma = gamma + w[t] * weights[t]
+            beta = beta + w[t] * biases[t]
+        centred = row - row.mean(-1, keepdim=True)
+        variance = (centred * centred).mean(-1, keepdim=True)
+        rows.append(centred / torch.sqrt(variance + epsilon) * gamma + beta)
+    return torch.stack(rows)
