@@ -1,0 +1,1 @@
+"""Suites: real experts and their data, made from pinned public packages."""

