@@ -198,6 +198,7 @@ TASKS: dict[str, Task] = {
             Source(ORANGE, _ORANGE + "reuters-r8-train.tab", parse_tab),
             metric="macro_f1",
             max_length=80,
+            epochs=6,
             official_test=Source(ORANGE, _ORANGE + "reuters-r8-test.tab", parse_tab),
         ),
     )
