@@ -6,6 +6,7 @@ EXACT := src/twinmerge/tensors/*,src/twinmerge/merging/*,src/twinmerge/twin/*
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint docs demo clean
