@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float, Float32
 from pydantic import BaseModel, ConfigDict, Field
@@ -88,6 +88,7 @@ SharedParams = Annotated[
 ]
 
 
+@runtime_checkable
 class MergeFunction(Protocol):
     """The form of a method."""
 

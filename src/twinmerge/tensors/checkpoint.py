@@ -282,23 +282,31 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     try:
         entries = dict(json.loads(header))
         entries.pop("__metadata__", None)
-        offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
-        specs = {
-            name: TensorSpec(name, tuple(entry["shape"]), _dtype(entry["dtype"], path), path, end - begin)
-            for (name, entry), (begin, end) in zip(entries.items(), offsets.values(), strict=True)
-        }
+        specs = {name: _parse_entry(name, entry, path) for name, entry in entries.items()}
+        ends = {name: entry["data_offsets"][1] for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header cannot be understood ({error})") from error
     data = size - 8 - length
     for name, spec in specs.items():
-        if offsets[name][1] > data:
+        if ends[name] > data:
             raise CheckpointError(
-                f"{path} is truncated: tensor {name!r} ends at byte {offsets[name][1]} of the data, "
+                f"{path} is truncated: tensor {name!r} ends at byte {ends[name]} of the data, "
                 f"the file holds {data}; download it again"
             )
-        if spec.nbytes != _size_bytes(spec.shape, spec.dtype):
-            raise CheckpointError(f"{path}: tensor {name!r} has {spec.nbytes} bytes, too few or many for {spec.shape}")
+        if spec.nbytes != (needed := _size_bytes(spec.shape, spec.dtype)):
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has {spec.nbytes} bytes, shape {spec.shape} needs {needed}; "
+                "the file is damaged, download it again"
+            )
     return specs
+
+
+def _parse_entry(name: str, entry: Mapping[str, Any], path: Path) -> TensorSpec:
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end - begin)):
+        raise ValueError(f"{name!r} has shape {shape} from byte {begin} to {end}")
+    return TensorSpec(name, shape, _dtype(entry["dtype"], path), path, end - begin)
 
 
 def _dtype(name: str, path: Path) -> torch.dtype:

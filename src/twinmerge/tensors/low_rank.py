@@ -26,8 +26,8 @@ class LowRank:
         torch.Size([4, 3])
     """
 
-    up: Float[Tensor, "out rank"]
-    down: Float[Tensor, "rank in"]
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
 
     def __post_init__(self) -> None:
         """Refuse factors that do not fit each other.
