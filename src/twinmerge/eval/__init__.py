@@ -1,0 +1,1 @@
+"""Tasks, metrics, contestants and their results."""

@@ -1,0 +1,581 @@
+"""Results as frozen records: what results.json and the prediction files hold, and how seeds are put together."""
+
+import gzip
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+from jaxtyping import Float64
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+
+from twinmerge.errors import DataError
+from twinmerge.eval.metrics import RESAMPLES, ReliabilityBin, bootstrap, normalized_score, percentile_interval, score
+
+Protocol = Literal["routed", "oracle_head"]
+"""Who picks the head: the router (no task ID), or the caller who knows the task."""
+
+Kind = Literal["base", "experts", "static", "dynamic", "twin"]
+"""The pretrained base, the experts themselves, static merges, other ways to choose per input, twins."""
+
+Slug = Annotated[str, StringConstraints(pattern=r"^\w[\w.+-]*$")]
+"""A contestant's name: letters, digits, `_ . + -`, so that it can be part of a file's name."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# --- what one contestant predicted -------------------------------------------------------------------------------
+
+
+class TaskPredictions(_Record):
+    """Test rows of one task: true labels and what the expert and the contestant answered.
+
+    Attributes:
+        metric: a name in `METRICS`.
+        positive_label: the class that `f1` is about, else None.
+        labels: true labels.
+        expert: predictions of the task's own expert, same order.
+        oracle_head: the contestant's, by the head of the task.
+        routed: the contestant's, `MISROUTED` where the router picked another head; None if it has no router.
+    """
+
+    metric: str
+    positive_label: str | None
+    labels: list[str]
+    expert: list[str]
+    oracle_head: list[str]
+    routed: list[str] | None
+
+
+class Predictions(_Record):
+    """All test predictions of one contestant at one seed: enough to recompute every interval."""
+
+    contestant: Slug
+    seed: int
+    tasks: dict[str, TaskPredictions]
+
+
+# --- results.json ------------------------------------------------------------------------------------------------
+
+
+class Interval(_Record):
+    """A value and its bootstrap 95 % interval, all on the scale of the value."""
+
+    value: float
+    low: float
+    high: float
+
+
+class TaskScore(_Record):
+    """Raw scores on one task, 0 to 1."""
+
+    metric: str
+    routed: float | None
+    oracle_head: float
+    expert: float
+    rows: int
+
+
+class ContestantResult(_Record):
+    """One contestant at one seed.
+
+    Attributes:
+        name: its key, the same at every seed.
+        title: for people.
+        kind: what sort of contestant.
+        seed: seed of experts, router and draws.
+        settings: whatever made it so, for the record.
+        bytes: on disk, by part: shared, exclusive, heads, router.
+        exclusive_ratio: exclusive bytes / bytes of the base.
+        ms_per_input: milliseconds an input takes, routing included; None if not measured.
+        tasks: raw scores.
+        normalized_routed: normalized score, 1.0 = the experts; None without a router.
+        normalized_oracle_head: the same with the head given.
+        gate_mean: by task, the mean gate of each expert; None without a gate.
+        confusion: by task, how many test rows were routed to each expert.
+        unseen: raw score by task that no expert was trained on.
+    """
+
+    name: Slug
+    title: str
+    kind: Kind
+    seed: int
+    settings: dict[str, str | int | float | bool | None]
+    bytes: dict[str, int]
+    exclusive_ratio: float
+    ms_per_input: float | None
+    tasks: dict[str, TaskScore]
+    normalized_routed: Interval | None
+    normalized_oracle_head: Interval
+    gate_mean: dict[str, dict[str, float]] | None = None
+    confusion: dict[str, dict[str, int]] | None = None
+    unseen: dict[str, float] = {}
+
+
+class RouterResult(_Record):
+    """A router on its own: which expert does an input belong to.
+
+    Attributes:
+        features: what it sees, as in the recipe.
+        method: mlp, centroid, knn, ...
+        inputs_per_expert: router rows of each expert it was fitted on.
+        accuracy: on test rows, 0 to 1.
+        held_out_accuracy: on held-out router rows, that selection saw; None if nothing was held out.
+        calibration_error: expected calibration error on test rows, 0 to 1.
+        nbytes: on disk.
+        seconds: time to fit it, features included.
+        reliability: confidence against accuracy on test rows; empty if not recorded.
+    """
+
+    features: str
+    method: str
+    inputs_per_expert: int
+    seed: int
+    accuracy: float
+    held_out_accuracy: float | None
+    calibration_error: float
+    nbytes: int
+    seconds: float
+    reliability: list[ReliabilityBin] = []
+
+
+class TaskSummary(_Record):
+    """Mean over seeds of one task's scores: raw 0 to 1, normalized 1.0 = the expert."""
+
+    metric: str
+    rows: int
+    expert: float
+    routed: float | None
+    oracle_head: float
+    normalized_routed: float | None
+    normalized_oracle_head: float
+
+
+class Summary(_Record):
+    """One contestant over all seeds: means, intervals over seeds, and each seed's value in `contestants`.
+
+    Attributes:
+        name: as in its `ContestantResult`s; likewise `title` and `kind`.
+        seeds: the seeds it ran at, in their order.
+        routed_by_seed: normalized score of each seed; empty without a router.
+        oracle_head_by_seed: the same with the head given.
+        bytes: mean on disk by part.
+        confusion: test rows routed to each expert, summed over seeds.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    seeds: list[int]
+    normalized_routed: Interval | None
+    normalized_oracle_head: Interval
+    routed_by_seed: list[float]
+    oracle_head_by_seed: list[float]
+    exclusive_ratio: float
+    bytes: dict[str, int]
+    ms_per_input: float | None
+    tasks: dict[str, TaskSummary]
+    gate_mean: dict[str, dict[str, float]] | None
+    confusion: dict[str, dict[str, int]] | None
+    unseen: dict[str, float]
+
+
+class Comparison(_Record):
+    """Normalized score of one contestant minus another's, on the same resamples."""
+
+    contestant: str
+    protocol: Protocol
+    reference: str
+    reference_protocol: Protocol
+    difference: Interval
+
+
+class Table(_Record):
+    """An ablation as it is shown; fractions as they are to be read."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str | int | float | None]]
+    note: str = ""
+
+
+class Environment(_Record):
+    """Where and with what the figures were measured."""
+
+    versions: dict[str, str]
+    machine: str
+    threads: int
+    commit: str
+    date: str
+
+
+class SuiteResult(_Record):
+    """Everything a run of a suite found; results.json is this record.
+
+    Attributes:
+        suite: its name.
+        base: name of the base model.
+        base_bytes: its size on disk.
+        expert_bytes: size on disk of all experts as full models.
+        tasks: names, in the order they are shown.
+        seeds: seeds run.
+        resamples: bootstrap resamples behind each interval.
+        contestants: one entry for each contestant and seed.
+        summaries: one for each contestant, in the order they are shown.
+        comparisons: paired differences worth showing.
+        routers: routers on their own.
+        ablations: further tables by key.
+        environment: versions, machine, commit, date.
+        sources: citations of data, models and methods.
+    """
+
+    format: Literal[1] = 1
+    suite: str
+    base: str
+    base_bytes: int
+    expert_bytes: int
+    tasks: list[str]
+    seeds: list[int]
+    resamples: int = RESAMPLES
+    contestants: list[ContestantResult]
+    summaries: list[Summary]
+    comparisons: list[Comparison] = []
+    routers: list[RouterResult] = []
+    ablations: dict[str, Table] = {}
+    environment: Environment
+    sources: list[str] = []
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "SuiteResult":
+        ran, summed = list(dict.fromkeys(one.name for one in self.contestants)), [one.name for one in self.summaries]
+        if sorted(ran) != sorted(summed):
+            raise ValueError(f"contestants are {ran}, their summaries {summed}")
+        for one in self.contestants:
+            if set(one.tasks) != set(self.tasks):
+                raise ValueError(f"contestant {one.name!r} has scores of {sorted(one.tasks)}, the suite {self.tasks}")
+        for pair in self.comparisons:
+            if not {pair.contestant, pair.reference} <= set(summed):
+                raise ValueError(f"a comparison names {pair.contestant!r} and {pair.reference!r}, not both contestants")
+        return self
+
+
+# --- from predictions to scores ----------------------------------------------------------------------------------
+
+
+def score_tasks(predictions: Predictions) -> dict[str, TaskScore]:
+    """Raw scores of one contestant on every task, both protocols and the expert's."""
+    return {name: _score_task(task) for name, task in predictions.tasks.items()}
+
+
+def normalized_interval(
+    runs: Sequence[Predictions], protocol: Protocol, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Normalized score of one contestant, mean over its seeds, with its 95 % interval.
+
+    A resample draws each task's rows once and scores contestant and expert of every seed on them; where seeds
+    have test rows of their own (other labels), each such set is drawn by itself. The seeds' scores are averaged
+    within the resample, so the interval is about the rows; how much seeds differ is told by their own values.
+
+    Args:
+        runs: the contestant's predictions, one for each seed.
+        protocol: who picks the head.
+        resamples: number of resamples.
+        seed: seed of the draws.
+
+    Returns:
+        1.0 = as good as the experts.
+
+    Raises:
+        DataError: if tasks differ between runs, an expert scores 0, or `routed` is asked of a contestant
+            without a router.
+    """
+    samples = _resampled([runs], [protocol], resamples, seed)[0]
+    low, high = percentile_interval(samples)
+    return Interval(value=_value(runs, protocol), low=low, high=high)
+
+
+def paired_difference_interval(
+    runs: Sequence[Predictions],
+    reference: Sequence[Predictions],
+    protocol: Protocol,
+    reference_protocol: Protocol | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Normalized score of one contestant minus another's; both are scored on the same resamples.
+
+    Args:
+        runs: predictions of the first, one for each seed.
+        reference: predictions of the second, same seeds in the same order.
+        protocol: who picks the first one's head.
+        reference_protocol: who picks the second one's; None = as the first's.
+        resamples: number of resamples.
+        seed: seed of the draws.
+
+    Returns:
+        The difference, 0.01 = one point; the first is better by more than the interval if `low > 0`.
+
+    Raises:
+        DataError: as `normalized_interval`, or if the two were not scored on the same rows and experts.
+    """
+    protocols: list[Protocol] = [protocol, reference_protocol or protocol]
+    first, second = _resampled([runs, reference], protocols, resamples, seed)
+    low, high = percentile_interval(first - second)
+    return Interval(value=_value(runs, protocols[0]) - _value(reference, protocols[1]), low=low, high=high)
+
+
+def compare(
+    runs: Sequence[Predictions],
+    reference: Sequence[Predictions],
+    protocol: Protocol,
+    reference_protocol: Protocol | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Comparison:
+    """`paired_difference_interval` as a record of the report."""
+    difference = paired_difference_interval(
+        runs, reference, protocol, reference_protocol, resamples=resamples, seed=seed
+    )
+    return Comparison(
+        contestant=runs[0].contestant,
+        protocol=protocol,
+        reference=reference[0].contestant,
+        reference_protocol=reference_protocol or protocol,
+        difference=difference,
+    )
+
+
+def summarize(
+    contestants: Sequence[ContestantResult],
+    predictions: Sequence[Predictions],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Summary]:
+    """Every contestant over its seeds, in the order of first appearance.
+
+    Args:
+        contestants: results of all contestants at all seeds.
+        predictions: their predictions, matched by name and seed.
+        resamples: number of resamples.
+        seed: seed of the draws.
+
+    Returns:
+        One summary for each name.
+
+    Raises:
+        DataError: if a contestant's predictions are missing, or as `normalized_interval`.
+    """
+    runs_of = {(one.contestant, one.seed): one for one in predictions}
+    groups: dict[str, list[ContestantResult]] = defaultdict(list)
+    for one in contestants:
+        if (one.name, one.seed) not in runs_of:
+            raise DataError(f"no predictions of contestant {one.name!r} at seed {one.seed}")
+        groups[one.name].append(one)
+    return [
+        _summarize_one(group, [runs_of[one.name, one.seed] for one in group], resamples, seed)
+        for group in groups.values()
+    ]
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+_R = TypeVar("_R", bound=_Record)
+
+
+def write_result(result: SuiteResult, path: Path) -> None:
+    """Write results.json; `read_result` gives the same result to the bit."""
+    path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_result(path: Path) -> SuiteResult:
+    """Read results.json.
+
+    Raises:
+        DataError: if the file cannot be read or is no result of this format.
+    """
+    return _read(SuiteResult, path, Path.read_bytes)
+
+
+def write_predictions(predictions: Predictions, folder: Path) -> Path:
+    """Write `CONTESTANT.seed-N.predictions.json.gz` into a folder; the same predictions give the same bytes.
+
+    Returns:
+        The file's path.
+    """
+    path = folder / f"{predictions.contestant}.seed-{predictions.seed}.predictions.json.gz"
+    path.write_bytes(gzip.compress(predictions.model_dump_json().encode(), mtime=0))
+    return path
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote.
+
+    Raises:
+        DataError: if the file cannot be read or holds no predictions.
+    """
+    return _read(Predictions, path, lambda file: gzip.decompress(file.read_bytes()))
+
+
+def _read(record: type[_R], path: Path, load: Callable[[Path], bytes]) -> _R:
+    try:
+        return record.model_validate_json(load(path))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(f"{path} holds no {record.__name__} of this version: {where}: {first['msg']}") from error
+
+
+# --- helpers -----------------------------------------------------------------------------------------------------
+
+
+def _score_task(task: TaskPredictions) -> TaskScore:
+    def scored(predicted: list[str]) -> float:
+        return score(task.metric, task.labels, predicted, task.positive_label)
+
+    return TaskScore(
+        metric=task.metric,
+        routed=None if task.routed is None else scored(task.routed),
+        oracle_head=scored(task.oracle_head),
+        expert=scored(task.expert),
+        rows=len(task.labels),
+    )
+
+
+def _value(runs: Sequence[Predictions], protocol: Protocol) -> float:
+    """Normalized score, mean over seeds."""
+    by_seed = []
+    for run in runs:
+        scores = {
+            name: score(task.metric, task.labels, _answers(run, name, protocol), task.positive_label)
+            for name, task in run.tasks.items()
+        }
+        by_seed.append(normalized_score(scores, {name: one.expert for name, one in score_tasks(run).items()}))
+    return fmean(by_seed)
+
+
+def _answers(run: Predictions, task: str, protocol: Protocol) -> list[str]:
+    answers = run.tasks[task].routed if protocol == "routed" else run.tasks[task].oracle_head
+    if answers is None:
+        raise DataError(f"contestant {run.contestant!r} has no routed predictions of task {task!r}")
+    return answers
+
+
+def _resampled(
+    contestants: Sequence[Sequence[Predictions]], protocols: Sequence[Protocol], resamples: int, seed: int
+) -> Float64[np.ndarray, "contestant resample"]:
+    """Normalized scores of contestants, averaged over tasks and seeds within each resample."""
+    _check_same_rows(contestants)
+    runs_at = list(zip(*contestants, strict=True))  # for each seed, the run of each contestant
+    total = np.zeros((len(contestants), resamples))
+    for task in sorted(runs_at[0][0].tasks):
+        for index, group in enumerate(_group_by_rows(runs_at, task)):
+            first = group[0][0].tasks[task]
+            predictors = [
+                answers
+                for runs in group
+                for answers in (runs[0].tasks[task].expert, *map(_answers, runs, [task] * len(runs), protocols))
+            ]
+            scores = bootstrap(
+                first.metric,
+                first.labels,
+                predictors,
+                positive_label=first.positive_label,
+                resamples=resamples,
+                seed=(seed, zlib.crc32(task.encode()), index),
+            ).reshape(len(group), 1 + len(contestants), resamples)
+            expert = np.where(scores[:, :1] > 0, scores[:, :1], np.nan)
+            total += (scores[:, 1:] / expert).sum(axis=0)
+    return np.asarray(total / (len(runs_at) * len(runs_at[0][0].tasks)))
+
+
+def _check_same_rows(contestants: Sequence[Sequence[Predictions]]) -> None:
+    first = contestants[0]
+    tasks = set(first[0].tasks) if first else set()
+    if not tasks:
+        raise DataError("no predictions to score")
+    for runs in contestants:
+        if [run.seed for run in runs] != [run.seed for run in first]:
+            raise DataError(f"{runs[0].contestant!r} and {first[0].contestant!r} ran at different seeds")
+        for run, other in zip(runs, first, strict=True):
+            if set(run.tasks) != tasks:
+                raise DataError(
+                    f"{run.contestant!r} at seed {run.seed} has tasks {sorted(run.tasks)}, not {sorted(tasks)}"
+                )
+            for name, task in run.tasks.items():
+                if (task.labels, task.expert) != (other.tasks[name].labels, other.tasks[name].expert):
+                    raise DataError(
+                        f"{run.contestant!r} and {other.contestant!r} were not scored on the same rows and expert "
+                        f"of task {name!r} at seed {run.seed}"
+                    )
+
+
+def _group_by_rows(runs_at: Sequence[tuple[Predictions, ...]], task: str) -> Iterable[list[tuple[Predictions, ...]]]:
+    """Seeds whose test rows are the same, so far as their labels tell, are resampled together."""
+    groups: dict[tuple[str, ...], list[tuple[Predictions, ...]]] = defaultdict(list)
+    for runs in runs_at:
+        groups[tuple(runs[0].tasks[task].labels)].append(runs)
+    return groups.values()
+
+
+def _summarize_one(
+    group: Sequence[ContestantResult], runs: Sequence[Predictions], resamples: int, seed: int
+) -> Summary:
+    first = group[0]
+    routed = [one.normalized_routed.value for one in group if one.normalized_routed is not None]
+    times = [one.ms_per_input for one in group if one.ms_per_input is not None]
+    gates = [one.gate_mean for one in group if one.gate_mean is not None]
+    return Summary(
+        name=first.name,
+        title=first.title,
+        kind=first.kind,
+        seeds=[one.seed for one in group],
+        normalized_routed=normalized_interval(runs, "routed", resamples=resamples, seed=seed) if routed else None,
+        normalized_oracle_head=normalized_interval(runs, "oracle_head", resamples=resamples, seed=seed),
+        routed_by_seed=routed,
+        oracle_head_by_seed=[one.normalized_oracle_head.value for one in group],
+        exclusive_ratio=fmean(one.exclusive_ratio for one in group),
+        bytes={part: round(mean) for part, mean in _mean_by_key([one.bytes for one in group]).items()},
+        ms_per_input=fmean(times) if times else None,
+        tasks={name: _summarize_task([one.tasks[name] for one in group]) for name in first.tasks},
+        gate_mean={task: _mean_by_key([gate[task] for gate in gates]) for task in gates[0]} if gates else None,
+        confusion=_sum_confusion([one.confusion for one in group if one.confusion is not None]),
+        unseen=_mean_by_key([one.unseen for one in group]),
+    )
+
+
+def _summarize_task(scores: Sequence[TaskScore]) -> TaskSummary:
+    routed = [one.routed for one in scores if one.routed is not None]
+    ratios = [one.routed / one.expert for one in scores if one.routed is not None]
+    return TaskSummary(
+        metric=scores[0].metric,
+        rows=round(fmean(one.rows for one in scores)),
+        expert=fmean(one.expert for one in scores),
+        routed=fmean(routed) if routed else None,
+        oracle_head=fmean(one.oracle_head for one in scores),
+        normalized_routed=fmean(ratios) if ratios else None,
+        normalized_oracle_head=fmean(one.oracle_head / one.expert for one in scores),
+    )
+
+
+def _mean_by_key(tables: Sequence[Mapping[str, float]] | Sequence[Mapping[str, int]]) -> dict[str, float]:
+    return {key: fmean(table[key] for table in tables) for key in tables[0]}
+
+
+def _sum_confusion(tables: Sequence[Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, int]] | None:
+    if not tables:
+        return None
+    total: dict[str, Counter[str]] = defaultdict(Counter)
+    for table in tables:
+        for task, row in table.items():
+            total[task].update(row)
+    return {task: dict(row) for task, row in total.items()}
