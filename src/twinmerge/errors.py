@@ -1,16 +1,16 @@
 """Every exception this package raises on purpose, and the exit code each one means.
 
-    TwinMergeError                 exit 1: the work failed
-    ├── MissingExtraError          exit 1: an optional dependency is not installed
-    └── InputError                 exit 2: what the caller gave cannot be used
-        ├── RecipeError            a recipe or its parameters
-        ├── CheckpointError        a file of weights
-        ├── MismatchError          an expert and its base
-        ├── RankError              a rank
-        ├── DataError              rows of data
-        ├── GateError              a gate
-        ├── ArtifactError          a twin's folder
-        └── OutputExistsError      the place to write to
+TwinMergeError                 exit 1: the work failed
+├── MissingExtraError          exit 1: an optional dependency is not installed
+└── InputError                 exit 2: what the caller gave cannot be used
+    ├── RecipeError            a recipe or its parameters
+    ├── CheckpointError        a file of weights
+    ├── MismatchError          an expert and its base
+    ├── RankError              a rank
+    ├── DataError              rows of data
+    ├── GateError              a gate
+    ├── ArtifactError          a twin's folder
+    └── OutputExistsError      the place to write to
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ Stream = Callable[[], Iterator[tuple[str, Mapping[str, Tensor]]]]
 """Goes through the model from its start: name of a tensor, its task vectors by expert."""
 
 _LOW_BITS = 16
+_CHUNK = 1 << 18  # entries elected at a time: what they need stays in cache
 
 
 def ties(
@@ -48,13 +49,20 @@ def disjoint_mean(task_vectors: Mapping[str, Float32[Tensor, "*shape"]]) -> Floa
 
     Entries that are zero in an expert take no part; an entry whose sum is zero stays zero.
     """
-    ordered = [task_vectors[expert] for expert in sorted(task_vectors)]
+    ordered = [task_vectors[expert].reshape(-1) for expert in sorted(task_vectors)]
+    merged = torch.empty_like(ordered[0])
+    for chunk in range(0, len(merged), _CHUNK):
+        merged[chunk : chunk + _CHUNK] = _elect_and_average([vector[chunk : chunk + _CHUNK] for vector in ordered])
+    return merged.view(next(iter(task_vectors.values())).shape)
+
+
+def _elect_and_average(ordered: list[Float32[Tensor, " entries"]]) -> Float32[Tensor, " entries"]:
     elected = sum(ordered[1:], start=ordered[0]).sign()
     total = torch.zeros_like(elected)
     count = torch.zeros_like(elected)
     for vector in ordered:
-        agrees = (vector.sign() == elected) & (elected != 0)
-        total += torch.where(agrees, vector, 0.0)
+        agrees = (vector * elected) > 0
+        total += vector * agrees
         count += agrees
     return total / count.clamp(min=1)
 
