@@ -111,3 +111,10 @@ def test_order_of_experts_changes_no_bit(seed: int, order: list[int]) -> None:
     vectors = {f"expert {i}": model(seed + i)["weight"] for i in range(4)}
     shuffled = {f"expert {i}": vectors[f"expert {i}"] for i in order}
     assert torch.equal(disjoint_mean(shuffled), disjoint_mean(vectors))
+
+
+def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = {f"expert {i}": model(i)["weight"] for i in range(3)}
+    whole = disjoint_mean(vectors)
+    monkeypatch.setattr("twinmerge.merging.ties._CHUNK", 7)
+    assert torch.equal(disjoint_mean(vectors), whole)
