@@ -1,0 +1,156 @@
+"""Knows the whole build: weights, then the router (which needs a model), then the manifest and the model card."""
+
+import datetime
+import importlib.metadata
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinmerge.errors import DataError
+from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
+from twinmerge.runtime.predict import features_of
+from twinmerge.runtime.rows import Row, read_rows
+from twinmerge.tensors.checkpoint import staged_folder
+from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.plan import Plan, make_plan
+from twinmerge.twin.recipe import Recipe
+from twinmerge.twin.router import Router, fit_router
+from twinmerge.twin.weights import Progress, silent, write_weights
+
+
+def build(
+    recipe: Recipe | Path | str, out: Path | str, *, overwrite: bool = False, progress: Progress = silent
+) -> TwinArtifact:
+    """Build a twin: merge the shared expert, compress the exclusive knowledge, fit the router.
+
+    Everything is checked before work begins; the folder appears whole or not at all.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        out: the twin's folder.
+        overwrite: replace a folder that exists; refused otherwise.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The twin on disk.
+
+    Raises:
+        InputError: whatever is wrong with the recipe, the models or the data, in one line.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    out = Path(out)
+    with staged_folder(out, overwrite=overwrite) as folder:
+        plan = open_plan(recipe)
+        rows = router_rows(plan)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            report = write_weights(plan, folder, Path(work), progress)
+        router = _fit(folder, plan, rows, progress)
+        router.save(folder / "router")
+        manifest = {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "recipe": recipe.model_dump(mode="json", exclude={"root"}),
+            "versions": {
+                n: importlib.metadata.version(n) for n in ("twinmerge", "torch", "transformers", "safetensors")
+            },
+            "base": {"source": str(plan.base.path), "bytes": plan.base.nbytes},
+            "experts": report.experts,
+            "tensors": report.tensors,
+            "router": router.report,
+        }
+        (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+        write_manifest(folder, manifest)
+    return TwinArtifact.open(out)
+
+
+def open_plan(recipe: Recipe) -> Plan:
+    """Find, open and match a recipe's files; what each layer is comes from the base's class."""
+    return make_plan(recipe, parameter_kinds(recipe.locate(recipe.base, "base")))
+
+
+def router_rows(plan: Plan) -> dict[str, list[Row]]:
+    """The router data of every expert, in the gate's order, read before any work."""
+    recipe = plan.recipe
+    rows = {}
+    for name in plan.expert_names:
+        rows[name] = read_rows(
+            recipe.locate(recipe.experts[name].router_data, f"experts.{name}.router_data"), labelled=False
+        )
+        if len(rows[name]) < 2:
+            raise DataError(
+                f"experts.{name}.router_data holds {len(rows[name])} row; the router needs at least 2 of every expert"
+            )
+    return rows
+
+
+def router_features(
+    model: TwinModel, rows: Mapping[str, Sequence[Row]], spec: str, progress: Progress = silent
+) -> dict[str, torch.Tensor]:
+    """Features of the shared expert on every expert's inputs: (rows, feature) by expert."""
+    total, done = sum(len(part) for part in rows.values()), 0
+    features = {}
+    for name, part in rows.items():
+        collected: list[torch.Tensor] = [torch.empty(0)] * len(part)
+        for chosen, values in features_of(model, part, spec):
+            for index, value in zip(chosen, values, strict=True):
+                collected[index] = value.cpu()
+            done += len(chosen)
+            progress("router features", done, total)
+        features[name] = torch.stack(collected)
+    return features
+
+
+def _fit(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
+    """Fit the router on the shared expert as it lies on disk; heads are loaded too, so that what cannot answer fails here."""
+    recipe = plan.recipe
+    for name in plan.expert_names:
+        head = plan.experts[name].read_head()
+        if head:
+            load_head(plan.experts[name].config, head)
+    model = TwinModel(
+        load_backbone(folder),
+        {n: {} for n in plan.expert_names},
+        kinds={},
+        tokenizer=load_tokenizer(folder),
+        max_length=recipe.max_length,
+    )
+    chosen = {name: list(part[: _needed(recipe, rows)]) for name, part in rows.items()}
+    features = router_features(model, chosen, recipe.router.features, progress)
+    router = fit_router(features, recipe.router, seed=recipe.seed)
+    progress("router fitted", 1, 1)
+    return router
+
+
+def _needed(recipe: Recipe, rows: Mapping[str, Sequence[Row]]) -> int:
+    return min(recipe.router.samples_per_expert, *(len(part) for part in rows.values()))
+
+
+def _model_card(manifest: Mapping[str, Any]) -> str:
+    experts = "\n".join(
+        f"| {name} | {entry['source']} | {entry['rank_mean']:.1f} | {entry['energy_kept']:.1%} |"
+        for name, entry in manifest["experts"].items()
+    )
+    router, recipe = manifest["router"], manifest["recipe"]
+    return f"""---
+library_name: twinmerge
+tags: [merge, twin-merging]
+---
+# A twin of {len(manifest["experts"])} experts
+
+Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest["versions"]["twinmerge"]} by Twin-Merging
+(arXiv:2406.15479) from base `{recipe["base"]}`. The folder loads as the shared expert with plain transformers;
+`experts/NAME` loads on it as a PEFT adapter; `twinmerge.TwinModel.from_pretrained` mixes the experts for every input.
+
+| expert | source | mean rank | energy kept |
+|---|---|---|---|
+{experts}
+
+Shared expert: {recipe["shared"]}. Exclusive knowledge: {recipe["exclusive"]}.
+Router: {recipe["router"]["method"]} on features `{recipe["router"]["features"]}`, {router["accuracy"]:.1%} right on held-out
+router data, calibration error {router["calibration_error"]:.3f}.
+
+Licences of base and experts apply.
+"""

@@ -1,0 +1,508 @@
+"""Knows transformers: a model with its layers exchanged for gated ones, heads per expert, one router in front."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
+
+from twinmerge.errors import ArtifactError, GateError, MismatchError
+from twinmerge.runtime.layers import LAYERS, GatedLayer, GateSlot
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.exclusive import Exclusive
+from twinmerge.twin.plan import Kind
+from twinmerge.twin.router import Router, Routing
+
+
+@dataclass
+class TwinOutput(ModelOutput):
+    """What a twin says of a batch.
+
+    Attributes:
+        logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors, one
+            a row, each by the head of its row's expert; None for a plain encoder.
+        gate: (batch, expert), what was mixed.
+        expert: the expert of every row, whose head answered.
+        fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
+        last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
+    """
+
+    logits: Any = None
+    gate: Tensor | None = None
+    expert: Any = None
+    fallback: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class TwinModel(nn.Module):
+    """A twin as a torch module: routes each row, mixes the experts for it, answers with its expert's head.
+
+    Example:
+        >>> model = TwinModel.from_pretrained("twin")              # doctest: +SKIP
+        >>> out = model(**model.tokenizer(["free prize!"], return_tensors="pt"))   # doctest: +SKIP
+        >>> out.expert                                             # doctest: +SKIP
+        ['sms']
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        exclusive: Mapping[str, Mapping[str, Exclusive]],
+        *,
+        kinds: Mapping[str, Kind],
+        heads: Mapping[str, PreTrainedModel] | None = None,
+        router: Router | None = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+    ) -> None:
+        """Exchange the layers of a shared expert; `from_pretrained` is the usual way in.
+
+        Args:
+            backbone: the shared expert, taken over.
+            exclusive: expert -> parameter name -> exclusive part; the order is the gate's.
+            kinds: parameter name -> what its layer is.
+            heads: expert -> a whole model of the expert's class whose backbone has no weights; none for a shared output.
+            router: in front; without one every call needs a gate or an expert.
+            tokenizer: of the shared expert.
+            max_length: tokens an input is cut at.
+        """
+        super().__init__()
+        self.expert_names = tuple(exclusive)
+        self.slot = GateSlot()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.shared_parameters = dict(backbone.named_parameters())
+        self.buffer_state = {k: v for k, v in backbone.state_dict().items() if k not in self.shared_parameters}
+        self.gated: dict[str, GatedLayer] = _exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(dict(heads or {}))
+        self.router = router
+        self.eval()
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> "TwinModel":
+        """Load a twin.
+
+        Args:
+            folder: what `build` wrote.
+            dtype: of weights and computation; None keeps the stored one. The router stays in float32.
+            device: where to; None is the CPU.
+
+        Raises:
+            ArtifactError: if the folder is no twin of this version or a file has another size than its manifest says.
+        """
+        artifact = TwinArtifact.open(folder)
+        backbone = load_backbone(artifact.path, artifact.shared)
+        heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
+        exclusive = {name: artifact.exclusive(name) for name in artifact.expert_names}
+        model = cls(
+            backbone,
+            exclusive,
+            kinds=artifact.kinds,
+            heads=heads,
+            router=artifact.router(),
+            tokenizer=load_tokenizer(artifact.path),
+            max_length=artifact.manifest["recipe"]["max_length"],
+        )
+        if dtype is not None:
+            model.backbone.to(dtype)
+            model.heads.to(dtype)
+        return model.to(device) if device is not None else model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.shared_parameters.values())).device
+
+    @torch.inference_mode()
+    def forward(
+        self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any
+    ) -> TwinOutput:
+        """Answer a batch; every row is mixed by its own gate.
+
+        Args:
+            gate: (batch, expert), the caller's own; None asks the router, or takes `expert` alone where one is given.
+            expert: whose head answers, one name or one a row; None takes the gate's largest.
+            **inputs: what the backbone takes: input_ids (batch, seq), attention_mask, pixel_values, ...
+
+        Returns:
+            Logits, gate, experts, fall-back flags.
+
+        Raises:
+            GateError: if the gate has another shape, is not finite, or an expert's name is unknown.
+        """
+        routing: Routing | None = None
+        rows = _rows(inputs)
+        if gate is None and expert is None:
+            routing = self._routing(inputs)
+            gate, chosen = routing.gate, routing.expert.tolist()
+            names = [self.expert_names[index] for index in chosen]
+        else:
+            names = self._names(expert, gate, rows)
+            gate = self.one_hot(names) if gate is None else self._checked(gate, rows)
+        fallback = None if routing is None else routing.fallback
+        if not self.heads:
+            with self.slot.use(gate):
+                outputs = self.backbone(**inputs)
+            logits, hidden = outputs.get("logits"), outputs.get("last_hidden_state")
+            return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=hidden)
+        outputs = self.encode(gate, **inputs)
+        logits = self.answer(outputs, names, **inputs)
+        return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=outputs[0])
+
+    def route(self, **inputs: Any) -> Tensor:
+        """The gate only, (batch, expert): rows sum to 1, zeros for an input left to the shared expert."""
+        with torch.inference_mode():
+            return self._routing(inputs).gate
+
+    @torch.inference_mode()
+    def encode(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
+        """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
+        with self.slot.use(gate):
+            outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
+        return outputs
+
+    @torch.inference_mode()
+    def answer(self, outputs: ModelOutput, experts: Sequence[str], **inputs: Any) -> list[Tensor]:
+        """The heads' logits of every row, given the backbone's output.
+
+        Args:
+            outputs: of `encode`.
+            experts: (batch,) names: whose head answers which row.
+            **inputs: what the backbone took; some heads look at input_ids.
+
+        Returns:
+            One (num_labels,) tensor a row.
+        """
+        logits: list[Tensor] = [torch.empty(0)] * len(experts)
+        for name in sorted(set(experts)):
+            rows = [row for row, expert in enumerate(experts) if expert == name]
+            picked = _take(outputs, rows, len(experts))
+            answered = _with_outputs(self.heads[name], picked)(**_take(inputs, rows, len(experts))).logits
+            for row, value in zip(rows, answered, strict=True):
+                logits[row] = value
+        return logits
+
+    @torch.inference_mode()
+    def features(self, **inputs: Any) -> Tensor:
+        """What the router sees: hidden states of the shared expert, averaged over real tokens (METHOD §4).
+
+        Returns:
+            (batch, feature), float32.
+        """
+        if self.router is None:
+            raise GateError("this twin has no router; give a gate or an expert")
+        return self.features_as(self.router.settings.features, **inputs)
+
+    @torch.inference_mode()
+    def features_as(self, spec: str, **inputs: Any) -> Tensor:
+        """Features by another specification than the router's, (batch, feature): `last`, `all`, `layer:K`, ..."""
+        layers = _layers(spec)
+        outputs = self.encode(None, **inputs, **({} if layers == "last" else {"output_hidden_states": True}))
+        mask = inputs.get("attention_mask")
+        if layers == "last":
+            return _pool(outputs[0], mask)
+        states = outputs["hidden_states"]
+        chosen = range(len(states)) if layers == "all" else layers
+        beyond = [layer for layer in chosen if layer >= len(states)]
+        if beyond:
+            raise MismatchError(
+                f"router.features: layer {beyond[0]} must be at most {len(states) - 1}, the model's last"
+            )
+        return torch.cat([_pool(states[layer], mask) for layer in chosen], dim=1)
+
+    @torch.inference_mode()
+    def generate(self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+        """Transformers' generate under gates fixed from the prompts (METHOD §5).
+
+        Args:
+            gate: (batch, expert); None asks the router, or takes `expert`.
+            expert: one name, or one a row.
+            **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
+        """
+        rows = _rows(inputs)
+        if gate is not None:
+            gate = self._checked(gate, rows)
+        elif expert is not None:
+            gate = self.one_hot(self._names(expert, None, rows))
+        else:
+            gate = self.route(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
+        with self.slot.use(gate):
+            return self.backbone.generate(**inputs)
+
+    @torch.no_grad()
+    def materialize(self, gate_row: Tensor) -> PreTrainedModel:
+        """A plain transformers model for one gate, with the head of its largest weight.
+
+        Args:
+            gate_row: (expert,).
+
+        Returns:
+            A model of the expert's class (or the base's, where experts share the output), independent of this one.
+        """
+        gate = self._checked(gate_row[None], 1)[0]
+        state = self.state_for(gate)
+        if not self.heads:
+            return _model_from(type(self.backbone), self.backbone.config, state)
+        head = self.heads[self.expert_names[int(gate.argmax())]]
+        prefix = type(head).base_model_prefix
+        body = {k.removeprefix(f"{prefix}."): v for k, v in state.items()}
+        own = {k: v.detach().clone() for k, v in head.state_dict().items() if not k.startswith(f"{prefix}.")}
+        names = head.meta_names
+        return _model_from(
+            type(head),
+            head.config,
+            {**own, **{f"{prefix}.{k}": v for k, v in body.items() if f"{prefix}.{k}" in names}},
+        )
+
+    @torch.no_grad()
+    def state_for(self, gate: Tensor) -> dict[str, Tensor]:
+        """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""
+        state = {
+            name: value.detach().clone() for name, value in {**self.shared_parameters, **self.buffer_state}.items()
+        }
+        for module, layer in self.gated.items():
+            for leaf, value in layer.materialized(gate).items():
+                state[f"{module}.{leaf}"] = value
+        return state
+
+    def one_hot(self, names: Sequence[str]) -> Tensor:
+        """(batch, expert) gates of one expert a row."""
+        columns = torch.tensor([self.expert_names.index(name) for name in names], device=self.device)
+        return nn.functional.one_hot(columns, len(self.expert_names)).float()
+
+    def _routing(self, inputs: Mapping[str, Any]) -> Routing:
+        features = self.features(**inputs)
+        assert self.router is not None
+        routing: Routing = self.router(features)
+        return routing
+
+    def _names(self, expert: str | Sequence[str] | None, gate: Tensor | None, rows: int) -> list[str]:
+        if expert is None:
+            assert gate is not None
+            return [self.expert_names[index] for index in self._checked(gate, rows).argmax(dim=1).tolist()]
+        names = [expert] * rows if isinstance(expert, str) else list(expert)
+        unknown = [name for name in names if name not in self.expert_names]
+        if unknown:
+            raise GateError(f"unknown expert {unknown[0]!r}; this twin has {', '.join(self.expert_names)}")
+        if len(names) != rows:
+            raise GateError(f"there must be one expert or one a row, found {len(names)} for {rows} rows")
+        return names
+
+    def _checked(self, gate: Tensor, rows: int) -> Tensor:
+        expected = (rows, len(self.expert_names))
+        if tuple(gate.shape) != expected:
+            raise GateError(f"gate must be (batch, expert) = {expected}, found {tuple(gate.shape)}")
+        gate = gate.to(self.device, torch.float32 if not gate.is_floating_point() else gate.dtype)
+        if not bool(gate.isfinite().all()):
+            raise GateError("gate must be finite, found NaN or Inf")
+        return gate
+
+
+def _exchange_layers(
+    backbone: PreTrainedModel, exclusive: Sequence[Mapping[str, Exclusive]], kinds: Mapping[str, Kind], slot: GateSlot
+) -> dict[str, GatedLayer]:
+    """Wrap every layer that has exclusive parts; layers tied to it get the same parts."""
+    owners: dict[int, str] = {id(p): n for n, p in backbone.named_parameters()}
+    modules: dict[str, dict[str, dict[int, Exclusive]]] = {}
+    for module_name, module in backbone.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = owners[id(parameter)]
+            by_expert = {i: parts[name] for i, parts in enumerate(exclusive) if name in parts}
+            if by_expert:
+                modules.setdefault(module_name, {})[leaf] = by_expert
+    gated = {}
+    for module_name, parts in modules.items():
+        module = backbone.get_submodule(module_name)
+        kind = layer_kind(module, "weight")
+        if kind == "static":
+            raise ArtifactError(
+                f"{module_name} ({type(module).__name__}) cannot be gated; rebuild the twin with this version"
+            )
+        layer = LAYERS[kind](module, parts, len(exclusive), slot)
+        parent, _, leaf = module_name.rpartition(".")
+        setattr(backbone.get_submodule(parent), leaf, layer)
+        gated[module_name] = layer
+    return gated
+
+
+def layer_kind(module: nn.Module, leaf: str) -> Kind:
+    """What a gated layer does with a layer's parameter; `static` where no gated layer exists."""
+    if isinstance(module, nn.Linear):
+        return "linear" if leaf == "weight" else "vector"
+    if isinstance(module, Conv1D):
+        return "conv1d" if leaf == "weight" else "vector"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
+        if leaf != "weight":
+            return "vector"
+        return "conv" if module.groups == 1 else "grouped_conv"
+    affine_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    return "vector" if affine_norm and getattr(module, "weight", None) is not None else "static"
+
+
+def parameter_kinds(folder: Path) -> dict[str, Kind]:
+    """What every tensor of a model folder is, from its class; no weight is read.
+
+    Returns:
+        Tensor name -> kind; buffers are `static`.
+
+    Raises:
+        MismatchError: if the folder's class is unknown to transformers.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):
+        model = model_class(config, folder)(config)
+    kinds: dict[str, Kind] = dict.fromkeys(model.state_dict(), "static")
+    for module_name, module in model.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            kinds[f"{module_name}.{leaf}" if module_name else leaf] = layer_kind(module, leaf)
+    return kinds
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """A model folder's config.
+
+    Raises:
+        MismatchError: if there is none, or of a type unknown to transformers.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}") from error
+
+
+def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedModel]:
+    """The class that config.json names.
+
+    Raises:
+        MismatchError: if it names none, or one that transformers does not have.
+    """
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise MismatchError(
+            f"{where}: config.json must name a transformers class in architectures, found {names or 'none'}"
+        )
+    loaded: type[PreTrainedModel] = found
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, None if it has none."""
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_backbone(folder: Path, weights: Any = None) -> PreTrainedModel:
+    """A model folder's model in its stored dtype, in eval mode; every tensor must find its place."""
+    config = load_config(folder)
+    cls = model_class(config, folder)
+    model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A whole model of the expert's class whose backbone holds no weights: only its head answers.
+
+    Raises:
+        MismatchError: if the tensors are not those of the class's head.
+    """
+    settings = AutoConfig.for_model(**config)
+    cls = model_class(settings, "head")
+    with torch.device("meta"):
+        model = cls(settings)
+    prefix = cls.base_model_prefix
+    names = set(model.state_dict())
+    expected = {name for name in names if not name.startswith(f"{prefix}.")}
+    if expected != set(tensors):
+        odd = sorted(expected.symmetric_difference(tensors))
+        raise MismatchError(
+            f"the head of {cls.__name__} must hold {sorted(expected)}, found {sorted(tensors)} (differs in {odd[0]!r})"
+        )
+    setattr(model, prefix, nn.Identity())
+    model.load_state_dict(dict(tensors), assign=True)
+    model.meta_names = names
+    return model.eval()  # type: ignore[no-any-return]
+
+
+class _Computed(nn.Module):
+    """Stands where a head model expects its backbone, and hands over what the gated backbone has computed."""
+
+    def __init__(self, outputs: ModelOutput) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, *_: Any, **__: Any) -> ModelOutput:
+        return self.outputs
+
+
+def _with_outputs(head: nn.Module, outputs: ModelOutput) -> nn.Module:
+    """A shallow copy of a head model over computed outputs; the original is not touched, so calls may run side by side."""
+    shallow = copy.copy(head)
+    shallow._modules = {**head._modules, type(head).base_model_prefix: _Computed(outputs)}
+    return shallow
+
+
+def _take(values: Any, rows: Sequence[int], batch: int) -> Any:
+    """Rows of every tensor whose first axis is the batch; all of them are taken as they are."""
+    if len(rows) == batch:
+        return values
+    picked = {k: v[list(rows)] if isinstance(v, Tensor) and len(v) == batch else v for k, v in values.items()}
+    return type(values)(**picked) if isinstance(values, ModelOutput) else picked
+
+
+def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    dtype = next(v.dtype for v in state.values() if v.is_floating_point())
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    model = cls(config).to(dtype)
+    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    lost = [name for name in missing if name not in tied]
+    if lost or unexpected:
+        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {[*lost, *unexpected][0]!r}")
+    return model.eval()
+
+
+def _layers(spec: str) -> str | list[int]:
+    """'last', 'all', or the indices of hidden states (0 = embeddings)."""
+    if spec in ("last", "all"):
+        return spec
+    if spec == "embeddings":
+        return [0]
+    return [int(part) for part in spec.partition(":")[2].strip("[]").split(",")]
+
+
+def _pool(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over real tokens, (batch, seq, hidden) -> (batch, hidden), in float32; (batch, hidden, h, w) over positions."""
+    states = states.float()
+    if states.ndim == 4:
+        return states.flatten(2).mean(dim=2)
+    if mask is None:
+        return states.mean(dim=1)
+    weights = mask.to(states).unsqueeze(-1)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            return len(value)
+    raise GateError("inputs must hold at least one tensor, (batch, ...)")

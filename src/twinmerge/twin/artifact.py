@@ -1,0 +1,271 @@
+"""Knows the twin's folder: its layout, its manifest, and how exclusive parts lie in PEFT adapters."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import ArtifactError
+from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
+from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.sparse import Sparse
+from twinmerge.twin.exclusive import Exclusive
+from twinmerge.twin.plan import TRANSPOSED, Kind
+from twinmerge.twin.router import Router
+
+FORMAT_VERSION = 1
+MANIFEST = "twin.json"
+_PEFT_PREFIX = "base_model.model."
+_IN_ADAPTER: tuple[Kind, ...] = ("linear", "conv1d", "conv", "embedding")
+
+
+@dataclass(frozen=True)
+class TwinArtifact:
+    """A twin on disk: shared expert, exclusive parts, heads, router and manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path | str) -> "TwinArtifact":
+        """Open a twin's folder and check its version and the sizes of its files.
+
+        Raises:
+            ArtifactError: if it is no twin, of another format version, or a file is missing or of another size.
+        """
+        path = Path(path)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ArtifactError(
+                f"{path} is no twin: {MANIFEST} cannot be read ({error.strerror}); build one first"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ArtifactError(f"{path / MANIFEST} is damaged: {error}") from error
+        version = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path / MANIFEST}: format_version must be {FORMAT_VERSION}, found {version!r}; rebuild the twin"
+            )
+        artifact = cls(path, manifest)
+        for name, entry in manifest["files"].items():
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != entry["bytes"]:
+                raise ArtifactError(
+                    f"{path / name} must hold {entry['bytes']:,} bytes, found {'no file' if found is None else f'{found:,}'}; "
+                    "copy or build the twin again"
+                )
+        return artifact
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The gate's columns, in order."""
+        return tuple(self.manifest["experts"])
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """Parameter name -> what its layer is."""
+        return {name: entry["kind"] for name, entry in self.manifest["tensors"].items()}
+
+    @cached_property
+    def shared(self) -> Checkpoint:
+        """The shared expert's weights."""
+        return Checkpoint.open(self.path)
+
+    def exclusive(self, expert: str) -> dict[str, Exclusive]:
+        """One expert's exclusive knowledge, by parameter name; parameters that are not there have none.
+
+        Returns:
+            LowRank or Sparse (out, in*kh*kw) for matrices, a dense tensor for 1-D parameters.
+        """
+        folder = self.path / "experts" / expert
+        parts: dict[str, Exclusive] = {}
+        if (folder / "adapter_model.safetensors").exists():
+            parts.update(_read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds))
+        if (folder / "exclusive.safetensors").exists():
+            parts.update(_read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared))
+        return parts
+
+    def head(self, expert: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """An expert's config and head tensors, None if experts share the base's output layer."""
+        folder = self.path / "experts" / expert / "head"
+        if not folder.exists():
+            return None
+        checkpoint = Checkpoint.open(folder)
+        return dict(checkpoint.config), {name: checkpoint.read(name) for name in checkpoint.specs}
+
+    def router(self) -> Router:
+        """The router, with its calibration."""
+        return Router.load(self.path / "router")
+
+    def bytes_per_part(self) -> dict[str, int]:
+        """Bytes on disk of `shared`, `exclusive`, `heads`, `router` and `other` files; they sum to the folder's."""
+        parts = dict.fromkeys(("shared", "exclusive", "heads", "router", "other"), 0)
+        for name, entry in self.manifest["files"].items():
+            parts[_part_of(name)] += entry["bytes"]
+        parts["other"] += (self.path / MANIFEST).stat().st_size
+        return parts
+
+    def verify(self) -> int:
+        """Check the hash of every file.
+
+        Returns:
+            The number of files.
+
+        Raises:
+            ArtifactError: naming the first file whose content changed, or a file the manifest does not know.
+        """
+        known = self.manifest["files"]
+        for name, entry in known.items():
+            found = sha256_of(self.path / name)
+            if found != entry["sha256"]:
+                raise ArtifactError(
+                    f"{self.path / name} changed: sha256 must be {entry['sha256'][:16]}…, found {found[:16]}…"
+                )
+        extra = sorted(_files(self.path) - set(known) - {MANIFEST})
+        if extra:
+            raise ArtifactError(f"{self.path / extra[0]} is not part of the twin; remove it")
+        return len(known)
+
+
+def _part_of(name: str) -> str:
+    if name.startswith("experts/"):
+        return "heads" if "/head/" in name else "exclusive"
+    if name.startswith("router/"):
+        return "router"
+    return "shared" if name.endswith((".safetensors", ".safetensors.index.json")) else "other"
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write twin.json, last: what is described, plus bytes and sha256 of every other file."""
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in sorted(_files(folder) - {MANIFEST})
+    }
+    content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_exclusive(
+    folder: Path, parts: Mapping[str, Exclusive], kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Write one expert's exclusive knowledge: a PEFT adapter, and beside it what PEFT cannot carry.
+
+    Args:
+        folder: `experts/NAME`, created.
+        parts: parameter name -> exclusive knowledge; rank 0 is left out.
+        kinds: parameter name -> what its layer is.
+        shapes: parameter name -> its shape in the model.
+    """
+    folder.mkdir(parents=True)
+    in_adapter: dict[str, LowRank] = {}
+    beside: dict[str, Tensor] = {}
+    for name, part in sorted(parts.items()):
+        if isinstance(part, LowRank):
+            if part.rank and kinds[name] in _IN_ADAPTER and name.endswith(".weight"):
+                in_adapter[name] = part
+            elif part.rank:
+                beside[f"{name}.up"], beside[f"{name}.down"] = part.up.contiguous(), part.down.contiguous()
+        elif isinstance(part, Sparse):
+            beside[f"{name}.indices"], beside[f"{name}.values"] = part.indices, part.values
+        else:
+            beside[name] = part
+    tensors: dict[str, Tensor] = {}
+    for name, part in in_adapter.items():
+        tensors.update(_to_peft(name, part, kinds[name], shapes[name]))
+    save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(
+        json.dumps(_adapter_config(in_adapter, kinds), indent=1) + "\n", encoding="utf-8"
+    )
+    if beside:
+        save_tensors(beside, folder / "exclusive.safetensors", {"format": "pt"})
+
+
+def _to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """PEFT multiplies `B A`; embeddings and Conv1D are stored transposed, so their factors swap sides."""
+    module = _PEFT_PREFIX + name.removesuffix(".weight")
+    up, down = part.up, part.down
+    if kind == "embedding":
+        return {f"{module}.lora_embedding_A": up.T.contiguous(), f"{module}.lora_embedding_B": down.T.contiguous()}
+    if kind in TRANSPOSED:
+        return {f"{module}.lora_A.weight": up.T.contiguous(), f"{module}.lora_B.weight": down.T.contiguous()}
+    if kind == "conv":
+        up, down = up.reshape(*up.shape, 1, 1), down.reshape(part.rank, *shape[1:])
+    return {f"{module}.lora_A.weight": down.contiguous(), f"{module}.lora_B.weight": up.contiguous()}
+
+
+def _adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """A LoraConfig whose every pair has scale 1 (alpha = rank), ranks differing by module."""
+    ranks = {name.removesuffix(".weight"): part.rank for name, part in parts.items()}
+    common = max(ranks.values(), default=1)
+    pattern = {module.replace(".", r"\."): rank for module, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "../..",
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(ranks) or "(?!)",
+        "fan_in_fan_out": any(kinds[name] == "conv1d" for name in parts),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "task_type": None,
+    }
+
+
+def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> dict[str, Exclusive]:
+    parts: dict[str, Exclusive] = {}
+    for stored in checkpoint.specs:
+        module, _, leaf = stored.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        if not leaf.startswith(("A", "embedding_A")):
+            continue
+        name = f"{module}.weight"
+        a, b = (
+            checkpoint.read(stored),
+            checkpoint.read(stored.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")),
+        )
+        a, b = a.flatten(1), b.flatten(1)
+        parts[name] = LowRank(a.T.contiguous(), b.T.contiguous()) if kinds[name] in TRANSPOSED else LowRank(b, a)
+    return parts
+
+
+def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Exclusive]:
+    parts: dict[str, Exclusive] = {}
+    for stored in checkpoint.specs:
+        name, _, leaf = stored.rpartition(".")
+        if leaf == "up":
+            parts[name] = LowRank(checkpoint.read(stored), checkpoint.read(f"{name}.down"))
+        elif leaf == "indices":
+            shape = shared.specs[name].shape
+            parts[name] = Sparse(
+                checkpoint.read(stored), checkpoint.read(f"{name}.values"), (shape[0], math.prod(shape[1:]))
+            )
+        elif leaf not in ("down", "values") or stored in shared.specs:
+            parts[stored] = checkpoint.read(stored)
+    return parts
+
+
+def total_norms(parts: Mapping[str, Exclusive]) -> float:
+    """Squared Frobenius norm of all parts: the energy they hold."""
+    total = 0.0
+    for part in parts.values():
+        if isinstance(part, LowRank):
+            total += float(
+                ((part.up.double().T @ part.up.double()) * (part.down.double() @ part.down.double().T)).sum()
+            )
+        else:
+            values = part.values if isinstance(part, Sparse) else part
+            total += float(torch.as_tensor(values).double().square().sum())
+    return total

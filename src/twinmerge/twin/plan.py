@@ -1,0 +1,120 @@
+"""Knows what a build will do before it does it: one task per parameter, checked on headers only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from twinmerge.errors import DataError, MismatchError, RecipeError
+from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
+from twinmerge.twin.expert import Expert, open_expert
+from twinmerge.twin.recipe import Recipe
+
+Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "static"]
+"""What a gated layer does with a parameter: Linear (out, in); transformers' Conv1D (in, out); Conv (out, in, kh, kw);
+Embedding (rows, out); 1-D; `static`: no layer gates it, the shared expert's value serves every input."""
+
+MATRICES = ("linear", "conv1d", "conv", "grouped_conv", "embedding")
+TRANSPOSED = ("conv1d", "embedding")
+BYTES_PER_HEADER_ENTRY = 256
+"""Upper bound of what one tensor's name, shape and offsets take in a safetensors header."""
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One parameter of the base: what is merged and decomposed on its own."""
+
+    name: str
+    spec: TensorSpec
+    kind: Kind
+    experts: tuple[str, ...]
+    """Experts that bring their own value, sorted; empty: the base's value is copied."""
+    exclusive: bool
+    """Whether what the shared expert loses of an expert is kept."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in*kh*kw): the shape that is decomposed."""
+        return self.spec.shape[0], math.prod(self.spec.shape[1:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its files found, opened and matched."""
+
+    recipe: Recipe
+    base: Checkpoint
+    experts: Mapping[str, Expert]
+    tasks: tuple[TensorTask, ...]
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The gate's columns, sorted, so that the order of the recipe changes nothing."""
+        return tuple(sorted(self.experts))
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of all dense (1-D) exclusive parts, headers included."""
+        entries = [task for task in self.tasks if task.kind == "vector" and task.exclusive]
+        return sum((task.spec.nbytes + BYTES_PER_HEADER_ENTRY) * len(task.experts) for task in entries)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Bytes that the factors of all experts may take together, None without a budget."""
+        budget = self.recipe.exclusive.budget
+        if budget is None:
+            return None
+        matrices = [task for task in self.tasks if task.kind in MATRICES and task.exclusive]
+        headers = sum(2 * BYTES_PER_HEADER_ENTRY * len(task.experts) for task in matrices)
+        return int(budget * self.base.nbytes) - self.vector_bytes - headers
+
+
+def make_plan(recipe: Recipe, kinds: Mapping[str, Kind]) -> Plan:
+    """Find, open and match every file of a recipe, and refuse what cannot become a twin.
+
+    Args:
+        recipe: what to build.
+        kinds: base parameter name -> what its layer is (from the model's class; this module knows no models).
+
+    Raises:
+        RecipeError: if a path is missing or a budget cannot hold the dense parts.
+        MismatchError: if an expert does not fit the base.
+        CheckpointError: if a file cannot be read.
+    """
+    base = Checkpoint.open(recipe.locate(recipe.base, "base"))
+    unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
+    if unknown:
+        raise MismatchError(
+            f"base {base.path}: {len(unknown)} tensors belong to no parameter of its model class, first {unknown[0]!r}"
+        )
+    transposed = {name for name, kind in kinds.items() if kind in TRANSPOSED}
+    experts = {
+        name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed)
+        for name, source in recipe.experts.items()
+    }
+    for name, source in recipe.experts.items():
+        rows = recipe.locate(source.router_data, f"experts.{name}.router_data")
+        if rows.stat().st_size == 0:
+            raise DataError(f"experts.{name}.router_data: {rows} is empty; the router needs inputs of every expert")
+    tasks = tuple(
+        _task(name, spec, kinds.get(name, "static"), experts, recipe) for name, spec in sorted(base.specs.items())
+    )
+    plan = Plan(recipe, base, experts, tasks)
+    if plan.budget_bytes is not None and plan.budget_bytes < 0:
+        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / base.nbytes
+        raise RecipeError(
+            f"exclusive.budget: {recipe.exclusive.budget} x {base.nbytes:,} bytes cannot hold the biases and norms of "
+            f"{len(experts)} experts; it must be at least {math.ceil(needed * 1e4) / 1e4}"
+        )
+    return plan
+
+
+def _task(name: str, spec: TensorSpec, kind: Kind, experts: Mapping[str, Expert], recipe: Recipe) -> TensorTask:
+    if not spec.dtype.is_floating_point:
+        return TensorTask(name, spec, kind, (), False)
+    with_value = [e.name for e in experts.values() if e.is_adapter or name in e.stored]
+    if with_value and len(with_value) < len(experts):
+        lacking = next(e for e in experts if e not in with_value)
+        raise MismatchError(f"expert {lacking!r} lacks {name!r}, which expert {with_value[0]!r} has; give all or none")
+    exclusive = kind != "static" and not (kind == "embedding" and recipe.exclusive.embeddings == "shared")
+    return TensorTask(name, spec, kind, tuple(sorted(with_value)), exclusive and bool(with_value))

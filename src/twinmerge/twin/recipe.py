@@ -1,0 +1,171 @@
+"""Knows what a build is made of: the recipe, its defaults, and where its paths lead."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from twinmerge.errors import RecipeError
+from twinmerge.merging.methods import SharedParams, TaskArithmeticParams
+from twinmerge.twin.schema import load_yaml
+
+DEFAULT_BUDGET = 0.06
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LAYERS = re.compile(r"layers:\[\s*\d+(\s*,\s*\d+)*\s*\]")
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExpertSource(Strict):
+    """Where an expert's weights are, and inputs that belong to it (for the router)."""
+
+    model: str
+    router_data: str
+
+
+class ExclusiveSettings(Strict):
+    """How much of the exclusive knowledge is kept (METHOD §3); one of rank, energy, budget, or a sparse density.
+
+    Attributes:
+        rank: singular directions of every matrix; beyond a matrix's smaller side it is kept whole.
+        energy: share of ||expert - shared||_F^2 kept in every matrix, (0, 1].
+        budget: bytes of all exclusive parts of all experts, as a multiple of the base's bytes.
+        density: fraction of entries kept by `magnitude` and `random`, (0, 1].
+        embeddings: compress the embeddings' differences too, or leave them to the shared expert.
+        compression: `svd` (factors), `magnitude` (largest entries) or `random` (rescaled random entries).
+    """
+
+    rank: Annotated[int, Field(ge=0, strict=True)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    embeddings: Literal["exclusive", "shared"] = "shared"
+    compression: Literal["svd", "magnitude", "random"] = "svd"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_budget(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("compression", "svd") == "svd":
+            given = [key for key in ("rank", "energy", "budget") if data.get(key) is not None]
+            if not given and data.get("density") is None:
+                return {**data, "budget": DEFAULT_BUDGET}
+        return data
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Self:
+        given = [key for key in ("rank", "energy", "budget", "density") if getattr(self, key) is not None]
+        wanted = "one of rank, energy, budget" if self.compression == "svd" else "density"
+        if len(given) != 1 or (given == ["density"]) == (self.compression == "svd"):
+            raise ValueError(f"compression {self.compression} takes {wanted}, found {' and '.join(given) or 'none'}")
+        return self
+
+
+class RouterSettings(Strict):
+    """How inputs find their experts (METHOD §4).
+
+    Attributes:
+        method: `linear` (multinomial logistic regression) or `mlp` (the paper's network) are trained; `centroid` and
+            `knn` need no training.
+        features: which hidden states of the shared expert are averaged over the tokens: `last`, `all`, `embeddings`,
+            `layer:K` or `layers:[...]` (0 = embeddings, K = after layer K), concatenated.
+        samples_per_expert: inputs used of each expert, at most.
+        held_out: share of them that selects the epoch, the regularisation, the temperature and the fall-back distance.
+        epochs: passes over the inputs (`mlp`).
+        learning_rate: of AdamW (`mlp`).
+        neighbours: the k of `knn`.
+        fallback: quantile of the held-out inputs' distance to the nearest expert beyond which an input is left to the
+            shared expert; null switches the fall-back off.
+    """
+
+    method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
+    features: str = "all"
+    samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 1000
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    epochs: Annotated[int, Field(ge=1, strict=True)] = 10
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
+    neighbours: Annotated[int, Field(ge=1, strict=True)] = 10
+    fallback: Annotated[float, Field(gt=0.5, le=1)] | None = 0.999
+
+    @field_validator("features")
+    @classmethod
+    def _known_features(cls, features: str) -> str:
+        known = features in ("last", "all", "embeddings") or re.fullmatch(r"layer:\d+", features)
+        if not known and not _LAYERS.fullmatch(features):
+            raise ValueError(f"must be last, all, embeddings, layer:K or layers:[...], found {features!r}")
+        return features
+
+
+class Recipe(Strict):
+    """What a twin is built from; see docs/recipe.md.
+
+    Attributes:
+        base: folder or hub id of the pre-trained model.
+        experts: the models fine-tuned from it, by name; at least two.
+        shared: how the shared expert is merged.
+        exclusive: how much exclusive knowledge is kept.
+        router: how inputs find their experts.
+        max_length: tokens an input is cut at, by the router and in `predict`; null takes the tokenizer's limit.
+        seed: of everything random.
+        root: folder that relative paths start from (the recipe's own).
+    """
+
+    base: str
+    experts: dict[str, ExpertSource]
+    shared: Annotated[SharedParams, Field(discriminator="method")] = TaskArithmeticParams(scaling="auto")
+    exclusive: ExclusiveSettings = ExclusiveSettings()
+    router: RouterSettings = RouterSettings()
+    max_length: Annotated[int, Field(ge=1, strict=True)] | None = None
+    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    root: Path = Path()
+
+    @field_validator("experts")
+    @classmethod
+    def _two_named_experts(cls, experts: dict[str, ExpertSource]) -> dict[str, ExpertSource]:
+        if len(experts) < 2:
+            raise ValueError(f"a twin needs at least two experts, found {len(experts)}")
+        for name in experts:
+            if not _NAME.fullmatch(name) or name == "shared":
+                raise ValueError(f"an expert's name is letters, digits, '_', '.', '-' and not 'shared', found {name!r}")
+        if len({name.lower() for name in experts}) < len(experts):
+            raise ValueError("experts' names must differ in more than case: each becomes a folder")
+        return experts
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a recipe file; relative paths in it start from its folder.
+
+        Raises:
+            RecipeError: `file:line`, what is wrong and what to do.
+        """
+        path = Path(path)
+        return load_yaml(path, cls).model_copy(update={"root": path.resolve().parent})
+
+    def locate(self, source: str, key: str) -> Path:
+        """Find a model folder: beside the recipe, absolute, or on the hub.
+
+        Args:
+            source: what the recipe says.
+            key: where the recipe says it, for the message.
+
+        Raises:
+            RecipeError: if it is neither a path that exists nor a hub id that can be fetched.
+        """
+        path = (self.root / Path(source).expanduser()).resolve()
+        if path.exists():
+            return path
+        beside = (self.root / Path(source).parts[0]).exists() if source else False
+        if not _HUB_ID.fullmatch(source) or source.startswith(".") or beside:
+            raise RecipeError(f"{key}: no file or folder {path}; paths start from the recipe's folder")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise RecipeError(f"{key}: {path} is not there and hub id {source!r} cannot be fetched: {error}") from error

@@ -1,0 +1,369 @@
+"""Knows how features become gates: heads, calibration and the fall-back to the shared expert."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twinmerge.errors import DataError
+from twinmerge.tensors.checkpoint import Checkpoint, save_tensors
+from twinmerge.twin.recipe import RouterSettings
+
+_BINS = 15
+_BATCH = 64
+_REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where a batch of inputs goes."""
+
+    gate: Tensor
+    """(batch, expert), rows sum to 1; zeros where `fallback`."""
+    router_logits: Tensor
+    """(batch, expert), before temperature and softmax."""
+    fallback: Tensor
+    """(batch,), bool: unlike every expert's inputs, left to the shared expert."""
+
+    @property
+    def expert(self) -> Tensor:
+        """(batch,), the likeliest expert, whose head answers."""
+        return self.router_logits.argmax(dim=1)
+
+
+class RouterHead(nn.Module):
+    """Features, standardised, in; router logits (batch, expert) out."""
+
+    def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
+        """Learn from router data; `held_out` only selects."""
+        raise NotImplementedError
+
+
+class MLPHead(RouterHead):
+    """The paper's network: two hidden layers of twice the feature size, batch norm, dropout 0.5 (METHOD §4)."""
+
+    def __init__(self, feature_size: int, experts: int) -> None:
+        """Make an untrained network."""
+        super().__init__()
+        hidden = 2 * feature_size
+        self.layers = nn.Sequential(
+            nn.Linear(feature_size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(), nn.Dropout(0.5),
+            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(), nn.Dropout(0.5),
+            nn.Linear(hidden, experts),
+        )  # fmt: skip
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, feature) -> (batch, expert)."""
+        logits: Tensor = self.layers(features)
+        return logits
+
+    def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
+        """Cross-entropy with AdamW; the epoch with the lowest held-out loss stays."""
+        optimiser = torch.optim.AdamW(self.parameters(), lr=settings.learning_rate)
+        best_loss, best_state = float("inf"), self.state_dict()
+        for _ in range(settings.epochs):
+            self.train()
+            for rows in torch.randperm(len(labels)).split(_BATCH):
+                if len(rows) < 2:
+                    continue
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(self(features[rows]), labels[rows]).backward()
+                optimiser.step()
+            self.eval()
+            with torch.no_grad():
+                loss = float(nn.functional.cross_entropy(self(held_out[0]), held_out[1]))
+            if loss < best_loss:
+                best_loss, best_state = loss, {k: v.clone() for k, v in self.state_dict().items()}
+        self.load_state_dict(best_state)
+
+
+class LinearHead(RouterHead):
+    """Multinomial logistic regression; the strength of the regularisation is chosen on held-out inputs."""
+
+    def __init__(self, feature_size: int, experts: int) -> None:
+        """Make an untrained head."""
+        super().__init__()
+        self.layer = nn.Linear(feature_size, experts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(batch, feature) -> (batch, expert)."""
+        logits: Tensor = self.layer(features)
+        return logits
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
+        """Fit at each regularisation; the lowest held-out loss stays."""
+        best_loss = float("inf")
+        weight, bias = torch.zeros_like(self.layer.weight), torch.zeros_like(self.layer.bias)
+        experts = len(bias)
+        for strength in _REGULARISATIONS:
+            weight, bias = _logistic_regression(features, labels, experts, strength, weight, bias)
+            loss = float(nn.functional.cross_entropy(held_out[0] @ weight.T + bias, held_out[1]))
+            if loss < best_loss:
+                best_loss = loss
+                self.layer.weight.copy_(weight)
+                self.layer.bias.copy_(bias)
+
+
+def _logistic_regression(
+    features: Tensor, labels: Tensor, experts: int, strength: float, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Minimise mean cross-entropy + strength/2 * |weight|^2 / experts with L-BFGS, from the given start."""
+    with torch.enable_grad():
+        weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+        optimiser = torch.optim.LBFGS([weight, bias], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = nn.functional.cross_entropy(features @ weight.T + bias, labels)
+            value = value + 0.5 * strength / experts * weight.square().sum()
+            value.backward()
+            return value
+
+        optimiser.step(loss)
+    return weight.detach(), bias.detach()
+
+
+class CentroidHead(RouterHead):
+    """Nearest class mean; needs no training."""
+
+    def __init__(self, feature_size: int, experts: int) -> None:
+        """Make a head without centroids."""
+        super().__init__()
+        self.register_buffer("centroids", torch.zeros(experts, feature_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Minus half the mean squared distance to each centroid, (batch, expert)."""
+        centroids: Tensor = self.centroids
+        return -0.5 * torch.cdist(features, centroids).square() / features.shape[1]
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
+        """Average the features of each expert's inputs."""
+        self.centroids = _centroids(features, labels, len(self.centroids))
+
+
+class NeighboursHead(RouterHead):
+    """k nearest neighbours by cosine; needs no training, keeps the router data's features in float16."""
+
+    def __init__(self, feature_size: int, experts: int, rows: int = 0, neighbours: int = 1) -> None:
+        """Make a head for `rows` stored inputs."""
+        super().__init__()
+        self.experts = experts
+        self.register_buffer("features", torch.zeros(rows, feature_size, dtype=torch.float16))
+        self.register_buffer("labels", torch.zeros(rows, dtype=torch.int64))
+        self.register_buffer("neighbours", torch.tensor(neighbours))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log of each expert's share among the neighbours, smoothed by one vote in all, (batch, expert)."""
+        stored: Tensor = self.features.to(features.dtype)
+        nearest = (nn.functional.normalize(features, dim=1) @ stored.T).topk(int(self.neighbours), dim=1)
+        votes = torch.full(
+            (len(features), self.experts), 1.0 / self.experts, dtype=features.dtype, device=features.device
+        )
+        votes.scatter_add_(1, self.labels[nearest.indices], nearest.values.clamp_min(0))
+        return (votes / votes.sum(dim=1, keepdim=True)).log()
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
+        """Keep the inputs."""
+        self.features = nn.functional.normalize(features, dim=1).half()
+        self.labels = labels
+        self.neighbours = torch.tensor(min(settings.neighbours, len(labels)))
+
+
+HEADS: Mapping[str, Callable[..., RouterHead]] = {
+    "mlp": MLPHead,
+    "linear": LinearHead,
+    "centroid": CentroidHead,
+    "knn": NeighboursHead,
+}
+
+
+class Router(nn.Module):
+    """A head with its standardisation, temperature and fall-back distance (METHOD §4)."""
+
+    def __init__(
+        self, head: RouterHead, expert_names: Sequence[str], feature_size: int, settings: RouterSettings
+    ) -> None:
+        """Make an uncalibrated router; `fit_router` makes useful ones."""
+        super().__init__()
+        self.head = head
+        self.expert_names = tuple(expert_names)
+        self.settings = settings
+        self.report: dict[str, Any] = {}
+        self.register_buffer("mean", torch.zeros(feature_size))
+        self.register_buffer("deviation", torch.ones(feature_size))
+        self.register_buffer("centroids", torch.zeros(len(expert_names), feature_size))
+        self.register_buffer("temperature", torch.ones(()))
+        self.register_buffer("fallback_distance", torch.tensor(float("inf")))
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> Routing:
+        """Route a batch.
+
+        Args:
+            features: (batch, feature), as `settings.features` says, any float dtype.
+
+        Returns:
+            Gate, router logits and fall-back flags.
+        """
+        standard = self._standardise(features)
+        logits = self.head(standard)
+        fallback = self._distance(standard) > self.fallback_distance
+        gate = (logits / self.temperature).softmax(dim=1)
+        return Routing(gate * ~fallback[:, None], logits, fallback)
+
+    def save(self, folder: Path) -> None:
+        """Write router.json and router.safetensors; no pickle."""
+        folder.mkdir()
+        save_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "router.safetensors")
+        content = {"expert_names": self.expert_names, "settings": self.settings.model_dump(), "report": self.report}
+        (folder / "router.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Router":
+        """Read a router back, to the bit."""
+        content = json.loads((folder / "router.json").read_text(encoding="utf-8"))
+        checkpoint = Checkpoint.open(folder / "router.safetensors")
+        state = {name: checkpoint.read(name) for name in checkpoint.specs}
+        settings = RouterSettings(**content["settings"])
+        names, size = content["expert_names"], len(state["mean"])
+        shape = {"rows": len(state["head.labels"])} if settings.method == "knn" else {}
+        router = cls(HEADS[settings.method](size, len(names), **shape), names, size, settings)
+        router.load_state_dict(state)
+        router.report = content["report"]
+        return router.eval()
+
+    def _standardise(self, features: Tensor) -> Tensor:
+        return (features.to(self.mean.dtype) - self.mean) / self.deviation
+
+    def _distance(self, standard: Tensor) -> Tensor:
+        """Root mean squared distance to the nearest expert's centroid, (batch,)."""
+        nearest = torch.cdist(standard, self.centroids).amin(dim=1)
+        return nearest / standard.shape[1] ** 0.5
+
+
+def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed: int) -> Router:
+    """Fit a router on the features of inputs that belong to known experts.
+
+    Held-out inputs select and calibrate; no label of any task and no test row is seen.
+
+    Args:
+        features: (rows, feature) by expert, in the gate's order; the same number is used of each.
+        settings: method and its parameters.
+        seed: of the split, the initialisation and the order of training.
+
+    Returns:
+        A router in eval mode, with `report`: held-out accuracy, calibration error (ECE, 15 bins), temperature, rows.
+
+    Raises:
+        DataError: if an expert has too few inputs to hold any out.
+    """
+    names = list(features)
+    count = min(settings.samples_per_expert, *(len(rows) for rows in features.values()))
+    held = max(1, round(settings.held_out * count))
+    if count - held < 1:
+        raise DataError(
+            f"the router needs at least 2 inputs of every expert, found {count} of {min(features, key=lambda n: len(features[n]))!r}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        training, validation = [], []
+        for name in sorted(names):
+            generator = torch.Generator().manual_seed(seed)
+            rows = features[name].float()[torch.randperm(len(features[name]), generator=generator)[:count]]
+            label = torch.full((count,), names.index(name))
+            training.append((rows[held:], label[held:]))
+            validation.append((rows[:held], label[:held]))
+        x, y = (torch.cat(parts) for parts in zip(*training, strict=True))
+        x_held, y_held = (torch.cat(parts) for parts in zip(*validation, strict=True))
+        torch.manual_seed(seed)
+        router = Router(HEADS[settings.method](x.shape[1], len(names)), names, x.shape[1], settings)
+        router.mean, router.deviation = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
+        standard, standard_held = router._standardise(x), router._standardise(x_held)
+        router.centroids = _centroids(standard, y, len(names))
+        router.head.fit(standard, y, (standard_held, y_held), settings)
+    router.eval()
+    _calibrate(router, standard_held, y_held, settings)
+    router.report.update(inputs_per_expert=count, held_out=len(y_held), feature_size=x.shape[1])
+    return router
+
+
+@torch.no_grad()
+def _calibrate(router: Router, standard: Tensor, labels: Tensor, settings: RouterSettings) -> None:
+    """Fit the temperature and the fall-back distance on held-out inputs, and report what they give."""
+    logits = router.head(standard)
+    router.temperature = torch.tensor(_best_temperature(logits, labels))
+    if settings.fallback is not None:
+        router.fallback_distance = router._distance(standard).quantile(settings.fallback)
+    gate = (logits / router.temperature).softmax(dim=1)
+    confidence, chosen = gate.max(dim=1)
+    correct = chosen == labels
+    router.report = {
+        "accuracy": float(correct.float().mean()),
+        "calibration_error": calibration_error(confidence, correct),
+        "temperature": float(router.temperature),
+    }
+
+
+def _best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature with the lowest cross-entropy, on a logarithmic grid refined twice."""
+    low, high = -5.0, 5.0
+    best = 0.0
+    for _ in range(3):
+        grid = torch.linspace(low, high, 41)
+        losses = [float(nn.functional.cross_entropy(logits / float(t.exp()), labels)) for t in grid]
+        best = float(grid[min(range(len(losses)), key=losses.__getitem__)])
+        step = (high - low) / 40
+        low, high = best - step, best + step
+    return float(torch.tensor(best).exp())
+
+
+def calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """Expected calibration error: mean gap of confidence and accuracy over 15 equal bins of confidence."""
+    bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
+    gap = 0.0
+    for index in bins.unique():
+        rows = bins == index
+        gap += float(rows.float().mean()) * abs(float(confidence[rows].mean()) - float(correct[rows].float().mean()))
+    return gap
+
+
+def _centroids(features: Tensor, labels: Tensor, experts: int) -> Tensor:
+    return torch.stack([features[labels == index].mean(dim=0) for index in range(experts)])
+
+
+def group_gates(routing: Routing, groups: int = 20, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The paper's group-wise mode: bins by argmax, k-means on the gates inside each, gates averaged per group.
+
+    Depends on the batch's composition, so it belongs to offline evaluation (METHOD §5).
+
+    Args:
+        routing: of all inputs together.
+        groups: merged models in all, shared out among the bins by size, at least one each.
+        seed: of k-means.
+
+    Returns:
+        (batch,) the group of every input, and (group, expert) the gates.
+    """
+    from sklearn.cluster import KMeans
+
+    gate, chosen = routing.gate.cpu(), routing.expert.cpu()
+    bins = chosen.unique()
+    spare = max(groups - len(bins), 0)
+    assigned = torch.zeros(len(gate), dtype=torch.int64)
+    means: list[Tensor] = []
+    for index in bins:
+        rows = (chosen == index).nonzero()[:, 0]
+        distinct = len(gate[rows].unique(dim=0))
+        clusters = min(1 + spare * len(rows) // len(gate), distinct)
+        labels = torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(gate[rows].numpy())).long()
+        for cluster in range(clusters):
+            members = rows[labels == cluster]
+            assigned[members] = len(means)
+            means.append(gate[members].mean(dim=0))
+    return assigned, torch.stack(means)

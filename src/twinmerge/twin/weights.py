@@ -1,0 +1,317 @@
+"""Knows how weights become a twin: every parameter decomposed on its own, then ranks chosen, then files assembled."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import MismatchError
+from twinmerge.merging.methods import METHODS, SharedParams, Stats, merge_tensor, run_prepass
+from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
+from twinmerge.tensors.low_rank import LowRank, compress_product
+from twinmerge.tensors.sparse import Sparse
+from twinmerge.tensors.state_dict import require_finite
+from twinmerge.twin.artifact import total_norms, write_exclusive
+from twinmerge.twin.exclusive import Exclusive, Key, best_scaling, choose_ranks, compress
+from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much is done, and of how much."""
+
+MAX_SHARD_BYTES = 5 * 10**9
+RELATED_COSINE = 0.5
+_ROWS_COMPARED, _MATRICES_COMPARED = 256, 12
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that is not shown."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What decomposing one parameter found; its tensors lie in the part file."""
+
+    name: str
+    scaling: float | None
+    energies: Mapping[str, float]
+    """||expert - shared||_F^2 before compression, by expert."""
+    spectra: Mapping[str, Tensor]
+    """Singular values, by expert; empty where nothing was decomposed."""
+    part: Path
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What `write_weights` did, for the manifest."""
+
+    tensors: dict[str, dict[str, Any]]
+    experts: dict[str, dict[str, Any]]
+
+
+def merged_tensors(plan: Plan, progress: Progress = silent) -> Iterator[tuple[TensorTask, Tensor]]:
+    """Merge every parameter into the shared expert, one at a time, in the base's dtype (METHOD §2).
+
+    Yields:
+        The task and its shared tensor.
+    """
+    stats = prepare(plan)
+    for index, task in enumerate(plan.tasks):
+        yield task, _merge(task, plan, stats)[0]
+        progress("merging", index + 1, len(plan.tasks))
+
+
+def prepare(plan: Plan) -> Stats | None:
+    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one."""
+    for name in plan.expert_names:
+        _require_related(plan, name)
+
+    def stream() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        for task in plan.tasks:
+            if task.experts:
+                base = plan.base.read(task.name)
+                yield task.name, {e: plan.experts[e].task_vector(task.name, base) for e in task.experts}
+
+    return run_prepass(plan.recipe.shared, stream)
+
+
+def write_weights(plan: Plan, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
+    """Write the shared expert, the exclusive parts and the heads.
+
+    Args:
+        plan: what to build.
+        folder: the twin's folder, exists.
+        work: an existing folder for part files; one is written per parameter, none is kept.
+        progress: told after every parameter.
+    """
+    stats = prepare(plan)
+    records = {}
+    for index, task in enumerate(plan.tasks):
+        records[task.name] = decompose_tensor(task, plan, stats, work / f"{index:05d}.safetensors")
+        progress("decomposing", index + 1, len(plan.tasks))
+    ranks = _ranks(plan, records)
+    _write_shared(plan, records, folder)
+    experts = {}
+    for index, name in enumerate(plan.expert_names):
+        experts[name] = _write_expert(plan, name, records, ranks, folder / "experts" / name)
+        progress("writing experts", index + 1, len(plan.expert_names))
+    tensors = {
+        task.name: {
+            "kind": task.kind,
+            "scaling": records[task.name].scaling,
+            "ranks": {e: ranks[task.name, e] for e in task.experts if (task.name, e) in ranks},
+        }
+        for task in plan.tasks
+    }
+    return WeightsReport(tensors, experts)
+
+
+def decompose_tensor(task: TensorTask, plan: Plan, stats: Stats | None, part: Path) -> TensorRecord:
+    """Merge one parameter and compress what each expert loses by it; idempotent, writes only `part`.
+
+    The difference is taken from the shared tensor as it is stored, so that rounding is not lost.
+    """
+    shared, scaling = _merge(task, plan, stats)
+    tensors: dict[str, Tensor] = {"shared": shared}
+    energies: dict[str, float] = {}
+    spectra: dict[str, Tensor] = {}
+    if task.exclusive:
+        base = plan.base.read(task.name)
+        factored = _factored_differences(task, plan, scaling)
+        for name in task.experts:
+            if factored is not None:
+                compressed, values = factored[name]
+                energies[name] = float(values.double().square().sum())
+            else:
+                difference = base.float() + plan.experts[name].task_vector(task.name, base) - shared.float()
+                energies[name] = float(difference.double().square().sum())
+                if task.kind not in MATRICES:
+                    tensors[f"{name}.dense"] = difference.to(task.spec.dtype)
+                    continue
+                compressed, values = compress(
+                    difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
+                )
+            tensors.update(_pack(name, compressed, task.spec.dtype))
+            if isinstance(compressed, LowRank):
+                spectra[name] = values
+    save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
+    return TensorRecord(task.name, scaling, energies, spectra, part)
+
+
+def _merge(task: TensorTask, plan: Plan, stats: Stats | None) -> tuple[Tensor, float | None]:
+    """The shared tensor, rounded once to the base's dtype, and the scaling that was used."""
+    base = plan.base.read(task.name)
+    if not task.experts:
+        return base, None
+    require_finite(base, f"base: {task.name!r} in {task.spec.file}")
+    vectors = {name: plan.experts[name].task_vector(task.name, base) for name in task.experts}
+    params = plan.recipe.shared
+    scaling = getattr(params, "scaling", None)
+    if scaling == "auto":
+        params = params.model_copy(update={"scaling": 1.0})
+        direction = merge_tensor(params, base, vectors, name=task.name, stats=stats) - base.float()
+        scaling = best_scaling(vectors, direction, _expected_rank(plan) if task.exclusive else 0)
+        merged = base.float() + scaling * direction
+    else:
+        merged = merge_tensor(params, base, vectors, name=task.name, stats=stats)
+    return merged.to(task.spec.dtype), scaling
+
+
+def _expected_rank(plan: Plan) -> int:
+    """The rank that is kept, or the mean rank that a budget allows; 0 where an energy decides."""
+    if plan.recipe.exclusive.rank is not None:
+        return plan.recipe.exclusive.rank
+    if plan.budget_bytes is None:
+        return 0
+    matrices = [task for task in plan.tasks if task.kind in MATRICES and task.exclusive]
+    per_rank = sum(sum(task.matrix_shape) * task.spec.dtype.itemsize * len(task.experts) for task in matrices)
+    return round(plan.budget_bytes / per_rank) if per_rank else 0
+
+
+def _factored_differences(
+    task: TensorTask, plan: Plan, scaling: float | None
+) -> dict[str, tuple[LowRank, Tensor]] | None:
+    """LoRA experts under a linear merge: D_t from stacked factors through QR, no (out, in) difference formed (METHOD §3)."""
+    method = METHODS[plan.recipe.shared.method]
+    svd = plan.recipe.exclusive.compression == "svd"
+    if (
+        task.kind not in MATRICES
+        or not svd
+        or not method.linear
+        or not all(plan.experts[n].is_adapter for n in task.experts)
+    ):
+        return None
+    pairs = {name: plan.experts[name].factors(task.name) for name in task.experts}
+    if any(pairs[n] is None and task.name in plan.experts[n].stored for n in task.experts):
+        return None
+    params: SharedParams = plan.recipe.shared
+    if scaling is not None:
+        params = params.model_copy(update={"scaling": scaling})
+    coefficient = method.coefficient(params, len(task.experts))
+    trained = {name: pair for name, pair in pairs.items() if pair is not None}
+    out, columns = task.matrix_shape
+    empty = LowRank(torch.zeros(out, 0), torch.zeros(0, columns))
+    result = {}
+    for name in task.experts:
+        ups = [pair.up * ((other == name) - coefficient) for other, pair in sorted(trained.items())]
+        downs = [pair.down for _, pair in sorted(trained.items())]
+        if not ups:
+            result[name] = (empty, torch.zeros(0))
+            continue
+        factors, values = compress_product(ups, downs)
+        rank = plan.recipe.exclusive.rank
+        result[name] = (factors if rank is None else factors.truncate(min(rank, factors.rank)), values)
+    return result
+
+
+def _require_related(plan: Plan, name: str) -> None:
+    """Refuse an expert whose matrices do not resemble the base's: it is no fine-tune of it."""
+    expert = plan.experts[name]
+    linear = [
+        t
+        for t in plan.tasks
+        if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
+    ]
+    chosen = linear[:: max(1, len(linear) // _MATRICES_COMPARED)]
+    product = norm_base = norm_expert = 0.0
+    for task in chosen:
+        rows = min(_ROWS_COMPARED, task.spec.shape[0])
+        ours = plan.base.read_rows(task.name, 0, rows).double()
+        theirs = expert.checkpoint.read_rows(expert.stored[task.name], 0, rows).double()
+        require_finite(ours, f"base: {task.name!r} in {task.spec.file}")
+        require_finite(theirs, f"expert {name!r}: {expert.stored[task.name]!r} in {expert.checkpoint.path}")
+        product += float((ours * theirs).sum())
+        norm_base += float(ours.square().sum())
+        norm_expert += float(theirs.square().sum())
+    if not norm_base or not norm_expert:
+        return
+    cosine = product / math.sqrt(norm_base * norm_expert)
+    if cosine < RELATED_COSINE:
+        distance = math.sqrt(max(norm_base + norm_expert - 2 * product, 0.0) / norm_base)
+        raise MismatchError(
+            f"expert {name!r} is no fine-tune of this base: the cosine of their matrices must be at least {RELATED_COSINE}, "
+            f"found {cosine:.3f} (relative distance {distance:.2f}); give the model it was fine-tuned from as base"
+        )
+
+
+def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
+    spectra = {(name, e): values for name, record in records.items() for e, values in record.spectra.items()}
+    shapes = {task.name: task.matrix_shape for task in plan.tasks}
+    element_bytes = {task.name: task.spec.dtype.itemsize for task in plan.tasks}
+    if not spectra:
+        return {}
+    return choose_ranks(
+        spectra, shapes, plan.recipe.exclusive, budget_bytes=plan.budget_bytes, element_bytes=element_bytes
+    )
+
+
+def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path) -> None:
+    specs: list[TensorSpec] = [task.spec for task in plan.tasks]
+    save_checkpoint(specs, lambda name: Checkpoint.open(records[name].part).read("shared"), folder, MAX_SHARD_BYTES)
+    copy_side_files(plan.base.path, folder)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy config, tokenizer and processor files of a model folder, not its weights."""
+    for path in sorted(source.iterdir()):
+        side = path.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken") and not path.name.endswith(
+            ".index.json"
+        )
+        if path.is_file() and side and path.name != "twin.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_expert(
+    plan: Plan, name: str, records: Mapping[str, TensorRecord], ranks: Mapping[Key, int], folder: Path
+) -> dict[str, Any]:
+    parts: dict[str, Exclusive] = {}
+    for task in plan.tasks:
+        if task.exclusive and name in task.experts:
+            part = _unpack(Checkpoint.open(records[task.name].part), name, task, ranks.get((task.name, name)))
+            if part is not None:
+                parts[task.name] = part
+    kinds = {task.name: task.kind for task in plan.tasks}
+    write_exclusive(folder, parts, kinds, {task.name: task.spec.shape for task in plan.tasks})
+    _write_head(plan, name, folder / "head")
+    total = sum(record.energies.get(name, 0.0) for record in records.values())
+    source = plan.experts[name].checkpoint.path
+    used = [ranks[key] for key in ranks if key[1] == name]
+    return {
+        "source": str(source),
+        "adapter": plan.experts[name].is_adapter,
+        "energy_kept": min(total_norms(parts) / total, 1.0) if total else 1.0,
+        "rank_mean": sum(used) / len(used) if used else 0.0,
+        "rank_max": max(used, default=0),
+    }
+
+
+def _write_head(plan: Plan, name: str, folder: Path) -> None:
+    head = plan.experts[name].read_head()
+    if not head:
+        return
+    folder.mkdir()
+    save_tensors(head, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
+
+
+def _pack(expert: str, part: Exclusive, dtype: torch.dtype) -> dict[str, Tensor]:
+    if isinstance(part, LowRank):
+        return {f"{expert}.up": part.up.to(dtype), f"{expert}.down": part.down.to(dtype)}
+    assert isinstance(part, Sparse)
+    return {f"{expert}.indices": part.indices, f"{expert}.values": part.values.to(dtype)}
+
+
+def _unpack(part: Checkpoint, expert: str, task: TensorTask, rank: int | None) -> Exclusive | None:
+    """What a part file holds of an expert, truncated to its rank; None for a difference of zero."""
+    if f"{expert}.up" in part.specs:
+        factors = LowRank(part.read(f"{expert}.up"), part.read(f"{expert}.down"))
+        return factors.truncate(min(rank or 0, factors.rank))
+    if f"{expert}.indices" in part.specs:
+        return Sparse(part.read(f"{expert}.indices"), part.read(f"{expert}.values"), task.matrix_shape)
+    dense = part.read(f"{expert}.dense")
+    return dense if bool(dense.any()) else None
