@@ -413,7 +413,9 @@ def _plot_tasks(result: SuiteResult) -> str:
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside upper left", fontsize=10)
 
-    return _svg(draw, height=1.7 + 0.33 * len(result.tasks), title="Normalized score by task", described=described)
+    return _svg(
+        draw, name="tasks", height=1.7 + 0.33 * len(result.tasks), title="Normalized score by task", described=described
+    )
 
 
 def _task_score(one: Summary, task: str) -> float:
@@ -450,9 +452,11 @@ def _plot_bytes(result: SuiteResult) -> Markup:
         axes.set_axisbelow(True)
         _bytes_legend(figure, result)
 
-    markup = _svg(draw, height=4.3, title="Normalized score against exclusive bytes", described=described)
+    markup = _svg(draw, name="bytes", height=4.3, title="Normalized score against exclusive bytes", described=described)
     for index, text in enumerate(described):
-        markup = markup.replace(Markup(f'<g id="contestant-{index}">'), Markup("<g><title>{}</title>").format(text))
+        markup = markup.replace(
+            Markup(f'<g id="plot-bytes-contestant-{index}">'), Markup("<g><title>{}</title>").format(text)
+        )
     return markup
 
 
@@ -468,7 +472,7 @@ def _point(axes: Axes, one: Summary, protocol: Protocol, interval: Interval, x: 
     axes.errorbar(
         [x],
         [100 * interval.value],
-        yerr=[[100 * (interval.value - interval.low)], [100 * (interval.high - interval.value)]],
+        yerr=[[100 * max(0, interval.value - interval.low)], [100 * max(0, interval.high - interval.value)]],
         fmt=_MARKERS[one.kind],
         color=_KIND_COLOURS[one.kind],
         markersize=7,
@@ -508,17 +512,17 @@ def _plot_reliability(result: SuiteResult) -> str | None:
         axes.grid()
         axes.set_title(name, fontsize=10, loc="left")
 
-    return _svg(draw, height=3.8, title="Calibration of the router", described=described)
+    return _svg(draw, name="calibration", height=3.8, title="Calibration of the router", described=described)
 
 
-def _svg(draw: Callable[[Figure], None], *, height: float, title: str, described: Sequence[str]) -> Markup:
-    """A plot as inline SVG markup whose colours are CSS variables, with its content as alternative text."""
+def _svg(draw: Callable[[Figure], None], *, name: str, height: float, title: str, described: Sequence[str]) -> Markup:
+    """A plot as inline SVG markup: colours are CSS variables, ids start with the name, content in words for readers."""
     from markupsafe import Markup, escape
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context({**_PLOT_STYLE, "svg.hashsalt": title}):
+    with rc_context({**_PLOT_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(_PLOT_WIDTH, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)
@@ -528,6 +532,7 @@ def _svg(draw: Callable[[Figure], None], *, height: float, title: str, described
     markup = re.sub(r"<metadata>.*?</metadata>", "", markup[markup.index("<svg") :], flags=re.DOTALL)
     markup = re.sub(r"font-family: [^;\"]*", "font-family: inherit", markup)
     markup = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--font)", markup)
+    markup = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>plot-{name}-", markup)
     for colour, variable in _CSS_COLOURS.items():
         markup = markup.replace(colour, variable)
     text = escape(f"{title}. {'; '.join(described)}.")

@@ -156,10 +156,10 @@ def reliability(
         The bins in ascending order of confidence.
 
     Raises:
-        DataError: if there are no rows, the lengths differ or a confidence is outside [0, 1].
+        DataError: if there are no rows or a confidence is outside [0, 1].
     """
-    if not confidence.size or confidence.shape != correct.shape:
-        raise DataError(f"{confidence.size} confidences for {correct.size} answers: need as many, and at least one")
+    if not confidence.size:
+        raise DataError("no confidences: calibration needs at least one row")
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise DataError(f"a confidence must lie in [0, 1]; found {confidence.min():g} to {confidence.max():g}")
     index = np.minimum((confidence * bins).astype(np.int64), bins - 1)

@@ -294,9 +294,10 @@ def normalized_interval(
         DataError: if tasks differ between runs, an expert scores 0, or `routed` is asked of a contestant
             without a router.
     """
-    samples = _resampled([runs], [protocol], resamples, seed)[0]
-    low, high = percentile_interval(samples)
-    return Interval(value=_value(runs, protocol), low=low, high=high)
+    _check_same_rows([runs])
+    value = _value(runs, protocol)
+    low, high = percentile_interval(_resampled([runs], [protocol], resamples, seed)[0])
+    return Interval(value=value, low=low, high=high)
 
 
 def paired_difference_interval(
@@ -324,10 +325,12 @@ def paired_difference_interval(
     Raises:
         DataError: as `normalized_interval`, or if the two were not scored on the same rows and experts.
     """
+    _check_same_rows([runs, reference])
     protocols: list[Protocol] = [protocol, reference_protocol or protocol]
+    value = _value(runs, protocols[0]) - _value(reference, protocols[1])
     first, second = _resampled([runs, reference], protocols, resamples, seed)
     low, high = percentile_interval(first - second)
-    return Interval(value=_value(runs, protocols[0]) - _value(reference, protocols[1]), low=low, high=high)
+    return Interval(value=value, low=low, high=high)
 
 
 def compare(
@@ -474,7 +477,6 @@ def _resampled(
     contestants: Sequence[Sequence[Predictions]], protocols: Sequence[Protocol], resamples: int, seed: int
 ) -> Float64[np.ndarray, "contestant resample"]:
     """Normalized scores of contestants, averaged over tasks and seeds within each resample."""
-    _check_same_rows(contestants)
     runs_at = list(zip(*contestants, strict=True))  # for each seed, the run of each contestant
     total = np.zeros((len(contestants), resamples))
     for task in sorted(runs_at[0][0].tasks):
