@@ -128,6 +128,13 @@ def test_contestants_have_their_name_at_their_point(result: SuiteResult, page: s
     assert "contestant-" not in page
 
 
+def test_confusion_shows_a_column_that_only_one_task_has(result: SuiteResult) -> None:
+    confusion = {"trec": {"trec": 5}, "sms": {"sms": 4, "fallback": 1}, "reuters": {"reuters": 5}}
+    summaries = [one.model_copy(update={"confusion": confusion}) for one in result.summaries]
+    page = render_html(result.model_copy(update={"summaries": summaries}))
+    assert "<span>fallback</span>" in page
+
+
 def test_every_plot_says_in_words_what_it_shows(result: SuiteResult, page: str) -> None:
     plots = [attributes for tag, attributes in Page(page).tags if tag == "svg"]
     assert len(plots) == 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -93,7 +93,13 @@ def render_html(result: SuiteResult) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        points=_points, ratio=_times, size=_size, milliseconds=_milliseconds, percent=_percent, cell=_cell
+        points=_points,
+        ratio=_times,
+        size=_size,
+        milliseconds=_milliseconds,
+        percent=_percent,
+        cell=_cell,
+        columns=_columns,
     )
     template = files("twinmerge").joinpath("report_template.html.j2").read_text(encoding="utf-8")
     chosen = _headline(result)
@@ -326,6 +332,11 @@ def _router_cells(router: RouterResult) -> list[str]:
         _size(router.nbytes),
         f"{router.seconds:.1f}",
     ]
+
+
+def _columns(rows: Mapping[str, Mapping[str, float] | Mapping[str, int]]) -> list[str]:
+    """Every column that some row has, in order of appearance: a fall-back that few tasks see is one."""
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
 
 
 def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
