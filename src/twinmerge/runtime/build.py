@@ -104,7 +104,7 @@ def router_features(
 
 
 def _fit(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
-    """Fit the router on the shared expert as it lies on disk; heads are loaded too, so that what cannot answer fails here."""
+    """Fit the router on the shared expert as it lies on disk; heads that cannot answer are refused here."""
     recipe = plan.recipe
     for name in plan.expert_names:
         head = plan.experts[name].read_head()
@@ -149,8 +149,8 @@ Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest["versions"
 {experts}
 
 Shared expert: {recipe["shared"]}. Exclusive knowledge: {recipe["exclusive"]}.
-Router: {recipe["router"]["method"]} on features `{recipe["router"]["features"]}`, {router["accuracy"]:.1%} right on held-out
-router data, calibration error {router["calibration_error"]:.3f}.
+Router: {recipe["router"]["method"]} on features `{recipe["router"]["features"]}`, {router["accuracy"]:.1%} right on
+held-out router data, calibration error {router["calibration_error"]:.3f}.
 
 Licences of base and experts apply.
 """

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name everyone knows
+from torch.nn import functional as F
 
 from twinmerge.errors import ArtifactError, GateError
 from twinmerge.tensors.low_rank import LowRank
@@ -69,6 +69,11 @@ class GatedLayer(nn.Module):
     """A shared layer, and references to the exclusive parts of all experts."""
 
     matrix: ClassVar[str] = "weight"
+    shared: Any
+    """An nn.Module of whatever class; what its kind of layer has is read from it."""
+    up: Tensor
+    down: Tensor
+    expert_of_rank: Tensor
 
     def __init__(
         self, shared: nn.Module, parts: Mapping[str, Mapping[int, Exclusive]], experts: int, slot: GateSlot
@@ -143,7 +148,7 @@ class GatedLayer(nn.Module):
         return vector.reshape(len(like), *(1,) * (like.ndim - 2), vector.shape[1])
 
     def materialized(self, gate: Tensor) -> dict[str, Tensor]:
-        """The layer's parameters for one gate (expert,): parameter name -> shared + sum gate * exclusive, summed in float32."""
+        """The layer's parameters for one gate (expert,), shared + sum gate * exclusive by name, summed in float32."""
         result = {}
         for name in self.parameters_with_parts:
             value = getattr(self.shared, name).detach()
@@ -220,7 +225,7 @@ class GatedEmbedding(GatedLayer):
     """nn.Embedding, weight (rows, out): rows of `up` are gathered, then expanded by `down`."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(batch, ...) indices -> (batch, ..., out); ids shared by the batch (1, ...) become (gate's rows, ..., out)."""
+        """(batch, ...) indices -> (batch, ..., out); ids shared by the batch, (1, ...), get a row for every gate."""
         y: Tensor = self.shared(ids)
         context = self.slot.context
         if context is None or not (self.has_factors or self.sparse):
@@ -295,9 +300,7 @@ class GatedGroupedConv(GatedLayer):
 class GatedNorm(GatedLayer):
     """LayerNorm and RMSNorm of any model: gamma(x) = gamma_s + sum gate * dgamma, likewise beta."""
 
-    def __init__(
-        self, shared: nn.Module, parts: Mapping[str, Mapping[int, Exclusive]], experts: int, slot: GateSlot
-    ) -> None:
+    def __init__(self, shared: Any, parts: Mapping[str, Mapping[int, Exclusive]], experts: int, slot: GateSlot) -> None:
         """Wrap a norm and find out what it adds to its weight: 0, or 1 as Gemma does.
 
         Raises:

@@ -1,7 +1,8 @@
 """Knows transformers: a model with its layers exchanged for gated ones, heads per expert, one router in front."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import ArtifactError, GateError, MismatchError
 from twinmerge.runtime.layers import LAYERS, GatedLayer, GateSlot
@@ -26,8 +28,8 @@ class TwinOutput(ModelOutput):
     """What a twin says of a batch.
 
     Attributes:
-        logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors, one
-            a row, each by the head of its row's expert; None for a plain encoder.
+        logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors,
+            one a row, each by the head of its row's expert; None for a plain encoder.
         gate: (batch, expert), what was mixed.
         expert: the expert of every row, whose head answered.
         fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
@@ -35,7 +37,7 @@ class TwinOutput(ModelOutput):
     """
 
     logits: Any = None
-    gate: Tensor | None = None
+    gate: Tensor = None  # type: ignore[assignment]  # always given; ModelOutput allows one field without default
     expert: Any = None
     fallback: Tensor | None = None
     last_hidden_state: Tensor | None = None
@@ -50,6 +52,8 @@ class TwinModel(nn.Module):
         >>> out.expert                                             # doctest: +SKIP
         ['sms']
     """
+
+    router: Router | None
 
     def __init__(
         self,
@@ -68,7 +72,7 @@ class TwinModel(nn.Module):
             backbone: the shared expert, taken over.
             exclusive: expert -> parameter name -> exclusive part; the order is the gate's.
             kinds: parameter name -> what its layer is.
-            heads: expert -> a whole model of the expert's class whose backbone has no weights; none for a shared output.
+            heads: expert -> a whole model of the expert's class without a backbone; none for a shared output.
             router: in front; without one every call needs a gate or an expert.
             tokenizer: of the shared expert.
             max_length: tokens an input is cut at.
@@ -102,7 +106,7 @@ class TwinModel(nn.Module):
             ArtifactError: if the folder is no twin of this version or a file has another size than its manifest says.
         """
         artifact = TwinArtifact.open(folder)
-        backbone = load_backbone(artifact.path, artifact.shared)
+        backbone = load_backbone(artifact.path)
         heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
         exclusive = {name: artifact.exclusive(name) for name in artifact.expert_names}
         model = cls(
@@ -115,7 +119,7 @@ class TwinModel(nn.Module):
             max_length=artifact.manifest["recipe"]["max_length"],
         )
         if dtype is not None:
-            model.backbone.to(dtype)
+            nn.Module.to(model.backbone, dtype)
             model.heads.to(dtype)
         return model.to(device) if device is not None else model
 
@@ -141,16 +145,17 @@ class TwinModel(nn.Module):
         Raises:
             GateError: if the gate has another shape, is not finite, or an expert's name is unknown.
         """
-        routing: Routing | None = None
-        rows = _rows(inputs)
-        if gate is None and expert is None:
-            routing = self._routing(inputs)
-            gate, chosen = routing.gate, routing.expert.tolist()
-            names = [self.expert_names[index] for index in chosen]
+        rows, fallback = _rows(inputs), None
+        if gate is not None:
+            gate = self._checked(gate, rows)
+            names = self._named(gate) if expert is None else self._names(expert, rows)
+        elif expert is not None:
+            names = self._names(expert, rows)
+            gate = self.one_hot(names)
         else:
-            names = self._names(expert, gate, rows)
-            gate = self.one_hot(names) if gate is None else self._checked(gate, rows)
-        fallback = None if routing is None else routing.fallback
+            routing = self._routing(inputs)
+            gate, fallback = routing.gate, routing.fallback
+            names = self._named(routing.router_logits)
         if not self.heads:
             with self.slot.use(gate):
                 outputs = self.backbone(**inputs)
@@ -200,20 +205,16 @@ class TwinModel(nn.Module):
         Returns:
             (batch, feature), float32.
         """
-        if self.router is None:
-            raise GateError("this twin has no router; give a gate or an expert")
-        return self.features_as(self.router.settings.features, **inputs)
+        return self.features_as(self._required_router().settings.features, **inputs)
 
     @torch.inference_mode()
     def features_as(self, spec: str, **inputs: Any) -> Tensor:
         """Features by another specification than the router's, (batch, feature): `last`, `all`, `layer:K`, ..."""
-        layers = _layers(spec)
-        outputs = self.encode(None, **inputs, **({} if layers == "last" else {"output_hidden_states": True}))
         mask = inputs.get("attention_mask")
-        if layers == "last":
-            return _pool(outputs[0], mask)
-        states = outputs["hidden_states"]
-        chosen = range(len(states)) if layers == "all" else layers
+        if spec == "last":
+            return _pool(self.encode(None, **inputs)[0], mask)
+        states = self.encode(None, **inputs, output_hidden_states=True)["hidden_states"]
+        chosen = _layers(spec, len(states))
         beyond = [layer for layer in chosen if layer >= len(states)]
         if beyond:
             raise MismatchError(
@@ -234,11 +235,12 @@ class TwinModel(nn.Module):
         if gate is not None:
             gate = self._checked(gate, rows)
         elif expert is not None:
-            gate = self.one_hot(self._names(expert, None, rows))
+            gate = self.one_hot(self._names(expert, rows))
         else:
             gate = self.route(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
+        backbone: Any = self.backbone
         with self.slot.use(gate):
-            return self.backbone.generate(**inputs)
+            return backbone.generate(**inputs)
 
     @torch.no_grad()
     def materialize(self, gate_row: Tensor) -> PreTrainedModel:
@@ -254,7 +256,7 @@ class TwinModel(nn.Module):
         state = self.state_for(gate)
         if not self.heads:
             return _model_from(type(self.backbone), self.backbone.config, state)
-        head = self.heads[self.expert_names[int(gate.argmax())]]
+        head: Any = self.heads[self.expert_names[int(gate.argmax())]]
         prefix = type(head).base_model_prefix
         body = {k.removeprefix(f"{prefix}."): v for k, v in state.items()}
         own = {k: v.detach().clone() for k, v in head.state_dict().items() if not k.startswith(f"{prefix}.")}
@@ -282,15 +284,20 @@ class TwinModel(nn.Module):
         return nn.functional.one_hot(columns, len(self.expert_names)).float()
 
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
-        features = self.features(**inputs)
-        assert self.router is not None
-        routing: Routing = self.router(features)
+        router = self._required_router()
+        routing: Routing = router(self.features_as(router.settings.features, **inputs))
         return routing
 
-    def _names(self, expert: str | Sequence[str] | None, gate: Tensor | None, rows: int) -> list[str]:
-        if expert is None:
-            assert gate is not None
-            return [self.expert_names[index] for index in self._checked(gate, rows).argmax(dim=1).tolist()]
+    def _required_router(self) -> Router:
+        if self.router is None:
+            raise GateError("this twin has no router; give a gate or an expert")
+        return self.router
+
+    def _named(self, scores: Tensor) -> list[str]:
+        """The expert with the largest score of every row, (batch, expert)."""
+        return [self.expert_names[index] for index in scores.argmax(dim=1).tolist()]
+
+    def _names(self, expert: str | Sequence[str], rows: int) -> list[str]:
         names = [expert] * rows if isinstance(expert, str) else list(expert)
         unknown = [name for name in names if name not in self.expert_names]
         if unknown:
@@ -378,7 +385,8 @@ def load_config(folder: Path) -> PretrainedConfig:
         MismatchError: if there is none, or of a type unknown to transformers.
     """
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}") from error
 
@@ -406,15 +414,31 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_backbone(folder: Path, weights: Any = None) -> PreTrainedModel:
+def load_backbone(folder: Path) -> PreTrainedModel:
     """A model folder's model in its stored dtype, in eval mode; every tensor must find its place."""
     config = load_config(folder)
-    cls = model_class(config, folder)
-    model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+    cls: Any = model_class(config, folder)
+    with _quiet():
+        model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")
-    return model.eval()  # type: ignore[no-any-return]
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Load without transformers' own progress bars and notes; the user's settings return afterwards."""
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -426,7 +450,7 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
     settings = AutoConfig.for_model(**config)
     cls = model_class(settings, "head")
     with torch.device("meta"):
-        model = cls(settings)
+        model: Any = cls(settings)
     prefix = cls.base_model_prefix
     names = set(model.state_dict())
     expected = {name for name in names if not name.startswith(f"{prefix}.")}
@@ -438,7 +462,8 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
     setattr(model, prefix, nn.Identity())
     model.load_state_dict(dict(tensors), assign=True)
     model.meta_names = names
-    return model.eval()  # type: ignore[no-any-return]
+    head: PreTrainedModel = model.eval()
+    return head
 
 
 class _Computed(nn.Module):
@@ -452,11 +477,12 @@ class _Computed(nn.Module):
         return self.outputs
 
 
-def _with_outputs(head: nn.Module, outputs: ModelOutput) -> nn.Module:
-    """A shallow copy of a head model over computed outputs; the original is not touched, so calls may run side by side."""
+def _with_outputs(head: Any, outputs: ModelOutput) -> nn.Module:
+    """A shallow copy of a head model over computed outputs; the original is not touched: calls run side by side."""
     shallow = copy.copy(head)
     shallow._modules = {**head._modules, type(head).base_model_prefix: _Computed(outputs)}
-    return shallow
+    model: nn.Module = shallow
+    return model
 
 
 def _take(values: Any, rows: Sequence[int], batch: int) -> Any:
@@ -471,27 +497,29 @@ def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Map
     dtype = next(v.dtype for v in state.values() if v.is_floating_point())
     config = copy.deepcopy(config)
     config.dtype = dtype
-    model = cls(config).to(dtype)
+    model: Any = cls(config)
+    model.to(dtype)
     missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     lost = [name for name in missing if name not in tied]
     if lost or unexpected:
         raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {[*lost, *unexpected][0]!r}")
-    return model.eval()
+    built: PreTrainedModel = model.eval()
+    return built
 
 
-def _layers(spec: str) -> str | list[int]:
-    """'last', 'all', or the indices of hidden states (0 = embeddings)."""
-    if spec in ("last", "all"):
-        return spec
+def _layers(spec: str, count: int) -> list[int]:
+    """Which of a model's hidden states a specification names; 0 is the embeddings."""
+    if spec == "all":
+        return list(range(count))
     if spec == "embeddings":
         return [0]
     return [int(part) for part in spec.partition(":")[2].strip("[]").split(",")]
 
 
 def _pool(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over real tokens, (batch, seq, hidden) -> (batch, hidden), in float32; (batch, hidden, h, w) over positions."""
+    """Mean over the real tokens of (batch, seq, hidden), the positions of (batch, hidden, h, w), in float32."""
     states = states.float()
     if states.ndim == 4:
         return states.flatten(2).mean(dim=2)

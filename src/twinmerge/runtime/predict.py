@@ -37,7 +37,7 @@ def length_limit(model: TwinModel) -> int:
         model.tokenizer.model_max_length,
         getattr(model.backbone.config, "max_position_embeddings", None),
     ]
-    return min(limit for limit in limits if limit is not None)
+    return min(int(limit) for limit in limits if limit is not None)
 
 
 def batches(rows: Sequence[Row], batch_size: int) -> list[list[int]]:
@@ -84,7 +84,6 @@ def predict(
 
 def _answer(model: TwinModel, rows: Sequence[Row], expert: str | None) -> Iterator[dict[str, Any]]:
     out = model(**tokenize(model, rows), expert=expert)
-    assert out.gate is not None
     for index, name in enumerate(out.expert):
         gate = {e: round(w, 6) for e, w in zip(model.expert_names, out.gate[index].tolist(), strict=True)}
         answer: dict[str, Any] = {"expert": name, "gate": gate}
@@ -92,5 +91,6 @@ def _answer(model: TwinModel, rows: Sequence[Row], expert: str | None) -> Iterat
         if model.heads:
             probabilities = out.logits[index].float().softmax(dim=-1)
             score, label = probabilities.max(dim=-1)
-            answer |= {"label": model.heads[name].config.id2label[int(label)], "score": round(float(score), 6)}
+            head: Any = model.heads[name]
+            answer |= {"label": head.config.id2label[int(label)], "score": round(float(score), 6)}
         yield answer

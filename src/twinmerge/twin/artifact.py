@@ -55,11 +55,10 @@ class TwinArtifact:
             )
         artifact = cls(path, manifest)
         for name, entry in manifest["files"].items():
-            found = (path / name).stat().st_size if (path / name).is_file() else None
-            if found != entry["bytes"]:
+            found = f"{(path / name).stat().st_size:,}" if (path / name).is_file() else "no file"
+            if found != f"{entry['bytes']:,}":
                 raise ArtifactError(
-                    f"{path / name} must hold {entry['bytes']:,} bytes, found {'no file' if found is None else f'{found:,}'}; "
-                    "copy or build the twin again"
+                    f"{path / name} must hold {entry['bytes']:,} bytes, found {found}; copy or build the twin again"
                 )
         return artifact
 

@@ -18,7 +18,7 @@ Key = tuple[str, str]
 
 def compress(
     difference: Tensor, settings: ExclusiveSettings, *, seed: int, expert: str, name: str
-) -> tuple[Exclusive, Tensor]:
+) -> tuple[LowRank | Sparse, Tensor]:
     """Compress one matrix of exclusive knowledge (METHOD §3).
 
     Args:
@@ -112,8 +112,8 @@ def _ranks_for_budget(
 def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: int) -> float:
     """Find the scaling that leaves the least for truncation to throw away (METHOD §2, `scaling: auto`).
 
-    Minimises `sum_t tail_r(task_vector_t - scaling * direction)`, tail_r being the squared singular values beyond `rank`.
-    For 1-D parameters nothing is thrown away and the least-squares scaling is returned.
+    Minimises `sum_t tail_r(task_vector_t - scaling * direction)`, tail_r being the squared singular values beyond
+    `rank`. For 1-D parameters nothing is thrown away and the least-squares scaling is returned.
 
     Args:
         task_vectors: expert minus base of one parameter, float32, by expert.
@@ -121,7 +121,8 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
         rank: the rank that will be kept, or the mean rank that a budget allows.
 
     Returns:
-        The scaling; 0 where `direction` is zero.
+        The scaling, rounded to four digits so that the order of float sums does not change it; 0 where `direction` is
+        zero.
     """
     names = sorted(task_vectors)
     norm = float(direction.double().square().sum())
@@ -131,7 +132,7 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
         len(names) * norm
     )
     if direction.ndim < 2 or rank == 0:
-        return least_squares
+        return round(least_squares, 4)
     matrices = [as_matrix(task_vectors[n]).float() for n in names]
     merged = as_matrix(direction).float()
     if merged.shape[0] < merged.shape[1]:
@@ -145,7 +146,7 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
         values = torch.linalg.eigvalsh(grams - scaling * crossed + scaling * scaling * squared)
         return float(values[:, : max(values.shape[1] - rank, 0)].clamp_min(0).double().sum())
 
-    return _golden_section(tail, 0.0, 2.0 * max(least_squares, 1.0 / len(names)))
+    return round(_golden_section(tail, 0.0, 2.0 * max(least_squares, 1.0 / len(names))), 4)
 
 
 def _golden_section(function: Callable[[float], float], low: float, high: float, steps: int = 10) -> float:

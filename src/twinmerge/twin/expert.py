@@ -231,7 +231,8 @@ def _adapter_config(name: str, folder: Path) -> dict[str, Any]:
     if settings.get("peft_type") != "LORA" or refused:
         found = refused[0] if refused else settings.get("peft_type")
         raise MismatchError(
-            f"adapter {name!r} uses {found}, which is no plain low-rank difference; merge it into its base and give the folder"
+            f"adapter {name!r} uses {found}, which is no plain low-rank difference; "
+            "merge it into its base and give the folder"
         )
     return settings
 

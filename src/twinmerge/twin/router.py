@@ -67,11 +67,11 @@ class MLPHead(RouterHead):
         best_loss, best_state = float("inf"), self.state_dict()
         for _ in range(settings.epochs):
             self.train()
-            for rows in torch.randperm(len(labels)).split(_BATCH):
+            for rows in torch.split(torch.randperm(len(labels)), _BATCH):
                 if len(rows) < 2:
                     continue
                 optimiser.zero_grad()
-                nn.functional.cross_entropy(self(features[rows]), labels[rows]).backward()
+                torch.autograd.backward(nn.functional.cross_entropy(self(features[rows]), labels[rows]))
                 optimiser.step()
             self.eval()
             with torch.no_grad():
@@ -121,15 +121,17 @@ def _logistic_regression(
             optimiser.zero_grad()
             value = nn.functional.cross_entropy(features @ weight.T + bias, labels)
             value = value + 0.5 * strength / experts * weight.square().sum()
-            value.backward()
+            torch.autograd.backward(value)
             return value
 
-        optimiser.step(loss)
+        optimiser.step(loss)  # type: ignore[no-untyped-call]
     return weight.detach(), bias.detach()
 
 
 class CentroidHead(RouterHead):
     """Nearest class mean; needs no training."""
+
+    centroids: Tensor
 
     def __init__(self, feature_size: int, experts: int) -> None:
         """Make a head without centroids."""
@@ -138,8 +140,7 @@ class CentroidHead(RouterHead):
 
     def forward(self, features: Tensor) -> Tensor:
         """Minus half the mean squared distance to each centroid, (batch, expert)."""
-        centroids: Tensor = self.centroids
-        return -0.5 * torch.cdist(features, centroids).square() / features.shape[1]
+        return -0.5 * torch.cdist(features, self.centroids).square() / features.shape[1]
 
     @torch.no_grad()
     def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
@@ -149,6 +150,10 @@ class CentroidHead(RouterHead):
 
 class NeighboursHead(RouterHead):
     """k nearest neighbours by cosine; needs no training, keeps the router data's features in float16."""
+
+    features: Tensor
+    labels: Tensor
+    neighbours: Tensor
 
     def __init__(self, feature_size: int, experts: int, rows: int = 0, neighbours: int = 1) -> None:
         """Make a head for `rows` stored inputs."""
@@ -160,7 +165,7 @@ class NeighboursHead(RouterHead):
 
     def forward(self, features: Tensor) -> Tensor:
         """Log of each expert's share among the neighbours, smoothed by one vote in all, (batch, expert)."""
-        stored: Tensor = self.features.to(features.dtype)
+        stored = self.features.to(features.dtype)
         nearest = (nn.functional.normalize(features, dim=1) @ stored.T).topk(int(self.neighbours), dim=1)
         votes = torch.full(
             (len(features), self.experts), 1.0 / self.experts, dtype=features.dtype, device=features.device
@@ -186,6 +191,12 @@ HEADS: Mapping[str, Callable[..., RouterHead]] = {
 
 class Router(nn.Module):
     """A head with its standardisation, temperature and fall-back distance (METHOD §4)."""
+
+    mean: Tensor
+    deviation: Tensor
+    centroids: Tensor
+    temperature: Tensor
+    fallback_distance: Tensor
 
     def __init__(
         self, head: RouterHead, expert_names: Sequence[str], feature_size: int, settings: RouterSettings
@@ -245,7 +256,8 @@ class Router(nn.Module):
     def _distance(self, standard: Tensor) -> Tensor:
         """Root mean squared distance to the nearest expert's centroid, (batch,)."""
         nearest = torch.cdist(standard, self.centroids).amin(dim=1)
-        return nearest / standard.shape[1] ** 0.5
+        distance: Tensor = nearest / standard.shape[1] ** 0.5
+        return distance
 
 
 def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed: int) -> Router:
@@ -268,9 +280,8 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
     count = min(settings.samples_per_expert, *(len(rows) for rows in features.values()))
     held = max(1, round(settings.held_out * count))
     if count - held < 1:
-        raise DataError(
-            f"the router needs at least 2 inputs of every expert, found {count} of {min(features, key=lambda n: len(features[n]))!r}"
-        )
+        fewest = min(names, key=lambda name: len(features[name]))
+        raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
     with torch.random.fork_rng(devices=[]):
         training, validation = [], []
         for name in sorted(names):
@@ -327,7 +338,7 @@ def calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """Expected calibration error: mean gap of confidence and accuracy over 15 equal bins of confidence."""
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
     gap = 0.0
-    for index in bins.unique():
+    for index in torch.unique(bins):
         rows = bins == index
         gap += float(rows.float().mean()) * abs(float(confidence[rows].mean()) - float(correct[rows].float().mean()))
     return gap
@@ -353,13 +364,13 @@ def group_gates(routing: Routing, groups: int = 20, *, seed: int = 0) -> tuple[T
     from sklearn.cluster import KMeans
 
     gate, chosen = routing.gate.cpu(), routing.expert.cpu()
-    bins = chosen.unique()
+    bins = torch.unique(chosen)
     spare = max(groups - len(bins), 0)
     assigned = torch.zeros(len(gate), dtype=torch.int64)
     means: list[Tensor] = []
     for index in bins:
         rows = (chosen == index).nonzero()[:, 0]
-        distinct = len(gate[rows].unique(dim=0))
+        distinct = len(torch.unique(gate[rows], dim=0))
         clusters = min(1 + spare * len(rows) // len(gate), distinct)
         labels = torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(gate[rows].numpy())).long()
         for cluster in range(clusters):

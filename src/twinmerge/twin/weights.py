@@ -124,6 +124,7 @@ def decompose_tensor(task: TensorTask, plan: Plan, stats: Stats | None, part: Pa
         base = plan.base.read(task.name)
         factored = _factored_differences(task, plan, scaling)
         for name in task.experts:
+            compressed: LowRank | Sparse
             if factored is not None:
                 compressed, values = factored[name]
                 energies[name] = float(values.double().square().sum())
@@ -176,13 +177,13 @@ def _expected_rank(plan: Plan) -> int:
 def _factored_differences(
     task: TensorTask, plan: Plan, scaling: float | None
 ) -> dict[str, tuple[LowRank, Tensor]] | None:
-    """LoRA experts under a linear merge: D_t from stacked factors through QR, no (out, in) difference formed (METHOD §3)."""
+    """LoRA experts under a linear merge: D_t from stacked factors through QR, no (out, in) matrix is formed."""
     method = METHODS[plan.recipe.shared.method]
     svd = plan.recipe.exclusive.compression == "svd"
     if (
         task.kind not in MATRICES
         or not svd
-        or not method.linear
+        or method.coefficient is None
         or not all(plan.experts[n].is_adapter for n in task.experts)
     ):
         return None
@@ -234,8 +235,9 @@ def _require_related(plan: Plan, name: str) -> None:
     if cosine < RELATED_COSINE:
         distance = math.sqrt(max(norm_base + norm_expert - 2 * product, 0.0) / norm_base)
         raise MismatchError(
-            f"expert {name!r} is no fine-tune of this base: the cosine of their matrices must be at least {RELATED_COSINE}, "
-            f"found {cosine:.3f} (relative distance {distance:.2f}); give the model it was fine-tuned from as base"
+            f"expert {name!r} is no fine-tune of this base: the cosine of their matrices must be at least "
+            f"{RELATED_COSINE}, found {cosine:.3f} (relative distance {distance:.2f}); "
+            "give the model it was fine-tuned from as base"
         )
 
 
@@ -299,10 +301,9 @@ def _write_head(plan: Plan, name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
 
 
-def _pack(expert: str, part: Exclusive, dtype: torch.dtype) -> dict[str, Tensor]:
+def _pack(expert: str, part: LowRank | Sparse, dtype: torch.dtype) -> dict[str, Tensor]:
     if isinstance(part, LowRank):
         return {f"{expert}.up": part.up.to(dtype), f"{expert}.down": part.down.to(dtype)}
-    assert isinstance(part, Sparse)
     return {f"{expert}.indices": part.indices, f"{expert}.values": part.values.to(dtype)}
 
 
