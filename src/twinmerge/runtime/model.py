@@ -414,10 +414,15 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def load_backbone(folder: Path) -> PreTrainedModel:
-    """A model folder's model in its stored dtype, in eval mode; every tensor must find its place."""
-    config = load_config(folder)
-    cls: Any = model_class(config, folder)
+def load_backbone(folder: Path, like: Path | None = None) -> PreTrainedModel:
+    """A model folder's model in its stored dtype, in eval mode; every parameter must be found.
+
+    Args:
+        folder: with the weights.
+        like: another folder whose class is used, such as the base's for an expert; None is the folder's own.
+    """
+    config = load_config(like or folder)
+    cls: Any = model_class(config, like or folder)
     with _quiet():
         model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
     missing = sorted(info["missing_keys"])
@@ -491,6 +496,12 @@ def _take(values: Any, rows: Sequence[int], batch: int) -> Any:
         return values
     picked = {k: v[list(rows)] if isinstance(v, Tensor) and len(v) == batch else v for k, v in values.items()}
     return type(values)(**picked) if isinstance(values, ModelOutput) else picked
+
+
+def backbone_from(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of a folder's class with other weights, by the folder's tensor names."""
+    config = load_config(folder)
+    return _model_from(model_class(config, folder), config, state)
 
 
 def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -1,0 +1,241 @@
+"""Knows the program: parses arguments, calls the library, prints; nothing heavy is imported before a command runs."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from twinmerge import __version__
+from twinmerge.errors import TwinMergeError
+
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: without the program's name; None takes the process's.
+
+    Returns:
+        0, 1 (failed), 2 (what was asked cannot be done as asked) or 130 (interrupted).
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except TwinMergeError as error:
+        _complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing half-made was left")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options; docs/cli.md is generated from it."""
+    parser = argparse.ArgumentParser(
+        prog="twinmerge",
+        description="Several fine-tuned models of one base become one model that mixes them for every input.",
+    )
+    parser.add_argument("--version", action="version", version=f"twinmerge {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    build = _command(commands, "build", _build, "build a twin from a recipe: experts in, one folder out")
+    build.add_argument("recipe", type=Path, help="YAML file: base, experts, shared, exclusive, router")
+    build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
+    build.add_argument("--overwrite", action="store_true", help="replace the folder, once the new twin is complete")
+
+    inspect = _command(commands, "inspect", _inspect, "show experts, ranks, energy kept, bytes, router and provenance")
+    inspect.add_argument("twin", type=Path, help="folder of a twin")
+
+    verify = _command(commands, "verify", _verify, "check the hash of every file of a twin")
+    verify.add_argument("twin", type=Path, help="folder of a twin")
+
+    predict = _command(commands, "predict", _predict, "answer rows of text, each by its own mix of experts")
+    predict.add_argument("twin", type=Path, help="folder of a twin")
+    predict.add_argument("--input", type=Path, required=True, help='JSON lines: {"text": ...}, perhaps "text_pair"')
+    predict.add_argument("--output", type=Path, required=True, help="JSON lines in input order; must not exist")
+    predict.add_argument("--expert", help="use this expert alone instead of the router")
+    predict.add_argument("--batch-size", type=_positive, default=32, help="rows a batch (default: %(default)s)")
+    predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+
+    evaluate = _command(
+        commands, "eval", _eval, "run every contestant of a suite and write results.json and report.html"
+    )
+    evaluate.add_argument("suite", type=Path, help="YAML file: tasks, experts, contestants")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for results; finished runs in it are kept")
+    evaluate.add_argument("--seeds", type=int, nargs="+", help="only these seeds (default: the suite's)")
+    evaluate.add_argument("--contestants", nargs="+", help="only these contestants (default: the suite's)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return command
+
+
+def _build(options: argparse.Namespace) -> None:
+    from twinmerge.runtime.build import build
+
+    with _progress() as progress:
+        artifact = build(options.recipe, options.out, overwrite=options.overwrite, progress=progress)
+    _print_twin(artifact, options.json)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from twinmerge.twin.artifact import TwinArtifact
+
+    _print_twin(TwinArtifact.open(options.twin), options.json)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from twinmerge.twin.artifact import TwinArtifact
+
+    count = TwinArtifact.open(options.twin).verify()
+    _print_result({"twin": str(options.twin), "files": count, "intact": True}, options.json, f"{count} files intact")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from twinmerge.errors import GateError, OutputExistsError
+    from twinmerge.runtime.model import TwinModel
+    from twinmerge.runtime.predict import predict
+    from twinmerge.runtime.rows import iter_rows
+
+    if options.output.exists():
+        raise OutputExistsError(f"--output {options.output} exists already; remove it or name another file")
+    total = sum(1 for _ in iter_rows(options.input, labelled=False))
+    model = TwinModel.from_pretrained(options.twin, device=options.device)
+    if options.expert is not None and options.expert not in model.expert_names:
+        raise GateError(f"--expert: unknown expert {options.expert!r}; this twin has {', '.join(model.expert_names)}")
+    partial = options.output.with_name(f".{options.output.name}.partial")
+    experts: dict[str, int] = {}
+    with _progress() as progress:
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                rows = iter_rows(options.input, labelled=False)
+                answers = predict(model, rows, expert=options.expert, batch_size=options.batch_size)
+                for done, answer in enumerate(answers, start=1):
+                    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+                    experts[answer["expert"]] = experts.get(answer["expert"], 0) + 1
+                    progress("predicting", done, total)
+            partial.replace(options.output)
+        finally:
+            partial.unlink(missing_ok=True)
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(experts.items()))
+    _print_result(
+        {"output": str(options.output), "rows": total, "experts": experts}, options.json, f"{total} rows: {counts}"
+    )
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from twinmerge.eval.harness import run_suite
+    from twinmerge.eval.suite import Suite
+    from twinmerge.report import terminal_table, write_report
+
+    suite = Suite.load(options.suite)
+    with _progress() as progress:
+        result = run_suite(suite, options.out, seeds=options.seeds, contestants=options.contestants, progress=progress)
+    page = write_report(result, options.out)
+    if options.json:
+        sys.stdout.write(result.model_dump_json(indent=1) + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(terminal_table(result))
+    sys.stdout.write(f"report: {page}\n")
+
+
+def _print_twin(artifact: Any, as_json: bool) -> None:
+    """A twin for people, or its manifest with bytes per part."""
+    manifest, parts = artifact.manifest, artifact.bytes_per_part()
+    ratio = parts["exclusive"] / manifest["base"]["bytes"]
+    if as_json:
+        summary = {key: manifest[key] for key in ("format_version", "created", "recipe", "versions", "base", "experts")}
+        summary |= {
+            "router": manifest["router"],
+            "bytes": parts,
+            "exclusive_ratio": ratio,
+            "tensors": manifest["tensors"],
+        }
+        sys.stdout.write(json.dumps({"twin": str(artifact.path), **summary}, indent=1) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    experts = Table(title=f"{artifact.path}: a twin of {len(manifest['experts'])} experts", title_justify="left")
+    for column in ("expert", "mean rank", "largest rank", "energy kept", "source"):
+        experts.add_column(column, justify="left" if column in ("expert", "source") else "right", overflow="fold")
+    for name, entry in manifest["experts"].items():
+        row = (f"{entry['rank_mean']:.1f}", str(entry["rank_max"]), f"{entry['energy_kept']:.1%}", entry["source"])
+        experts.add_row(name, *row)
+    router, recipe = manifest["router"], manifest["recipe"]
+    console = Console()
+    console.print(experts)
+    console.print("bytes: " + ", ".join(f"{part} {size:,}" for part, size in parts.items()), highlight=False)
+    console.print(f"exclusive parts: {ratio:.4f} x the base's bytes", highlight=False)
+    console.print(
+        f"router: {recipe['router']['method']} on {recipe['router']['features']}, held-out accuracy "
+        f"{router['accuracy']:.2%}, calibration error {router['calibration_error']:.4f}, temperature "
+        f"{router['temperature']:.3f}, {router['inputs_per_expert']} inputs per expert",
+        highlight=False,
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    console.print(f"built {manifest['created']} with seed {recipe['seed']}; {versions}", highlight=False)
+
+
+def _print_result(result: dict[str, Any], as_json: bool, sentence: str) -> None:
+    sys.stdout.write((json.dumps(result) if as_json else sentence) + "\n")
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Bars on stderr with rate and time left; one line per finished stage where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    console = Console(stderr=True)
+    stages: dict[str, Any] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total, rate="")
+            task = bars._tasks[stages[stage]]
+            bars.update(stages[stage], completed=done, rate=f"{task.speed:,.1f}/s" if task.speed else "")
+            if done >= total:
+                if bars.disable:
+                    console.print(f"{stage}: {total}", highlight=False)
+                del stages[stage]
+
+        yield report
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write(f"twinmerge: error: {' '.join(message.split())}\n")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value

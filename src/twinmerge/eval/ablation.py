@@ -1,0 +1,75 @@
+"""Knows how routers are compared: features, methods and numbers of inputs, each scored on test rows."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from twinmerge.eval.metrics import expected_calibration_error, reliability
+from twinmerge.eval.results import RouterResult
+from twinmerge.twin.recipe import RouterSettings
+from twinmerge.twin.router import fit_router
+from twinmerge.twin.weights import Progress
+
+INPUTS_PER_EXPERT = (1000, 100, 10)
+
+
+def router_ablation(
+    features: Callable[[str], tuple[dict[str, Tensor], Tensor]],
+    labels: Tensor,
+    layers: int,
+    settings: RouterSettings,
+    seed: int,
+    feature_seconds: float,
+    progress: Progress,
+) -> list[RouterResult]:
+    """Fit one router for each variant and score it on test rows; nothing is chosen here.
+
+    Args:
+        features: gives, for a feature specification, router features by expert and test features (rows, feature).
+        labels: (rows,) the expert's index of every test row.
+        layers: of the model, embeddings not counted.
+        settings: the suite's; method and features vary around it.
+        seed: of the routers.
+        feature_seconds: what computing the features took, part of each router's seconds.
+        progress: called after each router.
+    """
+    every = [
+        "embeddings",
+        *(f"layer:{k}" for k in range(1, layers)),
+        "last",
+        f"layers:[0,{layers // 3},{layers}]",
+        "all",
+    ]
+    variants = [("linear", spec, 1000) for spec in every]
+    variants += [("mlp", spec, 1000) for spec in ("last", f"layer:{layers - 2}")]
+    variants += [(method, spec, 1000) for method in ("centroid", "knn") for spec in ("last", "all")]
+    variants += [(method, "all", n) for method in ("linear", "centroid", "knn") for n in INPUTS_PER_EXPERT[1:]]
+    variants += [("mlp", "last", n) for n in INPUTS_PER_EXPERT[1:]]
+    found = []
+    for index, (method, spec, count) in enumerate(variants):
+        started = time.monotonic()
+        fitted, test = features(spec)
+        chosen = settings.model_copy(update={"method": method, "features": spec, "samples_per_expert": count})
+        router = fit_router(fitted, chosen, seed=seed)
+        routing = router(test)
+        confidence, picked = (routing.router_logits / router.temperature).softmax(dim=1).max(dim=1)
+        correct = (picked == labels).numpy()
+        certain = confidence.double().numpy().astype(np.float64)
+        found.append(
+            RouterResult(
+                features=spec,
+                method=method,
+                inputs_per_expert=router.report["inputs_per_expert"],
+                seed=seed,
+                accuracy=float(correct.mean()),
+                held_out_accuracy=router.report["accuracy"],
+                calibration_error=expected_calibration_error(certain, correct),
+                nbytes=sum(tensor.nbytes for tensor in router.state_dict().values()),
+                seconds=time.monotonic() - started + feature_seconds,
+                reliability=reliability(certain, correct),
+            )
+        )
+        progress("routers", index + 1, len(variants))
+    return found

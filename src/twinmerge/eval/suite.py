@@ -1,0 +1,180 @@
+"""Knows what a suite file says: tasks, where their rows and experts lie, and who is compared."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from twinmerge.errors import RecipeError
+from twinmerge.eval.results import Slug
+from twinmerge.eval.tasks import Task
+from twinmerge.merging.methods import PretrainedParams, SharedParams
+from twinmerge.runtime.rows import Row, read_rows
+from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, RouterSettings, Strict
+from twinmerge.twin.schema import load_yaml
+
+CACHE_VARIABLE, DEFAULT_CACHE = "TWINMERGE_CACHE", "~/.cache/twinmerge"
+
+Shared = Annotated[SharedParams, Field(discriminator="method")]
+
+
+class TaskSpec(Strict):
+    """How a task is judged."""
+
+    metric: Literal["accuracy", "f1", "macro_f1"] = "accuracy"
+    positive_label: str | None = None
+
+
+class UnseenSpec(Strict):
+    """A task that no expert was trained on, scored by accuracy.
+
+    Attributes:
+        head: the expert whose head answers, its labels being the task's; None fits a logistic regression on the
+            backbone's pooled output for the task's validation rows.
+    """
+
+    head: str | None = None
+
+
+class ContestantSpec(Strict):
+    """Something that predicts rows.
+
+    Attributes:
+        title: for people.
+        kind: `experts` (each on its own task), `top1` (the router picks a full expert), `static` (one merged model) or
+            `twin`.
+        shared: how the merged model or the shared expert is made.
+        scalings: of `shared`; the best on validation rows is taken.
+        exclusive: of a twin.
+        router: of this contestant alone; None takes the suite's.
+        groups: group-wise mode of the paper with that many merged models.
+        seeds: run at these seeds only; None runs at all.
+    """
+
+    title: str
+    kind: Literal["experts", "top1", "static", "twin"]
+    shared: Shared = PretrainedParams()
+    scalings: list[float] | None = None
+    exclusive: ExclusiveSettings | None = None
+    router: RouterSettings | None = None
+    groups: Annotated[int, Field(ge=1)] | None = None
+    seeds: list[int] | None = None
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> Self:
+        if (self.kind == "twin") != (self.exclusive is not None):
+            raise ValueError(f"exclusive belongs to kind twin, and only to it; found kind {self.kind}")
+        if self.scalings is not None and (self.kind != "static" or not hasattr(self.shared, "scaling")):
+            raise ValueError("scalings belong to kind static with a method that has a scaling")
+        return self
+
+
+class Suite(Strict):
+    """A suite file; see docs/recipe.md.
+
+    Attributes:
+        name: of the suite.
+        root: folder that the other paths start from; `{seed}` stands for the seed, `$TWINMERGE_CACHE` is known
+            (default ~/.cache/twinmerge).
+        base: the base model.
+        base_title: its name in the report; None takes the folder's.
+        experts: `{task}` stands for the task.
+        data: rows; `{task}` and `{split}` (train, validation, router, test) stand for themselves.
+        unseen_data: rows of unseen tasks.
+        tasks: judged tasks, one expert each.
+        unseen: tasks without an expert.
+        unseen_rows: test rows of each unseen task that are used, the first ones.
+        validation_rows: of each task, to choose scalings on.
+        max_length: tokens an input is cut at.
+        shared: of the suite's router: the shared expert whose features it sees.
+        router: picks head and gate of every contestant without a router of its own.
+        router_ablation: whether features, methods and numbers of inputs are compared, at the first seed.
+        seeds: runs to make.
+        contestants: in the order they are shown.
+        sources: citations.
+    """
+
+    name: Slug
+    root: str
+    base: str
+    base_title: str | None = None
+    experts: str = "experts/{task}"
+    data: str = "data/{task}.{split}.jsonl"
+    unseen_data: str = "unseen/{task}.{split}.jsonl"
+    tasks: dict[Slug, TaskSpec]
+    unseen: dict[Slug, UnseenSpec] = {}
+    unseen_rows: Annotated[int, Field(ge=1)] = 500
+    validation_rows: Annotated[int, Field(ge=1)] = 200
+    max_length: int | None = None
+    shared: Shared
+    router: RouterSettings = RouterSettings()
+    router_ablation: bool = False
+    seeds: list[int] = [0]
+    contestants: dict[Slug, ContestantSpec]
+    sources: list[str] = []
+    folder: Path = Path()
+
+    @field_validator("tasks")
+    @classmethod
+    def _two_tasks(cls, tasks: dict[str, TaskSpec]) -> dict[str, TaskSpec]:
+        if len(tasks) < 2:
+            raise ValueError(f"a suite needs at least two tasks, found {len(tasks)}")
+        return tasks
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a suite file.
+
+        Raises:
+            RecipeError: `file:line`, what is wrong and what to do.
+        """
+        path = Path(path)
+        suite = load_yaml(path, cls).model_copy(update={"folder": path.resolve().parent})
+        for name, unseen in suite.unseen.items():
+            if unseen.head is not None and unseen.head not in suite.tasks:
+                raise RecipeError(f"{path}: unseen.{name}.head must be a task of the suite, found {unseen.head!r}")
+        return suite
+
+    def root_of(self, seed: int) -> Path:
+        """The folder of one seed's experts and rows."""
+        cache = os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)
+        root = self.root.replace("${" + CACHE_VARIABLE + "}", cache).replace("$" + CACHE_VARIABLE, cache)
+        return (self.folder / Path(root.replace("{seed}", str(seed))).expanduser()).resolve()
+
+    def task(self, name: str, seed: int) -> Task:
+        """One task with its validation and test rows."""
+        spec = self.tasks[name]
+        return Task(
+            name, spec.metric, spec.positive_label, self._rows(name, "validation", seed), self._rows(name, "test", seed)
+        )
+
+    def _rows(self, task: str, split: str, seed: int) -> list[Row]:
+        return read_rows(self.root_of(seed) / self.data.format(task=task, split=split), labelled=True)
+
+    def unseen_task(self, name: str, seed: int) -> tuple[list[Row], list[Row]]:
+        """Validation and test rows of an unseen task; without a head the former fit the answer."""
+        paths = [self.root_of(seed) / self.unseen_data.format(task=name, split=s) for s in ("validation", "test")]
+        fit = read_rows(paths[0], labelled=True) if self.unseen[name].head is None else []
+        return fit[: self.unseen_rows], read_rows(paths[1], labelled=True)[: self.unseen_rows]
+
+    def recipe(
+        self, shared: SharedParams, exclusive: ExclusiveSettings, router: RouterSettings | None, seed: int
+    ) -> Recipe:
+        """The recipe of a contestant at a seed."""
+        experts = {
+            name: ExpertSource(
+                model=self.experts.format(task=name), router_data=self.data.format(task=name, split="router")
+            )
+            for name in self.tasks
+        }
+        return Recipe(
+            base=self.base,
+            experts=experts,
+            shared=shared,
+            exclusive=exclusive,
+            router=router or self.router,
+            max_length=self.max_length,
+            seed=seed,
+            root=self.root_of(seed),
+        )
