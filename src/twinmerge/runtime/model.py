@@ -514,8 +514,9 @@ def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Map
     model.tie_weights()
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     lost = [name for name in missing if name not in tied]
-    if lost or unexpected:
-        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {[*lost, *unexpected][0]!r}")
+    odd = lost + [name for name in unexpected if state[name].is_floating_point()]  # integers are buffers of older files
+    if odd:
+        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {odd[0]!r}")
     built: PreTrainedModel = model.eval()
     return built
 
