@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -62,7 +62,7 @@ class ContestantSpec(Strict):
     seeds: list[int] | None = None
 
     @model_validator(mode="after")
-    def _fits_kind(self) -> Self:
+    def _fits_kind(self) -> "ContestantSpec":
         if (self.kind == "twin") != (self.exclusive is not None):
             raise ValueError(f"exclusive belongs to kind twin, and only to it; found kind {self.kind}")
         if self.scalings is not None and (self.kind != "static" or not hasattr(self.shared, "scaling")):
@@ -123,7 +123,7 @@ class Suite(Strict):
         return tasks
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str) -> "Suite":
         """Read a suite file.
 
         Raises:
