@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,22 @@ def make_family(
     return Family(root, experts)
 
 
+BASES: Mapping[str, tuple[Callable[[], PreTrainedModel], str]]
+"""Family -> how its base is made, the class of its experts."""
+
+
+def families(root: Path) -> Callable[[str], Family]:
+    """Families by name, each written once under `root`."""
+
+    @cache
+    def family(name: str) -> Family:
+        make, expert_class = BASES[name]
+        side = "left" if expert_class.endswith(("CausalLM", "LMHeadModel")) else "right"
+        return make_family(root / name, make(), getattr(transformers, expert_class), padding_side=side)
+
+    return family
+
+
 def random_gate(rows: int, experts: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows that sum to 1, every expert in them."""
     generator = torch.Generator().manual_seed(seed)
@@ -181,3 +198,12 @@ def distilbert() -> PreTrainedModel:
 def roberta() -> PreTrainedModel:
     config = text_config(transformers.RobertaConfig, pad_token_id=0, bos_token_id=2, eos_token_id=3)
     return seeded(transformers.RobertaForMaskedLM, config)
+
+
+BASES = {
+    "bert": (bert, "BertForSequenceClassification"),
+    "distilbert": (distilbert, "DistilBertForSequenceClassification"),
+    "roberta": (roberta, "RobertaForSequenceClassification"),
+    "llama": (llama, "LlamaForCausalLM"),
+    "gpt2": (gpt2, "GPT2LMHeadModel"),
+}

@@ -1,6 +1,7 @@
 """Knows how features become gates: heads, calibration and the fall-back to the shared expert."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,12 @@ class Routing:
         return self.router_logits.argmax(dim=1)
 
 
-class RouterHead(nn.Module):
+class RouterHead(nn.Module, ABC):
     """Features, standardised, in; router logits (batch, expert) out."""
 
+    @abstractmethod
     def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
         """Learn from router data; `held_out` only selects."""
-        raise NotImplementedError
 
 
 class MLPHead(RouterHead):
@@ -368,10 +369,12 @@ def group_gates(routing: Routing, groups: int = 20, *, seed: int = 0) -> tuple[T
     spare = max(groups - len(bins), 0)
     assigned = torch.zeros(len(gate), dtype=torch.int64)
     means: list[Tensor] = []
+    done = 0
     for index in bins:
         rows = (chosen == index).nonzero()[:, 0]
-        distinct = len(torch.unique(gate[rows], dim=0))
-        clusters = min(1 + spare * len(rows) // len(gate), distinct)
+        share = spare * (done + len(rows)) // len(gate) - spare * done // len(gate)
+        done += len(rows)
+        clusters = min(1 + share, len(torch.unique(gate[rows], dim=0)))
         labels = torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(gate[rows].numpy())).long()
         for cluster in range(clusters):
             members = rows[labels == cluster]
