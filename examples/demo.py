@@ -15,12 +15,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-TASKS = ("movie", "sms", "trec", "wordnet")
+TASKS = ("election", "movie", "sms", "trec")
 QUESTIONS = """\
 {"text": "What is the capital of Iceland?"}
 {"text": "URGENT! You have won a prize, call 09061701461 now to claim"}
 {"text": "a gorgeous, witty, seductive movie that never bores"}
-{"text": "any of various small singing birds with a thick bill"}
+{"text": "Thank you Ohio! Together we will MAKE AMERICA GREAT AGAIN!"}
 """
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     cache = options.cache.expanduser().resolve()
     os.environ["TWINMERGE_CACHE"] = str(cache)
 
-    say("1/4  real experts: four MiniLM fine-tuned on movie reviews, SMS, questions and WordNet glosses")
+    say("1/4  real experts: four MiniLM fine-tuned on tweets, movie reviews, SMS and questions")
     prepare = [
         sys.executable,
         "suites/text/prepare.py",

@@ -267,7 +267,8 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
     Held-out inputs select and calibrate; no label of any task and no test row is seen.
 
     Args:
-        features: (rows, feature) by expert, in the gate's order; the same number is used of each.
+        features: (rows, feature) by expert, in any order: the gate's columns are the sorted names; the same number of
+            rows is used of each.
         settings: method and its parameters.
         seed: of the split, the initialisation and the order of training.
 
@@ -277,7 +278,7 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
     Raises:
         DataError: if an expert has too few inputs to hold any out.
     """
-    names = list(features)
+    names = sorted(features)
     count = min(settings.samples_per_expert, *(len(rows) for rows in features.values()))
     held = min(max(1, round(settings.held_out * count)), count - 1)
     if held < 1:
@@ -285,7 +286,7 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
         raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
     with torch.random.fork_rng(devices=[]):
         training, validation = [], []
-        for name in sorted(names):
+        for name in names:
             generator = torch.Generator().manual_seed(seed)
             rows = features[name].float()[torch.randperm(len(features[name]), generator=generator)[:count]]
             label = torch.full((count,), names.index(name))
