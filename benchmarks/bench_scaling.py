@@ -20,8 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from twinmerge.eval.harness import SeedRun
 from twinmerge.eval.metrics import normalized_score, score
+from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.merging.methods import AverageParams, TaskArithmeticParams
 from twinmerge.runtime.model import load_backbone

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from twinmerge.eval.harness import SeedRun
+from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.runtime.model import load_backbone
 from twinmerge.runtime.predict import tokenize

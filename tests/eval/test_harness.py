@@ -9,7 +9,8 @@ import torch
 
 from tests import tiny
 from twinmerge.errors import DataError, RecipeError
-from twinmerge.eval.harness import SeedRun, run_suite, slice_features
+from twinmerge.eval.harness import run_suite
+from twinmerge.eval.seed import SeedRun, slice_features
 from twinmerge.eval.suite import Suite
 from twinmerge.twin.weights import silent
 
@@ -121,7 +122,7 @@ def test_bytes_of_exclusive_parts_are_those_on_disk_and_static_merges_have_none(
 
 def test_finished_runs_are_not_run_again(run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     out, result = run
-    monkeypatch.setattr(SeedRun, "run", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr("twinmerge.eval.harness.run_contestant", lambda *_: pytest.fail("ran again"))
     again = run_suite(suite, out)
     assert again.contestants == result.contestants
     assert again.routers == result.routers
