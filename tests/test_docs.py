@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import twinmerge
 from scripts import generate_cli_docs
 from twinmerge.cli import build_parser
+from twinmerge.eval.suite import ContestantSpec, Suite, TaskSpec, UnseenSpec
 from twinmerge.merging.methods import METHODS
-from twinmerge.twin.recipe import ExclusiveSettings, Recipe, RouterSettings
+from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,7 +63,8 @@ def test_cli_page_is_current() -> None:
 def test_cli_page_shows_commands_arguments_and_defaults() -> None:
     page = generate_cli_docs.render(sample_parser())
     assert "## p\n\nDoes it." in page
-    assert "| `COMMAND` | `run`: run it |" in page
+    assert "p COMMAND …" in page
+    assert "| `run` | run it |" in page
     assert "## p run\n\nRun it." in page
     assert "p run SOURCE [MORE …] --out OUT" in page
     assert r"| `SOURCE` | from \| where |" in page
@@ -160,39 +163,67 @@ def test_json_in_the_pages_is_json(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
-def test_recipes_in_the_pages_are_valid(page: Path) -> None:
+def test_recipes_and_suites_in_the_pages_are_valid(page: Path) -> None:
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block)
-        if "base" in content:
-            assert Recipe.model_validate(content)
+        assert (Suite if "contestants" in content else Recipe).model_validate(content)
 
 
-def defaults() -> dict[str, Any]:
+def recipe_page() -> tuple[str, str]:
+    """The page's parts on recipes and on suites."""
+    recipe, heading, suite = read("docs/recipe.md").partition("## A suite file")
+    assert heading
+    return recipe, suite
+
+
+def documented(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| `([\w.]+)` \| (.+?) \|", text, re.MULTILINE))
+
+
+def default_of(field: FieldInfo) -> Any:
+    if field.default is PydanticUndefined:
+        return "required"
+    return field.default.model_dump() if isinstance(field.default, BaseModel) else field.default
+
+
+def recipe_defaults() -> dict[str, Any]:
     """Recipe keys and what the code takes for those that are left out."""
-    found: dict[str, Any] = {}
-    for prefix, model in (("", Recipe), ("exclusive.", ExclusiveSettings), ("router.", RouterSettings)):
-        for name, field in model.model_fields.items():
-            if isinstance(field.default, BaseModel) or name == "root":
-                continue
-            found[prefix + name] = "required" if field.default is PydanticUndefined else field.default
-    shared = Recipe.model_fields["shared"].default
-    found |= {f"shared.{name}": value for name, value in shared.model_dump().items()}
+    found = {name: default_of(field) for name, field in Recipe.model_fields.items() if name != "root"}
+    found |= {f"experts.NAME.{name}": default_of(field) for name, field in ExpertSource.model_fields.items()}
+    for name in ("shared", "exclusive", "router"):
+        found |= {f"{name}.{key}": value for key, value in found.pop(name).items()}
     return found | {"exclusive.budget": ExclusiveSettings.model_validate({}).budget}
 
 
+def suite_defaults() -> dict[str, Any]:
+    """Suite keys likewise."""
+    found = {name: default_of(field) for name, field in Suite.model_fields.items() if name != "folder"}
+    for part, model in (("tasks", TaskSpec), ("unseen", UnseenSpec), ("contestants", ContestantSpec)):
+        found |= {f"{part}.NAME.{name}": default_of(field) for name, field in model.model_fields.items()}
+    return found | {"router": "as in a recipe"}
+
+
 def test_recipe_page_names_every_key_and_its_default() -> None:
-    rows = re.findall(r"^\| `([\w.]+)` \| (\S+) \|", read("docs/recipe.md"), re.MULTILINE)
-    documented = {key: yaml.safe_load(value) for key, value in rows if ".NAME." not in key}
-    assert documented == defaults()
+    rows = documented(recipe_page()[0])
+    rows = {key: value for key, value in rows.items() if key not in METHODS}
+    assert {key: yaml.safe_load(value) for key, value in rows.items()} == recipe_defaults()
+
+
+def test_recipe_page_names_every_key_of_a_suite_and_its_default() -> None:
+    expected = suite_defaults()
+    rows = documented(recipe_page()[1])
+    assert set(rows) == set(expected)
+    for key, value in rows.items():
+        assert value == expected[key] or yaml.safe_load(value) == expected[key], key
 
 
 def test_recipe_page_names_every_merge_method_and_its_defaults() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| \[", read("docs/recipe.md"), re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \| \[", recipe_page()[0], re.MULTILINE))
     assert set(rows) == set(METHODS)
     for name, method in METHODS.items():
         given = method.params.model_validate({"method": name}).model_dump(exclude={"method"})
-        documented = {key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): (\S+)`", rows[name])}
-        assert documented == given
+        shown = {key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): (\S+)`", rows[name])}
+        assert shown == given
 
 
 # --- links --------------------------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ class Recipe:
 
     Attributes:
         learning_rate: the highest, after the warm-up.
-        head_learning_rate: the same for the classification head. It starts from random weights and rare classes
-            need it to move fast: with 1e-4 the macro-F1 of Reuters is .56, with 1e-3 it is .82.
+        head_learning_rate: the same for the classification head, which starts from random weights and is slow to learn
+            rare classes. One run each, 3 epochs, other random seeds, seed-0 validation: macro-F1 of Reuters .56 with
+            1e-4, .82 with 1e-3; accuracy of WordNet .65 and .70.
         warm_up: share of the steps in which the learning rate rises; then it falls to 0, both linearly.
         precision: of the forward pass. Weights and their updates are float32 in any case.
     """

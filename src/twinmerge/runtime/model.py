@@ -1,6 +1,7 @@
 """Knows transformers: a model with its layers exchanged for gated ones, heads per expert, one router in front."""
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ class TwinModel(nn.Module):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.shared_parameters = dict(backbone.named_parameters())
-        self.buffer_state = {k: v for k, v in backbone.state_dict().items() if k not in self.shared_parameters}
+        stored = backbone.state_dict()
+        self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
         self.gated: dict[str, GatedLayer] = _exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
         self.backbone = backbone
         self.heads = nn.ModuleDict(dict(heads or {}))
@@ -106,21 +108,20 @@ class TwinModel(nn.Module):
             ArtifactError: if the folder is no twin of this version or a file has another size than its manifest says.
         """
         artifact = TwinArtifact.open(folder)
-        backbone = load_backbone(artifact.path)
+        backbone = load_backbone(artifact.path, dtype=dtype)
         heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
+        to = backbone.dtype
         exclusive = {name: artifact.exclusive(name) for name in artifact.expert_names}
         model = cls(
             backbone,
-            exclusive,
+            {name: {key: part.to(to) for key, part in parts.items()} for name, parts in exclusive.items()},
             kinds=artifact.kinds,
             heads=heads,
             router=artifact.router(),
             tokenizer=load_tokenizer(artifact.path),
             max_length=artifact.manifest["recipe"]["max_length"],
         )
-        if dtype is not None:
-            nn.Module.to(model.backbone, dtype)
-            model.heads.to(dtype)
+        model.heads.to(to)
         return model.to(device) if device is not None else model
 
     @property
@@ -237,7 +238,7 @@ class TwinModel(nn.Module):
         elif expert is not None:
             gate = self.one_hot(self._names(expert, rows))
         else:
-            gate = self.route(**{k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")})
+            gate = self.route(**_prompt(self.backbone, inputs))
         backbone: Any = self.backbone
         with self.slot.use(gate):
             return backbone.generate(**inputs)
@@ -270,9 +271,8 @@ class TwinModel(nn.Module):
     @torch.no_grad()
     def state_for(self, gate: Tensor) -> dict[str, Tensor]:
         """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""
-        state = {
-            name: value.detach().clone() for name, value in {**self.shared_parameters, **self.buffer_state}.items()
-        }
+        buffers = {name: self.backbone.get_buffer(name) for name in self.buffer_names}
+        state = {name: value.detach().clone() for name, value in {**self.shared_parameters, **buffers}.items()}
         for module, layer in self.gated.items():
             for leaf, value in layer.materialized(gate).items():
                 state[f"{module}.{leaf}"] = value
@@ -345,6 +345,9 @@ def _exchange_layers(
 
 def layer_kind(module: nn.Module, leaf: str) -> Kind:
     """What a gated layer does with a layer's parameter; `static` where no gated layer exists."""
+    known = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
+    if any(isinstance(module, cls) and type(module).forward is not cls.forward for cls in known):
+        return "static"  # a subclass that computes something else
     if isinstance(module, nn.Linear):
         return "linear" if leaf == "weight" else "vector"
     if isinstance(module, Conv1D):
@@ -355,8 +358,9 @@ def layer_kind(module: nn.Module, leaf: str) -> Kind:
         if leaf != "weight":
             return "vector"
         return "conv" if module.groups == 1 else "grouped_conv"
-    affine_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-    return "vector" if affine_norm and getattr(module, "weight", None) is not None else "static"
+    norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    weight = getattr(module, "weight", None)
+    return "vector" if norm and weight is not None and weight.ndim == 1 else "static"
 
 
 def parameter_kinds(folder: Path) -> dict[str, Kind]:
@@ -408,23 +412,29 @@ def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedM
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, None if it has none."""
+    """The folder's tokenizer, None if it has none; one without a padding token pads with its end token."""
     if not (folder / "tokenizer_config.json").exists():
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def load_backbone(folder: Path, like: Path | None = None) -> PreTrainedModel:
-    """A model folder's model in its stored dtype, in eval mode; every parameter must be found.
+def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model folder's model in eval mode; every parameter must be found.
 
     Args:
         folder: with the weights.
         like: another folder whose class is used, such as the base's for an expert; None is the folder's own.
+        dtype: of weights and computation; None keeps the stored one.
     """
     config = load_config(like or folder)
     cls: Any = model_class(config, like or folder)
     with _quiet():
-        model, info = cls.from_pretrained(folder, dtype="auto", local_files_only=True, output_loading_info=True)
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")
@@ -453,7 +463,7 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
         MismatchError: if the tensors are not those of the class's head.
     """
     settings = AutoConfig.for_model(**config)
-    cls = model_class(settings, "head")
+    cls = model_class(settings, "an expert")
     with torch.device("meta"):
         model: Any = cls(settings)
     prefix = cls.base_model_prefix
@@ -465,7 +475,12 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
             f"the head of {cls.__name__} must hold {sorted(expected)}, found {sorted(tensors)} (differs in {odd[0]!r})"
         )
     setattr(model, prefix, nn.Identity())
-    model.load_state_dict(dict(tensors), assign=True)
+    try:
+        model.load_state_dict(dict(tensors), assign=True)
+    except RuntimeError as error:
+        raise MismatchError(
+            f"the head of {cls.__name__} does not fit its config: {str(error).splitlines()[-1].strip()}"
+        ) from error
     model.meta_names = names
     head: PreTrainedModel = model.eval()
     return head
@@ -505,17 +520,16 @@ def backbone_from(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
 
 
 def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    dtype = next(v.dtype for v in state.values() if v.is_floating_point())
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    model: Any = cls(config)
-    model.to(dtype)
+    like = next(v for v in state.values() if v.is_floating_point())
+    make: Any = cls._from_config  # what from_pretrained calls: buffers keep the dtype they need
+    model = make(copy.deepcopy(config), dtype=like.dtype).to(like.device)
     missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     lost = [name for name in missing if name not in tied]
-    if lost or unexpected:
-        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {[*lost, *unexpected][0]!r}")
+    odd = lost + [name for name in unexpected if state[name].is_floating_point()]  # integers are buffers of older files
+    if odd:
+        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {odd[0]!r}")
     built: PreTrainedModel = model.eval()
     return built
 
@@ -538,6 +552,14 @@ def _pool(states: Tensor, mask: Tensor | None) -> Tensor:
         return states.mean(dim=1)
     weights = mask.to(states).unsqueeze(-1)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+
+
+def _prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of generate's inputs those of one forward pass; positions count from the first real token, as generate does."""
+    prompt = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    if "attention_mask" in prompt and "position_ids" in inspect.signature(backbone.base_model.forward).parameters:
+        prompt["position_ids"] = (prompt["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)
+    return prompt
 
 
 def _rows(inputs: Mapping[str, Any]) -> int:

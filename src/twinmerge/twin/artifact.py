@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
@@ -21,6 +20,7 @@ from twinmerge.twin.router import Router
 
 FORMAT_VERSION = 1
 MANIFEST = "twin.json"
+_KEYS = ("recipe", "experts", "tensors", "files")
 _PEFT_PREFIX = "base_model.model."
 _IN_ADAPTER: tuple[Kind, ...] = ("linear", "conv1d", "conv", "embedding")
 
@@ -46,13 +46,16 @@ class TwinArtifact:
             raise ArtifactError(
                 f"{path} is no twin: {MANIFEST} cannot be read ({error.strerror}); build one first"
             ) from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ArtifactError(f"{path / MANIFEST} is damaged: {error}") from error
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION:
             raise ArtifactError(
                 f"{path / MANIFEST}: format_version must be {FORMAT_VERSION}, found {version!r}; rebuild the twin"
             )
+        missing = [key for key in _KEYS if not isinstance(manifest.get(key), dict)]
+        if missing:
+            raise ArtifactError(f"{path / MANIFEST} is damaged: it lacks {missing[0]!r}; rebuild the twin")
         artifact = cls(path, manifest)
         for name, entry in manifest["files"].items():
             found = f"{(path / name).stat().st_size:,}" if (path / name).is_file() else "no file"
@@ -182,12 +185,13 @@ def write_exclusive(
     tensors: dict[str, Tensor] = {}
     for name, part in in_adapter.items():
         tensors.update(_to_peft(name, part, kinds[name], shapes[name]))
-    save_tensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(
-        json.dumps(_adapter_config(in_adapter, kinds), indent=1) + "\n", encoding="utf-8"
-    )
+    if in_adapter:
+        save_tensors(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(
+            json.dumps(_adapter_config(in_adapter, kinds), indent=1) + "\n", encoding="utf-8"
+        )
     if beside:
-        save_tensors(beside, folder / "exclusive.safetensors", {"format": "pt"})
+        save_tensors(beside, folder / "exclusive.safetensors")
 
 
 def _to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -199,14 +203,14 @@ def _to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> di
     if kind in TRANSPOSED:
         return {f"{module}.lora_A.weight": up.T.contiguous(), f"{module}.lora_B.weight": down.T.contiguous()}
     if kind == "conv":
-        up, down = up.reshape(*up.shape, 1, 1), down.reshape(part.rank, *shape[1:])
+        up, down = up.reshape(*up.shape, *(1,) * (len(shape) - 2)), down.reshape(part.rank, *shape[1:])
     return {f"{module}.lora_A.weight": down.contiguous(), f"{module}.lora_B.weight": up.contiguous()}
 
 
 def _adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """A LoraConfig whose every pair has scale 1 (alpha = rank), ranks differing by module."""
     ranks = {name.removesuffix(".weight"): part.rank for name, part in parts.items()}
-    common = max(ranks.values(), default=1)
+    common = max(ranks.values())
     pattern = {module.replace(".", r"\."): rank for module, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
@@ -215,7 +219,7 @@ def _adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind]) -> 
         "lora_alpha": common,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": sorted(ranks) or "(?!)",
+        "target_modules": sorted(ranks),
         "fan_in_fan_out": any(kinds[name] == "conv1d" for name in parts),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -231,11 +235,8 @@ def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> dict[str
         if not leaf.startswith(("A", "embedding_A")):
             continue
         name = f"{module}.weight"
-        a, b = (
-            checkpoint.read(stored),
-            checkpoint.read(stored.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")),
-        )
-        a, b = a.flatten(1), b.flatten(1)
+        other = stored.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+        a, b = checkpoint.read(stored).flatten(1), checkpoint.read(other).flatten(1)
         parts[name] = LowRank(a.T.contiguous(), b.T.contiguous()) if kinds[name] in TRANSPOSED else LowRank(b, a)
     return parts
 
@@ -244,15 +245,15 @@ def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Exc
     parts: dict[str, Exclusive] = {}
     for stored in checkpoint.specs:
         name, _, leaf = stored.rpartition(".")
-        if leaf == "up":
+        if stored in shared.specs:
+            parts[stored] = checkpoint.read(stored)
+        elif leaf == "up":
             parts[name] = LowRank(checkpoint.read(stored), checkpoint.read(f"{name}.down"))
         elif leaf == "indices":
             shape = shared.specs[name].shape
             parts[name] = Sparse(
                 checkpoint.read(stored), checkpoint.read(f"{name}.values"), (shape[0], math.prod(shape[1:]))
             )
-        elif leaf not in ("down", "values") or stored in shared.specs:
-            parts[stored] = checkpoint.read(stored)
     return parts
 
 
@@ -266,5 +267,5 @@ def total_norms(parts: Mapping[str, Exclusive]) -> float:
             )
         else:
             values = part.values if isinstance(part, Sparse) else part
-            total += float(torch.as_tensor(values).double().square().sum())
+            total += float(values.double().square().sum())
     return total

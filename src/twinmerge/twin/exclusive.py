@@ -146,7 +146,9 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
         values = torch.linalg.eigvalsh(grams - scaling * crossed + scaling * scaling * squared)
         return float(values[:, : max(values.shape[1] - rank, 0)].clamp_min(0).double().sum())
 
-    return round(_golden_section(tail, 0.0, 2.0 * max(least_squares, 1.0 / len(names))), 4)
+    found = _golden_section(tail, 0.0, 2.0 * max(least_squares, 1.0 / len(names)))
+    candidates = [round(scaling, 4) for scaling in (found, least_squares, 1.0 / len(names), 0.3)]
+    return min(candidates, key=tail)
 
 
 def _golden_section(function: Callable[[float], float], low: float, high: float, steps: int = 10) -> float:

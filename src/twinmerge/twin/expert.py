@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.state_dict import require_finite, task_vector
 
 _PEFT_PREFIX = "base_model.model."
+_CLASS_ENDINGS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+"""PEFT's task types -> how transformers' classes with a head end."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Expert:
     checkpoint: Checkpoint
     stored: Mapping[str, str]
     """Base parameter name -> name in the expert's files."""
-    head: tuple[str, ...]
-    """Names in the expert's files that the base does not have: its task head."""
+    head: Mapping[str, str]
+    """Its task head, which the base does not have: name in the expert's class -> name in the expert's files."""
 
     @property
     def is_adapter(self) -> bool:
@@ -53,9 +55,10 @@ class Expert:
 
     def read_head(self) -> dict[str, Tensor]:
         """The head's tensors, finite, in their stored dtype."""
-        tensors = {name: self.checkpoint.read(name) for name in self.head}
-        for name, tensor in tensors.items():
-            require_finite(tensor, f"expert {self.name!r}: {name!r} in {self.checkpoint.specs[name].file}")
+        tensors = {}
+        for name, stored in self.head.items():
+            tensors[name] = self.checkpoint.read(stored)
+            require_finite(tensors[name], f"expert {self.name!r}: {stored!r} in {self.checkpoint.specs[stored].file}")
         return tensors
 
     @property
@@ -115,7 +118,12 @@ def open_expert(name: str, folder: Path, base: Checkpoint, transposed: Collectio
     checkpoint = Checkpoint.open(folder)
     _require_same_architecture(name, checkpoint.config, base.config)
     match = _match(base, checkpoint)
-    missing = [p for p in base.specs if p.startswith(match.root_base) and p not in match.stored and _is_float(base, p)]
+    missing = [
+        name
+        for name in base.specs
+        if name.startswith(match.root_base) and name not in match.stored and _is_float(base, name)
+        if "pooler" not in name.split(".")  # which some classes with a head do without
+    ]
     if missing:
         raise MismatchError(
             f"expert {name!r} lacks {len(missing)} of {len(base.specs)} parameters, first {missing[0]!r}; "
@@ -141,7 +149,7 @@ def open_expert(name: str, folder: Path, base: Checkpoint, transposed: Collectio
             )
         else:
             head.append(found)
-    return Expert(name, checkpoint, stored, tuple(sorted(head)))
+    return Expert(name, checkpoint, stored, {stored: stored for stored in sorted(head)})
 
 
 def _is_float(checkpoint: Checkpoint, name: str) -> bool:
@@ -191,8 +199,6 @@ def _match(base: Checkpoint, expert: Checkpoint) -> _Match:
 def _open_adapter(name: str, folder: Path, base: Checkpoint, transposed: Collection[str]) -> AdapterExpert:
     settings = _adapter_config(name, folder)
     checkpoint = Checkpoint.open(folder / "adapter_model.safetensors")
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    checkpoint = Checkpoint(checkpoint.path, checkpoint.specs, config)
     modules: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
     for stored in checkpoint.specs:
@@ -216,15 +222,46 @@ def _open_adapter(name: str, folder: Path, base: Checkpoint, transposed: Collect
         pairs[parameter] = (pair["A"], pair["B"], float(scale), parameter in transposed)
         _require_fitting_pair(name, checkpoint, base, parameter, pair, parameter in transposed)
     stored_whole = {p: stored for plain, stored in others.items() if (p := resolve(plain)) is not None}
-    head = tuple(sorted(stored for plain, stored in others.items() if resolve(plain) is None))
-    return AdapterExpert(name, checkpoint, stored_whole, head, pairs)
+    head = {plain: stored for plain, stored in sorted(others.items()) if resolve(plain) is None}
+    config = _head_config(name, folder, settings, checkpoint, head, base.config) if head else {}
+    return AdapterExpert(name, Checkpoint(checkpoint.path, checkpoint.specs, config), stored_whole, head, pairs)
+
+
+def _head_config(
+    name: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    head: Mapping[str, str],
+    base: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The config of the class whose head an adapter brings: the folder's own, else the base's with class and labels."""
+    if (folder / "config.json").exists():
+        return _read_json(folder / "config.json")
+    stem = re.sub(r"(Model|For[A-Z]\w*)$", "", next(iter(base.get("architectures") or []), ""))
+    ending = _CLASS_ENDINGS.get(settings.get("task_type") or "")
+    found = (settings.get("auto_mapping") or {}).get("base_model_class") or (stem and ending and stem + ending)
+    if not found:
+        raise MismatchError(
+            f"adapter {name!r} brings a head ({next(iter(head))!r}), but neither config.json nor task_type says "
+            "of which class; put the fine-tuned model's config.json beside it"
+        )
+    labels = min(checkpoint.specs[stored].shape[0] for stored in head.values())
+    return {**base, "architectures": [found], "id2label": {str(i): f"LABEL_{i}" for i in range(labels)}}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
 
 
 def _adapter_config(name: str, folder: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / 'adapter_config.json'} is not JSON: {error}") from error
+    settings = _read_json(folder / "adapter_config.json")
     refused = [
         key for key in ("use_dora", "lora_bias", "trainable_token_indices", "layer_replication") if settings.get(key)
     ]
@@ -242,8 +279,9 @@ def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) 
     return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
-def _resolver(base: Checkpoint) -> Any:
-    roots = {n.split(".")[0] for n in base.specs}
+def _resolver(base: Checkpoint) -> Callable[[str], str | None]:
+    """An adapter's name of a parameter -> the base's, whichever of the two has the prefix of a head model."""
+    roots = sorted({n.split(".")[0] for n in base.specs})
 
     def resolve(name: str) -> str | None:
         if name in base.specs:

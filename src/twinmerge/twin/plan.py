@@ -16,8 +16,8 @@ Embedding (rows, out); 1-D; `static`: no layer gates it, the shared expert's val
 
 MATRICES = ("linear", "conv1d", "conv", "grouped_conv", "embedding")
 TRANSPOSED = ("conv1d", "embedding")
-BYTES_PER_HEADER_ENTRY = 256
-"""Upper bound of what one tensor's name, shape and offsets take in a safetensors header."""
+_HEADER_ENTRY_BYTES = 160
+"""Upper bound of what a tensor takes in a safetensors header beside its name."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class TensorTask:
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in*kh*kw): the shape that is decomposed."""
         return self.spec.shape[0], math.prod(self.spec.shape[1:])
+
+    @property
+    def header_bytes(self) -> int:
+        """At most what one stored tensor of this parameter takes in a file's header."""
+        return len(self.name.encode()) + _HEADER_ENTRY_BYTES
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Plan:
     def vector_bytes(self) -> int:
         """Bytes of all dense (1-D) exclusive parts, headers included."""
         entries = [task for task in self.tasks if task.kind == "vector" and task.exclusive]
-        return sum((task.spec.nbytes + BYTES_PER_HEADER_ENTRY) * len(task.experts) for task in entries)
+        return sum((task.spec.nbytes + task.header_bytes) * len(task.experts) for task in entries)
 
     @property
     def budget_bytes(self) -> int | None:
@@ -65,7 +70,7 @@ class Plan:
         if budget is None:
             return None
         matrices = [task for task in self.tasks if task.kind in MATRICES and task.exclusive]
-        headers = sum(2 * BYTES_PER_HEADER_ENTRY * len(task.experts) for task in matrices)
+        headers = sum(2 * task.header_bytes * len(task.experts) for task in matrices)
         return int(budget * self.base.nbytes) - self.vector_bytes - headers
 
 
@@ -85,7 +90,8 @@ def make_plan(recipe: Recipe, kinds: Mapping[str, Kind]) -> Plan:
     unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
     if unknown:
         raise MismatchError(
-            f"base {base.path}: {len(unknown)} tensors belong to no parameter of its model class, first {unknown[0]!r}"
+            f"base {base.path}: {len(unknown)} tensors belong to no parameter of its model class, "
+            f"first {unknown[0]!r}; load it with that class and save it again"
         )
     transposed = {name for name, kind in kinds.items() if kind in TRANSPOSED}
     experts = {

@@ -278,8 +278,8 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
     """
     names = list(features)
     count = min(settings.samples_per_expert, *(len(rows) for rows in features.values()))
-    held = max(1, round(settings.held_out * count))
-    if count - held < 1:
+    held = min(max(1, round(settings.held_out * count)), count - 1)
+    if held < 1:
         fewest = min(names, key=lambda name: len(features[name]))
         raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
     with torch.random.fork_rng(devices=[]):

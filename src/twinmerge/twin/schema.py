@@ -56,6 +56,8 @@ def _refuse_duplicate_keys(node: yaml.Node, path: Path) -> None:
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{path}:{line}: keys must be plain words")
             if key.value in seen:
                 raise RecipeError(
                     f"{path}:{line}: key {key.value!r} stands twice, first on line {seen[key.value]}; names must differ"
