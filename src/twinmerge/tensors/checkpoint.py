@@ -233,22 +233,31 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: before any work, if `target` exists and may not be replaced.
     """
     target = target.resolve()
-    _require_free(target, overwrite)
+    require_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     tag = f"{os.getpid()}-{secrets.token_hex(4)}"
     staging = target.with_name(f".{target.name}.tmp-{tag}")
     staging.mkdir()
     try:
         yield staging
-        for folder, _, files in os.walk(staging):
-            for file in files:
-                _fsync(Path(folder, file))
-            _fsync(Path(folder))
-        _require_free(target, overwrite)
-        _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{tag}"))
+        publish(staging, target, overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def publish(staging: Path, target: Path, overwrite: bool) -> None:
+    """Bring a complete folder to the disk, then give it the name of its target, in whose place it comes whole.
+
+    Raises:
+        OutputExistsError: if the target has come to exist and may not be replaced.
+    """
+    for folder, _, files in os.walk(staging):
+        for file in files:
+            _fsync(Path(folder, file))
+        _fsync(Path(folder))
+    require_free(target, overwrite)
+    _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"))
 
 
 def lay_out(
@@ -433,7 +442,12 @@ def _write_file(
         raise
 
 
-def _require_free(target: Path, overwrite: bool) -> None:
+def require_free(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists and may not be replaced.
+
+    Raises:
+        OutputExistsError: saying what is there.
+    """
     if target.exists() and not (overwrite and target.is_dir()):
         hint = "choose another path, or overwrite it" if target.is_dir() else "it is a file; choose another path"
         raise OutputExistsError(f"{target} exists already; {hint}")
