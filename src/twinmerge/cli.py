@@ -60,10 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("recipe", type=Path, help="YAML file: base, experts, shared; or mergekit's keys")
     merge.add_argument("--out", type=Path, required=True, help="folder of the model, must not exist")
     merge.add_argument("--overwrite", action="store_true", help="replace the folder, once the new model is complete")
-    merge.add_argument("--resume", action="store_true", help="go on with what an interrupted run left, verified by hash")
+    merge.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run left, verified by hash"
+    )
     merge.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
     _add_merge_options(merge)
-
 
     inspect = _command(commands, "inspect", _inspect, "show experts, ranks, energy kept, bytes, router and provenance")
     inspect.add_argument("twin", type=Path, help="folder of a twin")
@@ -90,9 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_merge_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--memory", type=_bytes, default="2GB", help="what the process may take (default: %(default)s)")
+    command.add_argument(
+        "--memory", type=_bytes, default="2GB", help="what the process may take (default: %(default)s)"
+    )
     command.add_argument("--seed", type=int, default=0, help="of DARE in mergekit's recipes (default: %(default)s)")
-    command.add_argument("--allow-unrelated", action="store_true", help="merge models that are no fine-tunes of the base")
+    command.add_argument(
+        "--allow-unrelated", action="store_true", help="merge models that are no fine-tunes of the base"
+    )
     command.add_argument(
         "--allow-config-differences", action="store_true", help="merge models whose config.json differ, as in rope"
     )

@@ -1,4 +1,4 @@
-"""Merges with a weight and a density for every model, on any stretch of a tensor; sums in float64, rounded by the caller.
+"""Merges with a weight and a density for every model, on any stretch of a tensor, in float64, rounded by the caller.
 
 These are the definitions that mergekit's recipes ask for. A weight multiplies a task vector; `normalize` divides by
 the weights that took part.
@@ -39,7 +39,7 @@ def weighted_task_arithmetic(
     scaling: float,
     normalize: bool,
 ) -> Float64[Tensor, " entries"]:
-    """base + scaling * sum_i w_i (expert_i - base), divided by sum_i w_i if asked to (arXiv:2212.04089).
+    """Base + scaling * sum_i w_i (expert_i - base), divided by sum_i w_i if asked to (arXiv:2212.04089).
 
     Raises:
         RecipeError: if the weights to divide by sum to zero.
@@ -74,7 +74,8 @@ def weighted_ties(
     start, vectors = base.float(), {}
     for name in sorted(experts):
         vector = experts[name].float().sub(start)
-        vectors[name] = vector.mul_(vector.abs() >= thresholds[name])
+        vectors[name] = vector.mul_(torch.ge(vector.abs(), thresholds[name], out=torch.empty_like(vector)))
+        vectors[name] *= weights[name]
     return _elect(base, vectors, weights, scaling=scaling, normalize=normalize)
 
 
@@ -110,33 +111,34 @@ def weighted_dare(
     Raises:
         RecipeError: if the weights to divide by sum to zero.
     """
-    start, vectors = base.float(), {}
-    for name in sorted(experts):
-        density = densities[name]
-        kept = drop_mask(len(base), density, seed, name, tensor, at, at + len(base)).logical_not_()
-        vectors[name] = experts[name].float().sub(start).mul_(kept)
-        if rescale and elect:
-            vectors[name] /= density
+    start = base.float()
+
+    def kept(name: str) -> Tensor:
+        dropped = drop_mask(at + len(base), densities[name], seed, name, tensor, at).view(torch.uint8).float()
+        vector = experts[name].float() - start
+        return vector.addcmul_(vector, dropped, value=-1)
+
+    factors = {name: weights[name] / densities[name] if rescale else weights[name] for name in experts}
     if elect:
+        vectors = {name: kept(name).mul_(factors[name]) for name in sorted(experts)}
         return _elect(base, vectors, weights, scaling=scaling, normalize=normalize)
-    factor = scaling / _total(weights) if normalize else scaling
-    wide, change = base.double(), _zeros(experts)
-    for name in sorted(vectors):
-        change.add_(vectors[name].double(), alpha=weights[name] / densities[name] if rescale else weights[name])
-    return change.mul_(factor).add_(wide)
+    change = _zeros(experts)
+    for name in sorted(experts):
+        change.add_(kept(name).double(), alpha=factors[name])
+    return change.mul_(scaling / _total(weights) if normalize else scaling).add_(base.double())
 
 
 def _elect(
     base: Tensor, vectors: Mapping[str, Tensor], weights: Mapping[str, float], *, scaling: float, normalize: bool
 ) -> Tensor:
-    """base + scaling * sum of the weighted vectors that have the sign of their sum; a sum of 0 counts as positive."""
-    for name in sorted(vectors):
-        vectors[name].mul_(weights[name])
+    """Base + scaling * sum of the weighted vectors that have the sign of their sum; a sum of 0 counts as positive."""
     ordered = [vectors[name] for name in sorted(vectors)]
-    elected = (sum(ordered[1:], start=ordered[0]) >= 0).float().mul_(2).sub_(1)
+    elected = sum(ordered, start=torch.zeros_like(ordered[0]))
+    torch.ge(elected, 0, out=elected).mul_(2).sub_(1)
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for name in sorted(vectors):
-        agrees = ((vectors[name] * elected) > 0).float()
+        agrees = vectors[name] * elected
+        torch.gt(agrees, 0, out=agrees)
         total.addcmul_(vectors[name], agrees)
         divisor.add_(agrees, alpha=weights[name])
     if normalize:

@@ -134,7 +134,7 @@ class Checkpoint:
         tensor = torch.empty(stop - start, dtype=spec.dtype)
         if not tensor.numel():
             return tensor
-        view = memoryview(tensor.view(torch.uint8).numpy())
+        view = tensor.view(torch.uint8).numpy().data
         at = spec.offset + start * spec.dtype.itemsize
         try:
             descriptor = os.open(spec.file, os.O_RDONLY)

@@ -100,7 +100,7 @@ def _lock(path: Path) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+        if os.path.samestat(path.stat(), os.fstat(descriptor)):
             return descriptor
     except BlockingIOError as error:
         os.close(descriptor)

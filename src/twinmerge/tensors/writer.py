@@ -67,17 +67,18 @@ class CheckpointWriter:
             OSError: if the disk has no room for them.
         """
         for file, (head, size) in self.heads.items():
-            with open(os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as opened:
+            (self.folder / file).touch()
+            with (self.folder / file).open("r+b") as opened:
                 os.posix_fallocate(opened.fileno(), 0, size)
                 opened.truncate(size)
                 opened.write(head)
 
     def write(self, name: str, start: int, entries: Shaped[Tensor, " entries"]) -> memoryview:
         """Write entries of a flattened tensor, the first at entry `start`; gives the bytes that were written."""
-        written = memoryview(entries.view(torch.uint8).numpy())
+        written = entries.view(torch.uint8).numpy().data
         file, offset, _ = self.places[name]
         at, rest = offset + start * entries.dtype.itemsize, written
-        with open(self.folder / file, "r+b", buffering=0) as opened:
+        with (self.folder / file).open("r+b", buffering=0) as opened:
             while rest:
                 count = os.pwrite(opened.fileno(), rest, at)
                 rest, at = rest[count:], at + count

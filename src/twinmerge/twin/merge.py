@@ -1,36 +1,37 @@
 """Knows a static merge: many models in, one plain model folder out, in memory that does not depend on their size."""
 
+import ctypes
 import datetime
 import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twinmerge.errors import CheckpointError, InputError, MismatchError, RecipeError
+from twinmerge.errors import CheckpointError, MismatchError, RecipeError
 from twinmerge.merging.methods import Stats, run_prepass
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, sha256_of
-from twinmerge.tensors.state_dict import require_finite
 from twinmerge.tensors.staging import resumable_folder
+from twinmerge.tensors.state_dict import require_finite
 from twinmerge.tensors.writer import CheckpointWriter
 from twinmerge.twin.merge_recipe import MergeRecipe, StaticMerge, depths, layer_count, load_merge
 from twinmerge.twin.preflight import Allow, compare_configs, compare_tensors, compare_vocabularies, require_related
-from twinmerge.twin.rules import Chunk, RegistryRule, Rule
+from twinmerge.twin.rules import Chunk, task_vectors
 from twinmerge.twin.weights import Progress, copy_side_files, silent
 
 MEMORY_BYTES = 2 * 10**9
 MANIFEST = "merge.json"
 _OWN_BYTES = 450 * 10**6
 """What the process takes before the first tensor: interpreter and torch."""
-_CHUNK_ENTRIES = 1 << 18
+_CHUNK_ENTRIES = 1 << 16
 """Entries in work at a time: what they need stays in the cache."""
 _BYTES_PER_ENTRY = 16
 """Of one model while a chunk is merged: as stored, in float32 and in float64."""
@@ -90,7 +91,9 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:  # noqa
 
     def open_once(path: Path) -> Checkpoint:
         if (path / "adapter_config.json").exists():
-            raise MismatchError(f"{path} is a LoRA adapter; `twinmerge build` takes it, a static merge needs full models")
+            raise MismatchError(
+                f"{path} is a LoRA adapter; `twinmerge build` takes it, a static merge needs full models"
+            )
         if path not in opened:
             opened[path] = Checkpoint.open(path)
         return opened[path]
@@ -103,7 +106,9 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:  # noqa
         compare_tensors(reference, name, expert)
         notes += compare_configs(reference, name, expert, allow)
         notes += compare_vocabularies(reference.path, name, expert.path, allow)
-        if mixed := [n for n, spec in expert.specs.items() if n in reference.specs and spec.dtype != reference.specs[n].dtype]:
+        if mixed := [
+            n for n, spec in expert.specs.items() if n in reference.specs and spec.dtype != reference.specs[n].dtype
+        ]:
             first = mixed[0]
             notes.append(
                 f"{name!r} stores {len(mixed)} tensors in another dtype, first {first!r}: "
@@ -111,7 +116,9 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:  # noqa
             )
     layers = layer_count(reference.specs)
     if merge.layers is not None and merge.layers != layers:
-        raise MismatchError(f"layer_range ends at {merge.layers}, the models have {layers} layers; only whole models are merged")
+        raise MismatchError(
+            f"layer_range ends at {merge.layers}, the models have {layers} layers; only whole models are merged"
+        )
     deep = depths(list(reference.specs))
     for name in reference.specs:
         merge.rule(name, deep[name], None)
@@ -200,8 +207,8 @@ class _Task:
             rounded = merged.to(spec.dtype).reshape(-1)
             if not _is_finite(rounded):
                 raise CheckpointError(
-                    f"{spec.name!r}: the merged values go up to {float(merged.abs().max()):.3g}, more than {spec.dtype} holds; "
-                    "choose another dtype or smaller weights"
+                    f"{spec.name!r}: the merged values go up to {float(merged.abs().max()):.3g}, more than "
+                    f"{spec.dtype} holds; choose another dtype or smaller weights"
                 )
             digest.update(self.writer.write(spec.name, chunk.at, rounded))
         return digest.hexdigest()
@@ -209,6 +216,7 @@ class _Task:
 
 def _run(task: _Task, specs: list[TensorSpec], workers: int) -> Iterator[tuple[str, str]]:
     """Name and digest of every tensor as it is done; reading, computing and writing overlap across the workers."""
+    _keep_buffers()
     threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -218,6 +226,13 @@ def _run(task: _Task, specs: list[TensorSpec], workers: int) -> Iterator[tuple[s
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def _keep_buffers() -> None:
+    """Let glibc keep the memory of freed buffers; else it returns each to the system and gets it back page by page."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: 0)
+    mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD
+    mallopt(-1, 1 << 26)  # M_TRIM_THRESHOLD
 
 
 def read_chunks(plan: MergePlan, name: str, entries: int, *, whole: bool = False) -> Iterator[Chunk]:
@@ -257,8 +272,8 @@ def _require_plausible(
         require_finite(tensor, f"{where} (from entry {start:,})")
     if bound is not None and largest > bound:
         raise CheckpointError(
-            f"{where} holds {largest:.3g}, more than {bound:.3g}, {_IMPLAUSIBLE:,.0f} times the largest value of the base; "
-            "the file is damaged or no fine-tune of it; --allow-unrelated merges it all the same"
+            f"{where} holds {largest:.3g}, more than {bound:.3g}, {_IMPLAUSIBLE:,.0f} times the largest value of the "
+            "base; the file is damaged or no fine-tune of it; --allow-unrelated merges it all the same"
         )
     return largest
 
@@ -273,7 +288,9 @@ def _copied(plan: MergePlan, name: str, start: int, stop: int) -> Tensor:
     ours = plan.reference.read_flat(name, start, stop)
     for expert, checkpoint in plan.experts.items():
         if name in checkpoint.specs and not torch.equal(checkpoint.read_flat(name, start, stop), ours):
-            raise MismatchError(f"expert {expert!r}: the integers of {name!r} in {checkpoint.specs[name].file} are not the base's")
+            raise MismatchError(
+                f"expert {expert!r}: the integers of {name!r} in {checkpoint.specs[name].file} are not the base's"
+            )
     return ours
 
 
@@ -294,8 +311,7 @@ def _whole_model_stats(plan: MergePlan, entries: int) -> Stats | None:
     def stream() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         for spec in plan.specs:
             if spec.dtype.is_floating_point:
-                for chunk in read_chunks(plan, spec.name, entries):
-                    yield spec.name, {n: t.float() - chunk.base.float() for n, t in chunk.experts.items()}
+                yield from task_vectors(partial(read_chunks, plan, spec.name, entries))
 
     return run_prepass(plan.merge.recipe.shared, stream)
 
@@ -321,7 +337,11 @@ def _fingerprint(plan: MergePlan) -> str:
     """What an interrupted run must have had in common with this one to be gone on with."""
     files = sorted({spec.file for model in (plan.reference, *plan.experts.values()) for spec in model.specs.values()})
     inputs = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    recipe = plan.merge.recipe.model_dump_json(warnings=False) if isinstance(plan.merge.recipe, MergeRecipe) else repr(plan.merge.recipe)
+    recipe = (
+        plan.merge.recipe.model_dump_json(warnings=False)
+        if isinstance(plan.merge.recipe, MergeRecipe)
+        else repr(plan.merge.recipe)
+    )
     return hashlib.sha256(json.dumps([recipe, plan.merge.seed, inputs]).encode()).hexdigest()
 
 
@@ -342,7 +362,9 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
 def _manifest(plan: MergePlan, writer: CheckpointWriter) -> dict[str, Any]:
     import twinmerge
 
-    files = {file: {"bytes": size, "sha256": sha256_of(writer.folder / file)} for file, (_, size) in writer.heads.items()}
+    files = {
+        file: {"bytes": size, "sha256": sha256_of(writer.folder / file)} for file, (_, size) in writer.heads.items()
+    }
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"twinmerge": twinmerge.__version__, "torch": torch.__version__},

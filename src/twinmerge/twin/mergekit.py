@@ -149,7 +149,9 @@ class _Recipe(_Model):
             raise ValueError("a slice needs its sources, each a model with its layer_range")
         ranges = {tuple(source.get("layer_range") or ()) for source in sources}
         if len(ranges) != 1 or len(whole := ranges.pop()) != 2 or whole[0] != 0:
-            raise ValueError("slices are supported only over all layers: the same layer_range [0, LAYERS] in each source")
+            raise ValueError(
+                "slices are supported only over all layers: the same layer_range [0, LAYERS] in each source"
+            )
         models = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
         rest = {key: value for key, value in data.items() if key != "slices"}
         if unknown := set(part) - {"sources"}:
@@ -278,24 +280,22 @@ def rule_for(recipe: AnyRecipe, name: str, depth: float, seed: int) -> Rule:
     """
     experts = expert_names(recipe)
     shared = recipe.parameters
-    if isinstance(recipe, SlerpRecipe):
+    if isinstance(recipe, SlerpRecipe) or isinstance(shared, SlerpParameters):
         [other] = experts
         return SlerpRule(str(recipe.base_model), other, _value(recipe, "t", None, name, depth, None))
     weights = {expert: _value(recipe, "weight", place, name, depth, None) for expert, place in experts.items()}
     if isinstance(shared, LinearParameters):
         return AverageRule(weights, shared.normalize)
-    if isinstance(shared, TiesParameters | DareParameters):
-        densities = {expert: _value(recipe, "density", place, name, depth, 1.0) for expert, place in experts.items()}
-        if isinstance(shared, TiesParameters):
-            return TiesRule(weights, densities, shared.normalize, shared.scaling)
-        elect = recipe.merge_method == "dare_ties"
-        return DareRule(weights, densities, shared.normalize, shared.scaling, shared.rescale, elect, seed)
-    return TaskArithmeticRule(weights, shared.normalize, shared.scaling)
+    if isinstance(shared, TaskArithmeticParameters):
+        return TaskArithmeticRule(weights, shared.normalize, shared.scaling)
+    densities = {expert: _value(recipe, "density", place, name, depth, 1.0) for expert, place in experts.items()}
+    if isinstance(shared, TiesParameters):
+        return TiesRule(weights, densities, shared.normalize, shared.scaling)
+    elect = recipe.merge_method == "dare_ties"
+    return DareRule(weights, densities, shared.normalize, shared.scaling, shared.rescale, elect, seed)
 
 
-def _value(
-    recipe: AnyRecipe, key: str, place: int | None, name: str, depth: float, default: float | None
-) -> float:
+def _value(recipe: AnyRecipe, key: str, place: int | None, name: str, depth: float, default: float | None) -> float:
     """The model's own value, else the one for all models, else the default."""
     own = None if place is None else getattr(recipe.models[place], "parameters", None)
     for parameters in (own, recipe.parameters):

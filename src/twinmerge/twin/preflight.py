@@ -15,9 +15,12 @@ RELATED_COSINE = 0.5
 _ENTRIES_COMPARED, _MATRICES_COMPARED = 1 << 17, 12
 
 HARMLESS = frozenset(
-    """_name_or_path _attn_implementation architectures bos_token_id classifier_dropout dtype eos_token_id finetuning_task
-    gradient_checkpointing id2label label2id num_labels output_attentions output_hidden_states pad_token_id problem_type
-    tokenizer_class torch_dtype transformers_version use_cache""".split()
+    (
+        *("_name_or_path", "_attn_implementation", "architectures", "bos_token_id", "classifier_dropout", "dtype"),
+        *("eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "num_labels"),
+        *("output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "tokenizer_class"),
+        *("torch_dtype", "transformers_version", "use_cache"),
+    )
 )
 """Keys of config.json that change neither what a weight means nor how the layers compute."""
 
@@ -149,7 +152,7 @@ def _floats(checkpoint: Checkpoint) -> dict[str, None]:
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys on which two configs disagree; one that is left out in one of them has its default there, which is not known."""
+    """Keys on which two configs disagree; a key that one of them leaves out counts as None there."""
     for key in sorted(set(ours) | set(theirs)):
         if ours.get(key) != theirs.get(key):
             yield key, ours.get(key), theirs.get(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from jaxtyping import Float
@@ -109,7 +110,7 @@ class TiesRule(_Streamed):
             if density == 1:
                 thresholds |= dict.fromkeys(chosen, 0.0)
                 continue
-            thresholds |= model_thresholds(lambda chosen=chosen: _task_vectors(chunks, chosen), density)
+            thresholds |= model_thresholds(partial(task_vectors, chunks, chosen), density)
         return thresholds
 
     def merge(self, chunk: Chunk, measured: Any) -> Tensor:
@@ -186,7 +187,7 @@ class RegistryRule:
 
     def measure(self, chunks: Chunks) -> Stats | None:
         """What the method needs of this tensor."""
-        return run_tensor_prepass(self.params, lambda: _task_vectors(chunks))
+        return run_tensor_prepass(self.params, lambda: task_vectors(chunks))
 
     def merge(self, chunk: Chunk, measured: Any) -> Tensor:
         """As `merge_tensor` does."""
@@ -202,7 +203,8 @@ def _base(chunk: Chunk) -> Tensor:
     return chunk.base
 
 
-def _task_vectors(chunks: Chunks, chosen: Collection[str] | None = None) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+def task_vectors(chunks: Chunks, chosen: Collection[str] | None = None) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The tensor's name and its experts' task vectors, chunk by chunk; of the chosen experts alone, if given."""
     for chunk in chunks():
         base = _base(chunk)
         names = chunk.experts if chosen is None else chosen
