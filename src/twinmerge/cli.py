@@ -66,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
     _add_merge_options(merge)
 
+    plan = _command(
+        commands, "plan", _plan, "check the recipe of a merge before it runs: what is read, written, needed"
+    )
+    plan.add_argument("recipe", type=Path, help="YAML file of `twinmerge merge`")
+    plan.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
+    _add_merge_options(plan)
+
     inspect = _command(commands, "inspect", _inspect, "show experts, ranks, energy kept, bytes, router and provenance")
     inspect.add_argument("twin", type=Path, help="folder of a twin")
 
@@ -141,6 +148,22 @@ def _merge(options: argparse.Namespace) -> None:
     size = sum(file["bytes"] for file in manifest["files"].values())
     sentence = f"{options.out}: {manifest['tensors']} tensors, {size:,} bytes, {manifest['recipe']['method']}"
     _print_result({"model": str(options.out), **manifest}, options.json, sentence)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from twinmerge.twin.estimate import describe
+    from twinmerge.twin.merge import plan_merge
+    from twinmerge.twin.merge_recipe import load_merge
+
+    plan = plan_merge(load_merge(options.recipe, options.seed), _allowed(options))
+    workers = options.workers or len(os.sched_getaffinity(0))
+    found = describe(plan, options.memory, workers, options.recipe.resolve().parent)
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    for key, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else value
+        sys.stdout.write(f"{key}: {shown}\n")
 
 
 def _inspect(options: argparse.Namespace) -> None:
