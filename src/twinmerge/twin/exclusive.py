@@ -113,7 +113,7 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
     """Find the scaling that leaves the least for truncation to throw away (METHOD §2, `scaling: auto`).
 
     Minimises `sum_t tail_r(task_vector_t - scaling * direction)`, tail_r being the squared singular values beyond
-    `rank`. For 1-D parameters nothing is thrown away and the least-squares scaling is returned.
+    `rank`. Where nothing is thrown away (1-D, or kept whole) or everything is, the least-squares scaling is returned.
 
     Args:
         task_vectors: expert minus base of one parameter, float32, by expert.
@@ -131,7 +131,7 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
     least_squares = sum(float((task_vectors[n].double() * direction.double()).sum()) for n in names) / (
         len(names) * norm
     )
-    if direction.ndim < 2 or rank == 0:
+    if direction.ndim < 2 or rank == 0 or rank >= min(as_matrix(direction).shape):
         return round(least_squares, 4)
     matrices = [as_matrix(task_vectors[n]).float() for n in names]
     merged = as_matrix(direction).float()
@@ -144,7 +144,7 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
 
     def tail(scaling: float) -> float:
         values = torch.linalg.eigvalsh(grams - scaling * crossed + scaling * scaling * squared)
-        return float(values[:, : max(values.shape[1] - rank, 0)].clamp_min(0).double().sum())
+        return float(values[:, : values.shape[1] - rank].clamp_min(0).double().sum())
 
     found = _golden_section(tail, 0.0, 2.0 * max(least_squares, 1.0 / len(names)))
     candidates = [round(scaling, 4) for scaling in (found, least_squares, 1.0 / len(names), 0.3)]

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -58,7 +58,7 @@ class ExclusiveSettings(Strict):
         return data
 
     @model_validator(mode="after")
-    def _one_policy(self) -> Self:
+    def _one_policy(self) -> "ExclusiveSettings":
         given = [key for key in ("rank", "energy", "budget", "density") if getattr(self, key) is not None]
         wanted = "one of rank, energy, budget" if self.compression == "svd" else "density"
         if len(given) != 1 or (given == ["density"]) == (self.compression == "svd"):
@@ -137,7 +137,7 @@ class Recipe(Strict):
         return experts
 
     @classmethod
-    def load(cls, path: Path | str) -> Self:
+    def load(cls, path: Path | str) -> "Recipe":
         """Read a recipe file; relative paths in it start from its folder.
 
         Raises:

@@ -1,6 +1,7 @@
 """Knows how features become gates: heads, calibration and the fall-back to the shared expert."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +36,12 @@ class Routing:
         return self.router_logits.argmax(dim=1)
 
 
-class RouterHead(nn.Module):
+class RouterHead(nn.Module, ABC):
     """Features, standardised, in; router logits (batch, expert) out."""
 
+    @abstractmethod
     def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
         """Learn from router data; `held_out` only selects."""
-        raise NotImplementedError
 
 
 class MLPHead(RouterHead):
@@ -266,7 +267,8 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
     Held-out inputs select and calibrate; no label of any task and no test row is seen.
 
     Args:
-        features: (rows, feature) by expert, in the gate's order; the same number is used of each.
+        features: (rows, feature) by expert, in any order: the gate's columns are the sorted names; the same number of
+            rows is used of each.
         settings: method and its parameters.
         seed: of the split, the initialisation and the order of training.
 
@@ -276,7 +278,7 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
     Raises:
         DataError: if an expert has too few inputs to hold any out.
     """
-    names = list(features)
+    names = sorted(features)
     count = min(settings.samples_per_expert, *(len(rows) for rows in features.values()))
     held = min(max(1, round(settings.held_out * count)), count - 1)
     if held < 1:
@@ -284,7 +286,7 @@ def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed
         raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
     with torch.random.fork_rng(devices=[]):
         training, validation = [], []
-        for name in sorted(names):
+        for name in names:
             generator = torch.Generator().manual_seed(seed)
             rows = features[name].float()[torch.randperm(len(features[name]), generator=generator)[:count]]
             label = torch.full((count,), names.index(name))
@@ -368,10 +370,12 @@ def group_gates(routing: Routing, groups: int = 20, *, seed: int = 0) -> tuple[T
     spare = max(groups - len(bins), 0)
     assigned = torch.zeros(len(gate), dtype=torch.int64)
     means: list[Tensor] = []
+    done = 0
     for index in bins:
         rows = (chosen == index).nonzero()[:, 0]
-        distinct = len(torch.unique(gate[rows], dim=0))
-        clusters = min(1 + spare * len(rows) // len(gate), distinct)
+        share = spare * (done + len(rows)) // len(gate) - spare * done // len(gate)
+        done += len(rows)
+        clusters = min(1 + share, len(torch.unique(gate[rows], dim=0)))
         labels = torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(gate[rows].numpy())).long()
         for cluster in range(clusters):
             members = rows[labels == cluster]

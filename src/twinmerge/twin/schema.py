@@ -41,7 +41,10 @@ def load_yaml(path: Path, model: type[Model]) -> Model:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise RecipeError(f"{path}:{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{path}:{line}: not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}:1: an anchor holds itself") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}:1: must hold keys and values, found {type(data).__name__}")
     lines = dict(_lines(root)) if root is not None else {}
@@ -94,6 +97,11 @@ def _explain(error: ValidationError, path: Path, model: type[BaseModel], lines: 
         close = difflib.get_close_matches(str(location[-1]), owner, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(owner)}"
         return f"{path}:{line}: unknown key {str(location[-1])!r}{under}{hint}"
+    if fault["type"] == "union_tag_invalid":
+        known = [name.strip("'") for name in fault["ctx"]["expected_tags"].split(", ")]
+        return f"{path}:{line}: {where}.method must be {' or '.join(known)}, found {fault['ctx']['tag']!r}{more}"
+    if fault["type"] == "union_tag_not_found":
+        return f"{path}:{line}: key '{where}.method' is missing{more}"
     if fault["type"] == "missing":
         return f"{path}:{line}: key {where!r} is missing{more}"
     message = fault["msg"].removeprefix("Value error, ")
@@ -124,10 +132,10 @@ def _locate(
             known = list(models[0].model_fields) if len(models) == 1 else known
             field = next((m.model_fields[str(part)] for m in models if str(part) in m.model_fields), None)
             annotation = field.annotation if field else None
-        elif any(get_origin(member) is dict for member in _members(annotation)):
-            annotation = get_args(next(m for m in _members(annotation) if get_origin(m) is dict))[1]
-        elif isinstance(part, str) and (*location, part) not in lines and location:
-            continue
+        elif containers := [member for member in _members(annotation) if get_origin(member) in (dict, list)]:
+            annotation = get_args(containers[0])[-1]
+        else:
+            continue  # the name of a union's member that is no model
         location = (*location, part)
     return location, known
 

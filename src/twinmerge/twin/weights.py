@@ -286,6 +286,7 @@ def _write_expert(
     return {
         "source": str(source),
         "adapter": plan.experts[name].is_adapter,
+        "energy": total,
         "energy_kept": min(total_norms(parts) / total, 1.0) if total else 1.0,
         "rank_mean": sum(used) / len(used) if used else 0.0,
         "rank_max": max(used, default=0),

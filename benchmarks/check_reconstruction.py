@@ -1,0 +1,59 @@
+"""Does a twin of full rank give every real expert back? Expected: logits equal to 1e-4 on every test row tried.
+
+    python benchmarks/check_reconstruction.py [--suite suites/text/text8.yaml] [--seed 0] [--rows 100]
+
+Builds the suite's experts at full rank with exclusive embeddings, and compares the logits under one-hot gates with
+those of the expert's own model, loaded by transformers.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from twinmerge.eval.seed import SeedRun
+from twinmerge.eval.suite import Suite
+from twinmerge.runtime.model import load_backbone
+from twinmerge.runtime.predict import tokenize
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.recipe import ExclusiveSettings
+from twinmerge.twin.weights import silent, write_weights
+
+
+def main() -> None:
+    """Build at full rank, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", type=Path, default=Path("suites/text/text8.yaml"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=100, help="test rows of each task")
+    options = parser.parse_args()
+    at = SeedRun(Suite.load(options.suite), options.seed, silent)
+    plan = at.plan_for(at.suite.shared, ExclusiveSettings(rank=10**6, embeddings="exclusive"))
+    with tempfile.TemporaryDirectory() as folder:
+        work, target = Path(folder, "work"), Path(folder, "twin")
+        work.mkdir()
+        target.mkdir()
+        report = write_weights(plan, target, work)
+        artifact = TwinArtifact(target, {"experts": report.experts, "tensors": report.tensors, "files": {}})
+        parts = {name: artifact.exclusive(name) for name in artifact.expert_names}
+        model = at.model(load_backbone(target), parts, artifact.kinds)
+    worst = {}
+    for name, task in at.tasks.items():
+        inputs = tokenize(model, task.test[: options.rows])
+        ours = torch.stack(model(**inputs, expert=name).logits)
+        with torch.inference_mode():
+            path = plan.experts[name].checkpoint.path
+            expected = AutoModelForSequenceClassification.from_pretrained(path)(**inputs).logits
+        worst[name] = float((ours - expected).abs().max())
+        sys.stdout.write(f"{name}: largest difference of {expected.numel():,} logits {worst[name]:.2e}\n")
+    verdict = max(worst.values()) <= 1e-4
+    sys.stdout.write(json.dumps({"check": "reconstruction", "worst": worst, "within_1e-4": verdict}) + "\n")
+    sys.exit(0 if verdict else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""A suite runs on tiny models: scores, resumption, choice on validation rows, and what the router must not see."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from twinmerge.errors import DataError, RecipeError
+from twinmerge.eval.harness import run_suite
+from twinmerge.eval.seed import SeedRun, slice_features
+from twinmerge.eval.suite import Suite
+from twinmerge.twin.weights import silent
+
+SUITE = """
+name: tiny
+root: {root}
+base: base
+base_title: a tiny BERT
+experts: "{{task}}"
+data: "{{task}}.{{split}}.jsonl"
+unseen_data: "{{task}}.{{split}}.jsonl"
+tasks: {{ag: {{}}, sms: {{metric: macro_f1}}, trec: {{}}}}
+unseen: {{far: {{head: sms}}, probe: {{}}}}
+validation_rows: 6
+shared: {{method: average}}
+router: {{features: all, samples_per_expert: 20}}
+router_ablation: true
+contestants:
+  pretrained: {{title: pretrained, kind: static, shared: {{method: pretrained}}}}
+  experts: {{title: experts, kind: experts}}
+  top1: {{title: top-1, kind: top1}}
+  chosen: {{title: chosen, kind: static, shared: {{method: task_arithmetic}}, scalings: [0.0, 1.0]}}
+  whole: {{title: whole, kind: twin, shared: {{method: average}}, exclusive: {{rank: 99, embeddings: exclusive}}}}
+  auto:
+    title: auto
+    kind: twin
+    shared: {{method: task_arithmetic, scaling: auto}}
+    exclusive: {{rank: 1}}
+    router: {{method: centroid, features: last}}
+  groups: {{title: groups, kind: twin, shared: {{method: average}}, exclusive: {{rank: 2}}, groups: 4}}
+sources: [made for tests]
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """Three experts whose labels are what each expert itself answers, so that experts score 1."""
+    root = tmp_path_factory.mktemp("suite")
+    family = tiny.make_family(root, tiny.bert(), tiny.transformers.BertForSequenceClassification, scale=0.05)
+    for name in family.experts:
+        rows = tiny.text_rows(name, 40)
+        labels = _answers(root / name, root / "base", rows)
+        labelled = [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
+        parts = {"router": labelled[:20], "validation": labelled[20:26], "test": labelled[26:]}
+        for split, part in parts.items():
+            (root / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    for name, labels in (("far", ("LABEL_0", "LABEL_1")), ("probe", ("a", "b"))):
+        rows = [{"text": f"w{5 + i} w{9 + i}", "label": labels[i % 2]} for i in range(12)]
+        for split in ("validation", "test"):
+            (root / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = root / "suite.yaml"
+    path.write_text(SUITE.format(root=root))
+    return Suite.load(path)
+
+
+def _answers(expert: Path, base: Path, rows: list[dict[str, str]]) -> list[str]:
+    model: Any = tiny.transformers.BertForSequenceClassification.from_pretrained(expert)
+    tokens = tiny.transformers.AutoTokenizer.from_pretrained(base)(
+        [row["text"] for row in rows], padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        return [model.config.id2label[i] for i in model.eval()(**tokens).logits.argmax(dim=1).tolist()]
+
+
+@pytest.fixture(scope="module")
+def run(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The whole suite, once."""
+    out = tmp_path_factory.mktemp("out")
+    return out, run_suite(suite, out)
+
+
+def test_experts_and_a_twin_of_full_rank_score_one(run: Any) -> None:
+    _, result = run
+    scores = {one.name: one.normalized_oracle_head.value for one in result.summaries}
+    assert scores["experts"] == 1.0
+    routed = {one.name: one for one in result.summaries}["whole"]
+    top1 = {one.name: one for one in result.summaries}["top1"]
+    assert routed.normalized_oracle_head.value == pytest.approx(top1.normalized_oracle_head.value, abs=0.1)
+
+
+def test_a_misrouted_row_is_wrong_when_routed(run: Any) -> None:
+    _, result = run
+    for one in result.contestants:
+        if one.normalized_routed is not None:
+            assert one.normalized_routed.value <= one.normalized_oracle_head.value + 1e-12
+
+
+def test_the_scaling_is_the_best_on_validation_rows(run: Any, suite: Suite) -> None:
+    _, result = run
+    chosen = next(one for one in result.contestants if one.name == "chosen")
+    at = SeedRun(suite, 0, silent)
+    scores = {}
+    for scaling in (0.0, 1.0):
+        model = at.merged(suite.contestants["chosen"].shared.model_copy(update={"scaling": scaling}))
+        right = []
+        for task in at.tasks.values():
+            answers = at.answers(model, task.validation, None, [task.name] * len(task.validation), "")
+            right.append(sum(a == row["label"] for a, row in zip(answers, task.validation, strict=True)))
+        scores[scaling] = sum(right)
+    assert scores[chosen.settings["scaling"]] == max(scores.values())
+
+
+def test_bytes_of_exclusive_parts_are_those_on_disk_and_static_merges_have_none(run: Any) -> None:
+    _, result = run
+    by_name = {one.name: one for one in result.contestants}
+    assert by_name["chosen"].bytes["exclusive"] == 0
+    assert 0 < by_name["auto"].bytes["exclusive"] < by_name["whole"].bytes["exclusive"]
+
+
+def test_finished_runs_are_not_run_again(run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, result = run
+    monkeypatch.setattr("twinmerge.eval.harness.run_contestant", lambda *_: pytest.fail("ran again"))
+    again = run_suite(suite, out)
+    assert again.contestants == result.contestants
+    assert again.routers == result.routers
+
+
+def test_other_settings_are_run_again(run: Any, suite: Suite) -> None:
+    out, result = run
+    spec = suite.contestants["auto"].model_copy(update={"exclusive": suite.contestants["groups"].exclusive})
+    changed = suite.model_copy(update={"contestants": {"auto": spec}, "router_ablation": False})
+    again = run_suite(changed, out, contestants=["auto"])
+    first = next(one for one in result.contestants if one.name == "auto")
+    assert again.contestants[0].bytes["exclusive"] != first.bytes["exclusive"]
+
+
+def test_router_ablation_covers_features_methods_and_counts(run: Any) -> None:
+    _, result = run
+    assert {one.method for one in result.routers} == {"linear", "mlp", "centroid", "knn"}
+    assert {"last", "all", "embeddings", "layer:1"} <= {one.features for one in result.routers}
+    assert {one.inputs_per_expert for one in result.routers} >= {20, 10}
+    best = next(one for one in result.routers if one.features == "all" and one.method == "linear")
+    assert best.accuracy > 0.6, "three experts: chance is 1/3"
+
+
+def test_unseen_tasks_are_scored_by_head_and_by_probe(run: Any) -> None:
+    _, result = run
+    whole = next(one for one in result.contestants if one.name == "whole")
+    assert set(whole.unseen) == {"far", "probe"}
+    assert all(0 <= value <= 1 for value in whole.unseen.values())
+
+
+def test_an_unknown_contestant_is_named(suite: Suite, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="unknown contestant 'twn'; the suite has pretrained"):
+        run_suite(suite, tmp_path, contestants=["twn"])
+
+
+def test_slices_of_all_features_are_the_layers() -> None:
+    features = torch.arange(12.0).reshape(1, 12)
+    assert slice_features(features, "embeddings", 4).tolist() == [[0, 1, 2, 3]]
+    assert slice_features(features, "layer:1", 4).tolist() == [[4, 5, 6, 7]]
+    assert slice_features(features, "last", 4).tolist() == [[8, 9, 10, 11]]
+    assert slice_features(features, "layers:[0, 2]", 4).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11]]
+    assert slice_features(features, "all", 4) is features
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("kind: top1", "kind: topp1", r"suite.yaml:\d+: contestants.top1.kind: input should be 'experts'"),
+        ("exclusive: {rank: 1}", "scalings: [1.0]", r"exclusive belongs to kind twin, and only to it; found kind twin"),
+        ("{method: pretrained}", "{method: pretrained}, scalings: [1.0]", r"scalings belong to kind static"),
+        ("{head: sms}", "{head: spam}", r"unseen.far.head must be a task of the suite, found 'spam'"),
+        ("ag: {}, sms: {metric: macro_f1}, trec: {}", "ag: {}", r"a suite needs at least two tasks, found 1"),
+        ("validation_rows", "validation_row", r"unknown key 'validation_row'; did you mean 'validation_rows'\?"),
+    ],
+)
+def test_a_suite_that_is_wrong_says_where(tmp_path: Path, old: str, new: str, message: str) -> None:
+    text = SUITE.format(root=tmp_path)
+    assert old in text
+    path = tmp_path / "suite.yaml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(RecipeError, match=message):
+        Suite.load(path)
+
+
+def test_the_cache_variable_is_known_without_being_set(monkeypatch: pytest.MonkeyPatch, suite: Suite) -> None:
+    monkeypatch.delenv("TWINMERGE_CACHE", raising=False)
+    root = suite.model_copy(update={"root": "$TWINMERGE_CACHE/text/seed{seed}"}).root_of(2)
+    assert root == Path("~/.cache/twinmerge/text/seed2").expanduser().resolve()

@@ -1,0 +1,168 @@
+"""The program, run in process on tiny models: what it prints, what it writes, what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import tiny
+from twinmerge.cli import main
+
+RECIPE = """
+base: base
+experts:
+  trec: {model: trec, router_data: trec.jsonl}
+  sms: {model: sms, router_data: sms.jsonl}
+  ag: {model: ag, router_data: ag.jsonl}
+exclusive: {rank: 4}
+router: {samples_per_expert: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tiny.Family:
+    root = tmp_path_factory.mktemp("family")
+    made = tiny.make_family(root, tiny.bert(), tiny.transformers.BertForSequenceClassification)
+    (root / "recipe.yaml").write_text(RECIPE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def twin(family: tiny.Family) -> Path:
+    out = family.root / "twin"
+    assert main(["build", str(family.root / "recipe.yaml"), "--out", str(out)]) == 0
+    return out
+
+
+def test_inspect_shows_experts_bytes_and_router(twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(twin)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("trec", "sms", "ag", "energy kept", "exclusive", "held-out accuracy", "calibration error", "seed 0"):
+        assert word in printed
+
+
+def test_inspect_as_json_adds_up_to_the_folder(twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(twin), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(found["bytes"].values()) == sum(p.stat().st_size for p in twin.rglob("*") if p.is_file())
+    assert set(found["experts"]) == {"trec", "sms", "ag"}
+
+
+def test_verify_counts_files(twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(twin), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["intact"] is True
+
+
+def test_predict_answers_in_input_order_and_keeps_fields(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "id": i} for i, row in enumerate(tiny.text_rows("sms", 5) + tiny.text_rows("trec", 5))]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (
+        main(["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "y.jsonl")]) == 0
+    )
+    answers = [json.loads(line) for line in (tmp_path / "y.jsonl").read_text().splitlines()]
+    assert [a["id"] for a in answers] == list(range(10))
+    assert [a["text"] for a in answers] == [row["text"] for row in rows]
+    assert all(sum(a["gate"].values()) == pytest.approx(1, abs=1e-4) or a["fallback"] for a in answers)
+    assert all(a["label"].startswith("LABEL_") and 0 <= a["score"] <= 1 for a in answers)
+    assert "10 rows" in capsys.readouterr().out
+
+
+def test_predict_with_an_expert_uses_it_alone(twin: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "w5 w6"}) + "\n")
+    arguments = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "y.jsonl")]
+    assert main([*arguments, "--expert", "ag"]) == 0
+    answer = json.loads((tmp_path / "y.jsonl").read_text())
+    assert answer["expert"] == "ag"
+    assert answer["gate"] == {"ag": 1.0, "sms": 0.0, "trec": 0.0}
+
+
+def test_eval_writes_results_and_a_report(
+    family: tiny.Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in family.experts:
+        rows = [{**row, "label": f"LABEL_{i % tiny.LABELS[name]}"} for i, row in enumerate(tiny.text_rows(name, 12))]
+        for split in ("router", "validation", "test"):
+            (family.root / f"{name}.{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "suite.yaml").write_text(
+        f"""
+name: tiny
+root: {family.root}
+base: base
+experts: "{{task}}"
+data: "{{task}}.{{split}}.jsonl"
+tasks: {{ag: {{}}, sms: {{}}, trec: {{}}}}
+shared: {{method: average}}
+contestants:
+  average: {{title: the mean, kind: static, shared: {{method: average}}}}
+  twin: {{title: the twin, kind: twin, shared: {{method: average}}, exclusive: {{rank: 2}}}}
+"""
+    )
+    assert main(["eval", str(tmp_path / "suite.yaml"), "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "report.html" in printed
+    assert {"results.json", "report.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "{root}/recipe.yaml", "--out", "{root}/twin"], "exists"),
+        (["build", "{root}/nowhere.yaml", "--out", "{root}/new"], "cannot be read"),
+        (["inspect", "{root}/base"], "is no twin: twin.json cannot be read"),
+        (["predict", "{root}/twin", "--input", "{root}/no.jsonl", "--output", "{root}/new"], "cannot read rows"),
+        (["predict", "{root}/twin", "--input", "{root}/ag.jsonl", "--output", "{root}/sms.jsonl"], "exists already"),
+        (
+            ["predict", "{root}/twin", "--input", "{root}/ag.jsonl", "--output", "{root}/new", "--expert", "spam"],
+            "unknown expert 'spam'; this twin has ag, sms, trec",
+        ),
+        (["eval", "{root}/nowhere.yaml", "--out", "{root}/new"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    twin: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = twin.parent
+    before = sorted(path.name for path in root.iterdir())
+    assert main([argument.format(root=root) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("twinmerge: error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert sorted(path.name for path in root.iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["bild"], ["predict", "twin"], ["predict", "t", "--batch-size", "0"]])
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_a_damaged_twin_is_named(twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(twin, copy)
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert main(["verify", str(copy)]) == 2
+    assert "model.safetensors changed" in capsys.readouterr().err
+
+
+def test_interruption_leaves_nothing(
+    twin: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twinmerge.runtime.build.write_weights", interrupt)
+    root = twin.parent
+    before = sorted(path.name for path in root.iterdir())
+    assert main(["build", str(root / "recipe.yaml"), "--out", str(root / "new")]) == 130
+    assert sorted(path.name for path in root.iterdir()) == before
+    assert "interrupted" in capsys.readouterr().err
