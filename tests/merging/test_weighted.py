@@ -84,7 +84,7 @@ def test_a_weight_of_zero_leaves_the_expert_out() -> None:
 
 
 def test_weights_that_cancel_are_refused_when_normalised() -> None:
-    base, experts = models(2)
+    experts = models(2)[1]
     weights = {"e0": 1.0, "e1": -1.0}
     with pytest.raises(RecipeError, match="must not sum to zero when they are normalised, found e0 1, e1 -1"):
         weighted_average(experts, weights, normalize=True)

@@ -50,12 +50,12 @@ def describe(plan: MergePlan, memory_bytes: int, workers: int, folder: Path) -> 
 
 
 def _estimate(plan: MergePlan, entries: int, workers: int) -> tuple[float, str]:
-    """Seconds for the whole merge from the time of merging the first chunks of the largest tensor, and what that was."""
+    """Seconds for the whole merge, from the time the first chunks of the largest tensor took, and what those were."""
     floating = [spec for spec in plan.specs if spec.dtype.is_floating_point and spec.numel]
     if not floating:
         return 0.0, "nothing is merged"
     largest = max(floating, key=lambda spec: spec.numel)
-    rule = plan.merge.rule(largest.name, plan.depths[largest.name], {name: 0.0 for name in plan.experts})
+    rule = plan.merge.rule(largest.name, plan.depths[largest.name], dict.fromkeys(plan.experts, 0.0))
 
     def sample() -> list[Chunk]:
         return list(islice(read_chunks(plan, largest.name, entries), _SAMPLE_CHUNKS))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +37,7 @@ Chunks = Callable[[], Iterator[Chunk]]
 """Goes through one tensor from its start; may be called again."""
 
 
+@runtime_checkable
 class Rule(Protocol):
     """How one tensor is merged."""
 
