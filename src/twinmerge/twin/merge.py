@@ -120,8 +120,9 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:  # noqa
             f"layer_range ends at {merge.layers}, the models have {layers} layers; only whole models are merged"
         )
     deep = depths(list(reference.specs))
-    for name in reference.specs:
-        merge.rule(name, deep[name], None)
+    for name, spec in reference.specs.items():
+        if spec.dtype.is_floating_point:
+            merge.rule(name, deep[name], None)
     specs = tuple(
         replace(spec, dtype=merge.dtype) if merge.dtype and spec.dtype.is_floating_point else spec
         for spec in reference.specs.values()
@@ -300,7 +301,7 @@ def _require_all_related(plan: MergePlan) -> None:
     names = [n for n, spec in plan.reference.specs.items() if len(spec.shape) > 1 and spec.dtype.is_floating_point]
     for name, expert in plan.experts.items():
         if expert is not plan.reference:
-            require_related(plan.reference, name, expert, [(n, n) for n in names])
+            require_related(plan.reference, name, expert, [(n, n) for n in names], ", or --allow-unrelated")
 
 
 def _whole_model_stats(plan: MergePlan, entries: int) -> Stats | None:

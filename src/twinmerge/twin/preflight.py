@@ -107,7 +107,9 @@ def compare_vocabularies(reference: Path, name: str, other: Path, allow: Allow) 
         yield message
 
 
-def require_related(base: Checkpoint, name: str, expert: Checkpoint, pairs: Collection[tuple[str, str]]) -> float:
+def require_related(
+    base: Checkpoint, name: str, expert: Checkpoint, pairs: Collection[tuple[str, str]], remedy: str = ""
+) -> float:
     """Refuse an expert whose matrices do not resemble the base's: it is no fine-tune of it.
 
     Args:
@@ -115,6 +117,7 @@ def require_related(base: Checkpoint, name: str, expert: Checkpoint, pairs: Coll
         name: of the expert, for the message.
         expert: its weights.
         pairs: names of the same matrix in base and expert; some of them are compared, some entries of each.
+        remedy: what else the caller can do, for the message.
 
     Returns:
         The cosine of the compared entries; 1 where there is nothing to compare.
@@ -142,7 +145,7 @@ def require_related(base: Checkpoint, name: str, expert: Checkpoint, pairs: Coll
         raise MismatchError(
             f"expert {name!r} is no fine-tune of this base: the cosine of their matrices must be at least "
             f"{RELATED_COSINE}, found {cosine:.3f} (relative distance {distance:.2f}); "
-            "give the model it was fine-tuned from as base, or --allow-unrelated"
+            f"give the model it was fine-tuned from as base{remedy}"
         )
     return cosine
 
