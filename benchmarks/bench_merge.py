@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_checkpoints import make
 
 from twinmerge.tensors.checkpoint import Checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.make_checkpoints import make
 
 CACHE = Path.home() / ".cache" / "twinmerge"
 MERGEKIT = ("mergekit==0.1.5", "torch==2.13.0")
@@ -123,12 +126,9 @@ def rounded_share(method: str, models: Path, merged: Path) -> float:
     right = total = 0
     for name in result.specs:
         start = base.read(name).double()
-        if method == "linear":
-            exact = sum(expert.read(name).double() for expert in experts) / EXPERTS
-        else:
-            exact = start + WEIGHT * sum(expert.read(name).double() - start for expert in experts)
-        for stretch, values in zip(exact.split(1024), result.read(name).split(1024), strict=True):
-            right += int(_is_nearest(values, stretch).sum())
+        models_read = torch.stack([expert.read(name).double() for expert in experts])
+        exact = models_read.sum(0) / EXPERTS if method == "linear" else start + WEIGHT * (models_read - start).sum(0)
+        right += int(_is_nearest(result.read(name), exact).sum())
         total += exact.numel()
     return right / total
 

@@ -7,8 +7,12 @@ decomposing have something to find. The same seed gives the same bytes.
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 SIZES = {
     "8m": {"vocab": 2048, "hidden": 256, "inner": 688, "layers": 6, "heads": 4},
@@ -37,7 +41,8 @@ def make(folder: Path, size: str, experts: int = 4, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    model.bfloat16()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _save(model, root / "base", sizes["vocab"])
     for expert in range(experts):
@@ -53,7 +58,7 @@ def make(folder: Path, size: str, experts: int = 4, seed: int = 0) -> Path:
     return root
 
 
-def _save(model: torch.nn.Module, folder: Path, vocabulary: int) -> None:
+def _save(model: "LlamaForCausalLM", folder: Path, vocabulary: int) -> None:
     model.save_pretrained(folder, max_shard_size="512MB")
     special = {"<unk>": 0, "<s>": 1, "</s>": 2}
     tokenizer = {
