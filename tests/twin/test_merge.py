@@ -197,6 +197,13 @@ def test_depth_is_the_place_in_the_own_stack() -> None:
     assert list(found.values()) == [0.0, 0.0, 1.0, 0.25, 0.0]
 
 
+def test_rows_beyond_the_vocabulary_are_kept(models: Path) -> None:
+    for name in ("base", "a", "b"):
+        (models / name / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 7}))
+    merge_models(ours(models, "{method: average}"), models / "out")
+    assert read(models / "out")["embed.weight"].shape == (9, 4)
+
+
 @settings(max_examples=15)
 @given(
     shapes=st.dictionaries(

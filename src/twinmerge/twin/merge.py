@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -361,14 +362,12 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
 
 
 def _manifest(plan: MergePlan, writer: CheckpointWriter) -> dict[str, Any]:
-    import twinmerge
-
     files = {
         file: {"bytes": size, "sha256": sha256_of(writer.folder / file)} for file, (_, size) in writer.heads.items()
     }
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"twinmerge": twinmerge.__version__, "torch": torch.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("twinmerge", "torch")},
         "recipe": plan.merge.record(),
         "inputs": {str(m.path): m.nbytes for m in (plan.reference, *plan.experts.values())},
         "tensors": len(plan.specs),
