@@ -29,6 +29,7 @@ from twinmerge.twin.estimate import describe
 from twinmerge.twin.merge import MANIFEST, merge_models, plan_merge
 from twinmerge.twin.merge_recipe import depths, load_merge
 from twinmerge.twin.preflight import Allow
+from twinmerge.twin.rules import Chunk, TaskArithmeticRule
 
 State = dict[str, Tensor]
 CONFIG = {"model_type": "llama", "rope_theta": 10000.0, "dtype": "float32"}
@@ -151,6 +152,19 @@ def test_mergekit_methods_at_density_one_are_their_formulas(models: Path, method
         if normalize == "true":
             total = total / (0.5 * agree[0].double() + 0.5 * agree[1].double())
         assert torch.allclose(merged, base[name] + total, atol=1e-6)
+
+
+def test_mergekit_ties_is_ties_within_each_tensor(models: Path) -> None:
+    merge_models(kit(models, "ties", "weight: 1.0, density: 0.25"), models / "theirs")
+    merge_models(ours(models, "{method: ties, density: 0.25, scope: tensor}"), models / "ours")
+    found = floats(read(models / "theirs"))
+    assert all(torch.allclose(tensor, found[name], atol=1e-6) for name, tensor in floats(read(models / "ours")).items())
+
+
+def test_a_rule_with_task_vectors_needs_the_base() -> None:
+    rule = TaskArithmeticRule({"a": 1.0}, False, 1.0)
+    with pytest.raises(ValueError, match="'w': this method needs the base"):
+        rule.merge(Chunk("w", 0, None, {"a": torch.ones(2)}), None)
 
 
 def test_gradients_and_filters_give_each_tensor_its_weight(models: Path) -> None:

@@ -131,10 +131,8 @@ class _Recipe(_Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_models(cls, data: Any) -> Any:
+    def _whole_models(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Write a single slice over all layers as the list of models it is."""
-        if not isinstance(data, dict):
-            return data
         for key in _UNSUPPORTED:
             if key in data:
                 raise ValueError(f"mergekit's key {key!r} is not supported; remove it or use mergekit for this recipe")
