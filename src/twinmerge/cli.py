@@ -56,6 +56,23 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
     build.add_argument("--overwrite", action="store_true", help="replace the folder, once the new twin is complete")
 
+    merge = _command(commands, "merge", _merge, "merge models into one plain model folder (our recipes and mergekit's)")
+    merge.add_argument("recipe", type=Path, help="YAML file: base, experts, shared; or mergekit's keys")
+    merge.add_argument("--out", type=Path, required=True, help="folder of the model, must not exist")
+    merge.add_argument("--overwrite", action="store_true", help="replace the folder, once the new model is complete")
+    merge.add_argument(
+        "--resume", action="store_true", help="go on with what an interrupted run left, verified by hash"
+    )
+    merge.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
+    _add_merge_options(merge)
+
+    plan = _command(
+        commands, "plan", _plan, "check the recipe of a merge before it runs: what is read, written, needed"
+    )
+    plan.add_argument("recipe", type=Path, help="YAML file of `twinmerge merge`")
+    plan.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
+    _add_merge_options(plan)
+
     inspect = _command(commands, "inspect", _inspect, "show experts, ranks, energy kept, bytes, router and provenance")
     inspect.add_argument("twin", type=Path, help="folder of a twin")
 
@@ -80,6 +97,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_merge_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory", type=_bytes, default="2GB", help="what the process may take (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of DARE in mergekit's recipes (default: %(default)s)")
+    command.add_argument(
+        "--allow-unrelated", action="store_true", help="merge models that are no fine-tunes of the base"
+    )
+    command.add_argument(
+        "--allow-config-differences", action="store_true", help="merge models whose config.json differ, as in rope"
+    )
+    command.add_argument(
+        "--allow-vocabulary-differences", action="store_true", help="merge models whose tokenizers give other ids"
+    )
+
+
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
     command.set_defaults(run=run)
@@ -93,6 +126,44 @@ def _build(options: argparse.Namespace) -> None:
     with _progress() as progress:
         artifact = build(options.recipe, options.out, overwrite=options.overwrite, progress=progress)
     _print_twin(artifact, options.json)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from twinmerge.twin.merge import merge_models
+    from twinmerge.twin.merge_recipe import load_merge
+
+    with _progress() as progress:
+        manifest = merge_models(
+            load_merge(options.recipe, options.seed),
+            options.out,
+            allow=_allowed(options),
+            overwrite=options.overwrite,
+            resume=options.resume,
+            memory_bytes=options.memory,
+            workers=options.workers,
+            progress=progress,
+        )
+    for note in manifest["notes"]:
+        sys.stderr.write(f"twinmerge: note: {note}\n")
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    sentence = f"{options.out}: {manifest['tensors']} tensors, {size:,} bytes, {manifest['recipe']['method']}"
+    _print_result({"model": str(options.out), **manifest}, options.json, sentence)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from twinmerge.twin.estimate import describe
+    from twinmerge.twin.merge import plan_merge
+    from twinmerge.twin.merge_recipe import load_merge
+
+    plan = plan_merge(load_merge(options.recipe, options.seed), _allowed(options))
+    workers = options.workers or len(os.sched_getaffinity(0))
+    found = describe(plan, options.memory, workers, options.recipe.resolve().parent)
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return
+    for key, value in found.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else value
+        sys.stdout.write(f"{key}: {shown}\n")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -232,6 +303,25 @@ def _progress() -> Iterator[Any]:
 
 def _complain(message: str) -> None:
     sys.stderr.write(f"twinmerge: error: {' '.join(message.split())}\n")
+
+
+def _allowed(options: argparse.Namespace) -> Any:
+    from twinmerge.twin.preflight import Allow
+
+    return Allow(options.allow_unrelated, options.allow_config_differences, options.allow_vocabulary_differences)
+
+
+def _bytes(text: str) -> int:
+    """A size such as 700MB or 2GB; units are powers of ten."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        size = 0.0
+    if not 0 < size < 10**18:
+        raise argparse.ArgumentTypeError(f"must be a size such as 700MB or 2GB, found {text!r}")
+    return int(size)
 
 
 def _positive(text: str) -> int:

@@ -95,7 +95,10 @@ class MergeFunction(Protocol):
     def __call__(
         self, base: Tensor, task_vectors: Mapping[str, Tensor], *, params: Any, name: str, stats: Stats | None = None
     ) -> Tensor:
-        """Merge one tensor: base of any float dtype, task vectors in float32, result in float32."""
+        """Merge one tensor: base of any float dtype, task vectors in float32, result in float32.
+
+        A method that draws at random also takes `at`, see `merge_tensor`.
+        """
         ...
 
 
@@ -109,6 +112,12 @@ class MergeMethod:
     paper: str
     prepass: Callable[[Any, Stream], Stats | None] | None = None
     """Reads the whole model before the first tensor is merged."""
+    tensor_prepass: Callable[[Any, Stream], Stats | None] | None = None
+    """Reads one whole tensor before its first stretch is merged; what it returns takes the place of the stats."""
+    streams: bool = False
+    """Whether an entry of the result depends on the same entry of the inputs alone, apart from the stats."""
+    draws: bool = False
+    """Whether an entry of the result depends on where it is in its tensor."""
     coefficient: Callable[[Any, int], float] | None = None
     """Of a linear method, from its parameters and the number of experts."""
 
@@ -125,6 +134,7 @@ def merge_tensor(
     *,
     name: str,
     stats: Stats | None = None,
+    at: int = 0,
 ) -> Float32[Tensor, "..."]:
     """Merge one tensor as `params` say.
 
@@ -133,7 +143,8 @@ def merge_tensor(
         base: a parameter of the base model, any float dtype.
         task_vectors: expert - base in float32, by expert; their order does not matter.
         name: of the parameter; seeds random draws.
-        stats: what `run_prepass` returned.
+        stats: what `run_prepass` or `run_tensor_prepass` returned.
+        at: which entry of the flattened parameter the first one is, if this is a stretch of it.
 
     Returns:
         The parameter of the shared expert in float32.
@@ -149,7 +160,9 @@ def merge_tensor(
             raise MismatchError(
                 f"expert {expert!r}, {name!r}: task vector of shape {tuple(vector.shape)}, base {tuple(base.shape)}"
             )
-    return METHODS[params.method].function(base, task_vectors, params=params, name=name, stats=stats)
+    method = METHODS[params.method]
+    place = {"at": at} if method.draws else {}
+    return method.function(base, task_vectors, params=params, name=name, stats=stats, **place)
 
 
 def run_prepass(params: MergeParams, stream: Stream) -> Stats | None:
@@ -164,6 +177,12 @@ def run_prepass(params: MergeParams, stream: Stream) -> Stats | None:
         What to hand to `merge_tensor` as `stats`; None if the method needs nothing.
     """
     prepass = METHODS[params.method].prepass
+    return prepass(params, stream) if prepass else None
+
+
+def run_tensor_prepass(params: MergeParams, stream: Stream) -> Stats | None:
+    """Read one tensor, which `stream` gives in stretches, before the first of them is merged; None: not needed."""
+    prepass = METHODS[params.method].tensor_prepass
     return prepass(params, stream) if prepass else None
 
 
@@ -199,7 +218,9 @@ def _task_arithmetic(
 def _ties(
     base: Tensor, task_vectors: Mapping[str, Tensor], *, params: TiesParams, name: str, stats: Stats | None = None
 ) -> Tensor:
-    thresholds = tensor_thresholds(task_vectors, params.density) if params.scope == "tensor" else stats
+    thresholds = stats
+    if thresholds is None and params.scope == "tensor":
+        thresholds = tensor_thresholds(task_vectors, params.density)
     if thresholds is None:
         raise ValueError("ties over the whole model needs the thresholds of run_prepass as stats")
     return ties(base, task_vectors, thresholds=thresholds, scaling=_scaling(params))
@@ -209,25 +230,41 @@ def _ties_prepass(params: TiesParams, stream: Stream) -> Stats | None:
     return model_thresholds(stream, params.density) if params.scope == "model" else None
 
 
+def _ties_tensor_prepass(params: TiesParams, stream: Stream) -> Stats | None:
+    return model_thresholds(stream, params.density) if params.scope == "tensor" else None
+
+
 def _drop(
-    task_vectors: Mapping[str, Tensor], params: DareLinearParams | DareTiesParams, name: str
+    task_vectors: Mapping[str, Tensor], params: DareLinearParams | DareTiesParams, name: str, at: int
 ) -> dict[str, Tensor]:
     return {
-        expert: dare(vector, density=params.density, seed=params.seed, expert=expert, name=name)
+        expert: dare(vector, density=params.density, seed=params.seed, expert=expert, name=name, at=at)
         for expert, vector in task_vectors.items()
     }
 
 
 def _dare_linear(
-    base: Tensor, task_vectors: Mapping[str, Tensor], *, params: DareLinearParams, name: str, stats: Stats | None = None
+    base: Tensor,
+    task_vectors: Mapping[str, Tensor],
+    *,
+    params: DareLinearParams,
+    name: str,
+    stats: Stats | None = None,
+    at: int = 0,
 ) -> Tensor:
-    return task_arithmetic(base, _drop(task_vectors, params, name), _scaling(params))
+    return task_arithmetic(base, _drop(task_vectors, params, name, at), _scaling(params))
 
 
 def _dare_ties(
-    base: Tensor, task_vectors: Mapping[str, Tensor], *, params: DareTiesParams, name: str, stats: Stats | None = None
+    base: Tensor,
+    task_vectors: Mapping[str, Tensor],
+    *,
+    params: DareTiesParams,
+    name: str,
+    stats: Stats | None = None,
+    at: int = 0,
 ) -> Tensor:
-    return base.float() + _scaling(params) * disjoint_mean(_drop(task_vectors, params, name))
+    return base.float() + _scaling(params) * disjoint_mean(_drop(task_vectors, params, name, at))
 
 
 METHODS: Mapping[str, MergeMethod] = MappingProxyType(
@@ -235,10 +272,20 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
         method.name: method
         for method in (
             MergeMethod(
-                "pretrained", _pretrained, PretrainedParams, "arXiv:2406.15479", coefficient=lambda params, count: 0.0
+                "pretrained",
+                _pretrained,
+                PretrainedParams,
+                "arXiv:2406.15479",
+                coefficient=lambda params, count: 0.0,
+                streams=True,
             ),
             MergeMethod(
-                "average", _average, AverageParams, "arXiv:2203.05482", coefficient=lambda params, count: 1 / count
+                "average",
+                _average,
+                AverageParams,
+                "arXiv:2203.05482",
+                coefficient=lambda params, count: 1 / count,
+                streams=True,
             ),
             MergeMethod(
                 "task_arithmetic",
@@ -246,10 +293,21 @@ METHODS: Mapping[str, MergeMethod] = MappingProxyType(
                 TaskArithmeticParams,
                 "arXiv:2212.04089",
                 coefficient=lambda params, count: _scaling(params),
+                streams=True,
             ),
-            MergeMethod("ties", _ties, TiesParams, "arXiv:2306.01708", prepass=_ties_prepass),
-            MergeMethod("dare_linear", _dare_linear, DareLinearParams, "arXiv:2311.03099"),
-            MergeMethod("dare_ties", _dare_ties, DareTiesParams, "arXiv:2311.03099, arXiv:2306.01708"),
+            MergeMethod(
+                "ties",
+                _ties,
+                TiesParams,
+                "arXiv:2306.01708",
+                prepass=_ties_prepass,
+                tensor_prepass=_ties_tensor_prepass,
+                streams=True,
+            ),
+            MergeMethod("dare_linear", _dare_linear, DareLinearParams, "arXiv:2311.03099", streams=True, draws=True),
+            MergeMethod(
+                "dare_ties", _dare_ties, DareTiesParams, "arXiv:2311.03099, arXiv:2306.01708", streams=True, draws=True
+            ),
         )
     }
 )

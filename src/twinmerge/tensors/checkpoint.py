@@ -10,7 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ class TensorSpec:
     dtype: torch.dtype
     file: Path
     nbytes: int
+    offset: int = field(default=0, compare=False)
+    """First byte of its data in `file`."""
+
+    @property
+    def numel(self) -> int:
+        """Entries of the tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Checkpoint:
     path: Path
     specs: Mapping[str, TensorSpec]
     config: dict[str, Any]
+    stem: str = "model"
+    """What its weights' files are called: `model`, `diffusion_pytorch_model`, or the name of a single file."""
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -66,7 +75,8 @@ class Checkpoint:
 
         Args:
             path: a folder with `model.safetensors`, or with `model.safetensors.index.json` and
-                its shards, or one `.safetensors` file of any name.
+                its shards, or with one set of safetensors files of any other name (diffusers,
+                bare folders), or one `.safetensors` file.
 
         Returns:
             The checkpoint; `config` is the folder's `config.json`, `{}` if there is none or for
@@ -78,18 +88,14 @@ class Checkpoint:
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; expected a checkpoint folder or a .safetensors file")
         if path.is_file():
-            return cls(path, _read_header(path), {})
-        single, index = path / WEIGHTS, path / INDEX
+            return cls(path, _read_header(path), {}, path.stem)
+        stem = _find_stem(path)
+        single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
         if single.exists() and index.exists():
-            raise CheckpointError(f"{path} holds both {WEIGHTS} and {INDEX}; one of them is stale, remove it")
-        if index.exists():
-            specs = _read_shards(index)
-        elif single.exists():
-            specs = _read_header(single)
-        else:
-            raise CheckpointError(_explain_no_weights(path))
+            raise CheckpointError(f"{path} holds both {single.name} and {index.name}; one of them is stale, remove it")
+        specs = _read_shards(index) if index.exists() else _read_header(single)
         config = path / "config.json"
-        return cls(path, specs, _read_json(config) if config.exists() else {})
+        return cls(path, specs, _read_json(config) if config.exists() else {}, stem)
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +121,33 @@ class Checkpoint:
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no rows {start}:{stop}")
         return self._read(name, lambda opened: opened.get_slice(name)[start:stop])
+
+    def read_flat(self, name: str, start: int, stop: int) -> Shaped[Tensor, " entries"]:
+        """Read entries `start` (included) to `stop` (excluded) of one flattened tensor, nothing else of it.
+
+        The bytes are read, not mapped: what was read leaves memory with the result.
+
+        Raises:
+            CheckpointError: if there is no such tensor or its file can no longer be read.
+        """
+        spec = self._spec(name)
+        tensor = torch.empty(stop - start, dtype=spec.dtype)
+        if not tensor.numel():
+            return tensor
+        view = tensor.view(torch.uint8).numpy().data
+        at = spec.offset + start * spec.dtype.itemsize
+        try:
+            descriptor = os.open(spec.file, os.O_RDONLY)
+            try:
+                while view and (count := os.preadv(descriptor, [view], at)):
+                    view, at = view[count:], at + count
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise CheckpointError(f"{spec.file}: tensor {name!r} cannot be read: {error.strerror}") from error
+        if view:
+            raise CheckpointError(f"{spec.file}: tensor {name!r} cannot be read: the file has become shorter")
+        return tensor
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self.specs:
@@ -169,7 +202,7 @@ def save_checkpoint(
     if found := sorted(file.name for file in folder.glob("model*.safetensors*")):
         raise OutputExistsError(f"{folder} holds weights already ({found[0]}); write to an empty folder")
     layout = {spec.name: (spec.shape, spec.dtype) for spec in specs}
-    shards = _plan_shards({name: _size_bytes(*entry) for name, entry in layout.items()}, max_shard_bytes)
+    shards = plan_shards({name: _size_bytes(*entry) for name, entry in layout.items()}, max_shard_bytes)
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [WEIGHTS]
@@ -200,28 +233,74 @@ def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputExistsError: before any work, if `target` exists and may not be replaced.
     """
     target = target.resolve()
-    _require_free(target, overwrite)
+    require_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     tag = f"{os.getpid()}-{secrets.token_hex(4)}"
     staging = target.with_name(f".{target.name}.tmp-{tag}")
     staging.mkdir()
     try:
         yield staging
-        for folder, _, files in os.walk(staging):
-            for file in files:
-                _fsync(Path(folder, file))
-            _fsync(Path(folder))
-        _require_free(target, overwrite)
-        _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{tag}"))
+        publish(staging, target, overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def publish(staging: Path, target: Path, overwrite: bool) -> None:
+    """Bring a complete folder to the disk, then give it the name of its target, in whose place it comes whole.
+
+    Raises:
+        OutputExistsError: if the target has come to exist and may not be replaced.
+    """
+    for folder, _, files in os.walk(staging):
+        for file in files:
+            _fsync(Path(folder, file))
+        _fsync(Path(folder))
+    require_free(target, overwrite)
+    _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"))
+
+
+def lay_out(
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """The header of a safetensors file that holds `layout`, each tensor's first byte, and the file's size in bytes.
+
+    Raises:
+        CheckpointError: if a dtype has no name in the safetensors format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    end = 0
+    for name in sorted(layout, key=lambda name: (-layout[name][1].itemsize, name)):  # widest first: all are aligned
+        shape, dtype = layout[name]
+        if dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which a safetensors file cannot hold here")
+        begin, end = end, end + _size_bytes(shape, dtype)
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    data = 8 + len(encoded)
+    offsets = {name: data + header[name]["data_offsets"][0] for name in layout}
+    return len(encoded).to_bytes(8, "little") + encoded, offsets, data + end
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes in hexadecimal, read in chunks."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _find_stem(folder: Path) -> str:
+    """`model` if there is one, else the only set of safetensors files in the folder."""
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+        return "model"
+    index, single = ".safetensors.index.json", ".safetensors"
+    stems = sorted(file.name.removesuffix(index) for file in folder.glob(f"*{index}"))
+    stems = stems or sorted(file.name.removesuffix(single) for file in folder.glob(f"*{single}"))
+    if not stems:
+        raise CheckpointError(_explain_no_weights(folder))
+    if len(stems) > 1:
+        raise CheckpointError(f"{folder} holds several sets of weights ({', '.join(stems[:5])}); name one file")
+    return stems[0]
 
 
 def _explain_no_weights(folder: Path) -> str:
@@ -258,7 +337,7 @@ def _read_shards(index: Path) -> dict[str, TensorSpec]:
             if name in specs:
                 raise CheckpointError(f"tensor {name!r} is in two shards, {specs[name].file.name} and {file}")
             if weight_map.get(name) != file:
-                raise CheckpointError(f"{shard} holds tensor {name!r}, which {INDEX} does not place there")
+                raise CheckpointError(f"{shard} holds tensor {name!r}, which {index.name} does not place there")
             specs[name] = spec
     if missing := [name for name in weight_map if name not in specs]:
         raise CheckpointError(
@@ -282,15 +361,14 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     try:
         entries = dict(json.loads(header))
         entries.pop("__metadata__", None)
-        specs = {name: _parse_entry(name, entry, path) for name, entry in entries.items()}
-        ends = {name: entry["data_offsets"][1] for name, entry in entries.items()}
+        specs = {name: _parse_entry(name, entry, path, 8 + length) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header cannot be understood ({error})") from error
     data = size - 8 - length
     for name, spec in specs.items():
-        if ends[name] > data:
+        if (end := spec.offset - 8 - length + spec.nbytes) > data:
             raise CheckpointError(
-                f"{path} is truncated: tensor {name!r} ends at byte {ends[name]} of the data, "
+                f"{path} is truncated: tensor {name!r} ends at byte {end} of the data, "
                 f"the file holds {data}; download it again"
             )
         if spec.nbytes != (needed := _size_bytes(spec.shape, spec.dtype)):
@@ -298,15 +376,20 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
                 f"{path}: tensor {name!r} has {spec.nbytes} bytes, shape {spec.shape} needs {needed}; "
                 "the file is damaged, download it again"
             )
+    end = 8 + length
+    for spec in sorted(specs.values(), key=lambda spec: (spec.offset, spec.nbytes)):
+        if spec.offset < end:
+            raise CheckpointError(f"{path}: the data of tensor {spec.name!r} overlaps another's; the file is damaged")
+        end = spec.offset + spec.nbytes
     return specs
 
 
-def _parse_entry(name: str, entry: Mapping[str, Any], path: Path) -> TensorSpec:
+def _parse_entry(name: str, entry: Mapping[str, Any], path: Path, data_start: int) -> TensorSpec:
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end - begin)):
         raise ValueError(f"{name!r} has shape {shape} from byte {begin} to {end}")
-    return TensorSpec(name, shape, _dtype(entry["dtype"], path), path, end - begin)
+    return TensorSpec(name, shape, _dtype(entry["dtype"], path), path, end - begin, data_start + begin)
 
 
 def _dtype(name: str, path: Path) -> torch.dtype:
@@ -319,7 +402,8 @@ def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Names by file, in their order; a tensor larger than the limit gets a file of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -337,27 +421,17 @@ def _write_file(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name in sorted(layout, key=lambda name: (-layout[name][1].itemsize, name)):  # widest first: all are aligned
-        shape, dtype = layout[name]
-        if dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which a safetensors file cannot hold here")
-        begin, end = end, end + _size_bytes(shape, dtype)
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
+    head, offsets, size = lay_out(layout, metadata)
     staging = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with staging.open("wb") as opened:
-            opened.write(len(encoded).to_bytes(8, "little") + encoded)
-            opened.truncate(8 + len(encoded) + end)
+            opened.write(head)
+            opened.truncate(size)
             for name, (shape, dtype) in layout.items():
                 tensor = read(name)
                 if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
                     raise ValueError(f"{name!r}: announced {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
-                opened.seek(8 + len(encoded) + header[name]["data_offsets"][0])
+                opened.seek(offsets[name])
                 opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             opened.flush()
             os.fsync(opened.fileno())
@@ -368,7 +442,12 @@ def _write_file(
         raise
 
 
-def _require_free(target: Path, overwrite: bool) -> None:
+def require_free(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists and may not be replaced.
+
+    Raises:
+        OutputExistsError: saying what is there.
+    """
     if target.exists() and not (overwrite and target.is_dir()):
         hint = "choose another path, or overwrite it" if target.is_dir() else "it is a file; choose another path"
         raise OutputExistsError(f"{target} exists already; {hint}")

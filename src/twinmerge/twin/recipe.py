@@ -156,16 +156,21 @@ class Recipe(Strict):
         Raises:
             RecipeError: if it is neither a path that exists nor a hub id that can be fetched.
         """
-        path = (self.root / Path(source).expanduser()).resolve()
-        if path.exists():
-            return path
-        beside = (self.root / Path(source).parts[0]).exists() if source else False
-        if not _HUB_ID.fullmatch(source) or source.startswith(".") or beside:
-            raise RecipeError(f"{key}: no file or folder {path}; paths start from the recipe's folder")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        return locate(self.root, source, key)
 
-        try:
-            return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise RecipeError(f"{key}: {path} is not there and hub id {source!r} cannot be fetched: {error}") from error
+
+def locate(root: Path, source: str, key: str) -> Path:
+    """Find a model folder: under `root`, absolute, or on the hub; see `Recipe.locate`."""
+    path = (root / Path(source).expanduser()).resolve()
+    if path.exists():
+        return path
+    beside = (root / Path(source).parts[0]).exists() if source else False
+    if not _HUB_ID.fullmatch(source) or source.startswith(".") or beside:
+        raise RecipeError(f"{key}: no file or folder {path}; paths start from the recipe's folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise RecipeError(f"{key}: {path} is not there and hub id {source!r} cannot be fetched: {error}") from error

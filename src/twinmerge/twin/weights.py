@@ -1,7 +1,6 @@
 """Knows how weights become a twin: every parameter decomposed on its own, then ranks chosen, then files assembled."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import MismatchError
 from twinmerge.merging.methods import METHODS, SharedParams, Stats, merge_tensor, run_prepass
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
 from twinmerge.tensors.low_rank import LowRank, compress_product
@@ -20,13 +18,12 @@ from twinmerge.tensors.state_dict import require_finite
 from twinmerge.twin.artifact import total_norms, write_exclusive
 from twinmerge.twin.exclusive import Exclusive, Key, best_scaling, choose_ranks, compress
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+from twinmerge.twin.preflight import require_related
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how much."""
 
 MAX_SHARD_BYTES = 5 * 10**9
-RELATED_COSINE = 0.5
-_ROWS_COMPARED, _MATRICES_COMPARED = 256, 12
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -218,27 +215,7 @@ def _require_related(plan: Plan, name: str) -> None:
         for t in plan.tasks
         if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
     ]
-    chosen = linear[:: max(1, len(linear) // _MATRICES_COMPARED)]
-    product = norm_base = norm_expert = 0.0
-    for task in chosen:
-        rows = min(_ROWS_COMPARED, task.spec.shape[0])
-        ours = plan.base.read_rows(task.name, 0, rows).double()
-        theirs = expert.checkpoint.read_rows(expert.stored[task.name], 0, rows).double()
-        require_finite(ours, f"base: {task.name!r} in {task.spec.file}")
-        require_finite(theirs, f"expert {name!r}: {expert.stored[task.name]!r} in {expert.checkpoint.path}")
-        product += float((ours * theirs).sum())
-        norm_base += float(ours.square().sum())
-        norm_expert += float(theirs.square().sum())
-    if not norm_base or not norm_expert:
-        return
-    cosine = product / math.sqrt(norm_base * norm_expert)
-    if cosine < RELATED_COSINE:
-        distance = math.sqrt(max(norm_base + norm_expert - 2 * product, 0.0) / norm_base)
-        raise MismatchError(
-            f"expert {name!r} is no fine-tune of this base: the cosine of their matrices must be at least "
-            f"{RELATED_COSINE}, found {cosine:.3f} (relative distance {distance:.2f}); "
-            "give the model it was fine-tuned from as base"
-        )
+    require_related(plan.base, name, expert.checkpoint, [(task.name, expert.stored[task.name]) for task in linear])
 
 
 def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:

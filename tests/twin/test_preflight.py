@@ -1,0 +1,69 @@
+"""What must agree before weights are mixed, and what may differ."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from twinmerge.errors import CheckpointError, MismatchError
+from twinmerge.tensors.checkpoint import Checkpoint, save_tensors
+from twinmerge.twin.preflight import Allow, compare_configs, compare_vocabularies, require_related
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    for name in ("base", "a"):
+        (tmp_path / name).mkdir()
+    return tmp_path / "base", tmp_path / "a"
+
+
+def differences(folders: tuple[Path, Path], file: str, ours: str, theirs: str) -> list[str]:
+    for folder, text in zip(folders, (ours, theirs), strict=True):
+        (folder / file).write_text(text)
+    return list(compare_vocabularies(folders[0], "a", folders[1], Allow()))
+
+
+def test_tokenizer_files_that_differ_in_form_alone_agree(folders: tuple[Path, Path]) -> None:
+    vocabulary = {"model": {"vocab": {"x": 0}}, "added_tokens": [{"content": "y", "id": 1}]}
+    written = json.dumps(vocabulary), json.dumps({"model": {"vocab": {"x": 0, "y": 1}}}, indent=1)
+    assert differences(folders, "tokenizer.json", *written) == []
+
+
+def test_unigram_and_plain_vocabularies_are_read(folders: tuple[Path, Path]) -> None:
+    ours, theirs = (json.dumps({"model": {"vocab": [["x", score], ["y", -1]]}}) for score in (-2, -3))
+    assert differences(folders, "tokenizer.json", ours, theirs) == []
+    with pytest.raises(MismatchError, match="token 'y' is 1 in .*vocab.json and absent in .*, 2 and 1 tokens"):
+        differences(folders, "vocab.json", '{"x": 0, "y": 1}', '{"x": 0}')
+
+
+def test_other_vocabulary_files_must_be_equal(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(MismatchError, match="'a' has another vocabulary: vocab.txt differs"):
+        differences(folders, "vocab.txt", "x", "y")
+
+
+def test_a_tokenizer_that_is_no_json_is_named(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is not valid JSON"):
+        differences(folders, "tokenizer.json", "{", "{}")
+
+
+def opened(folder: Path, value: float, config: str | None = None) -> Checkpoint:
+    save_tensors({"w": torch.full((3, 3), value)}, folder / "model.safetensors")
+    if config:
+        (folder / "config.json").write_text(config)
+    return Checkpoint.open(folder)
+
+
+def test_harmless_keys_and_absent_configs_are_no_difference(folders: tuple[Path, Path]) -> None:
+    base = opened(folders[0], 1.0, '{"model_type": "x", "num_labels": 2, "attention_dropout": 0.1}')
+    expert = opened(folders[1], 1.0, '{"model_type": "x", "num_labels": 3, "attention_dropout": 0}')
+    assert list(compare_configs(base, "a", expert, Allow())) == []
+    (folders[1] / "config.json").unlink()
+    assert list(compare_configs(base, "a", Checkpoint.open(folders[1]), Allow())) == []
+
+
+def test_nothing_to_compare_is_related(folders: tuple[Path, Path]) -> None:
+    base, expert = opened(folders[0], 0.0), opened(folders[1], 1.0)
+    assert require_related(base, "a", expert, [("w", "w")]) == 1.0
+    assert require_related(base, "a", expert, []) == 1.0
+    assert require_related(expert, "a", expert, [("w", "w")]) == pytest.approx(1.0)
