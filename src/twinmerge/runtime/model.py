@@ -17,7 +17,8 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import ArtifactError, GateError, MismatchError
-from twinmerge.runtime.layers import LAYERS, GatedLayer, GateSlot
+from twinmerge.runtime.gating import GateContext, GateSlot
+from twinmerge.runtime.layers import LAYERS, GatedLayer, join_banks, join_readers
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import Kind
@@ -87,6 +88,8 @@ class TwinModel(nn.Module):
         stored = backbone.state_dict()
         self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
         self.gated: dict[str, GatedLayer] = _exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
+        join_banks(self.gated.values())
+        self._watched = False
         self.backbone = backbone
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.router = router
@@ -158,7 +161,7 @@ class TwinModel(nn.Module):
             gate, fallback = routing.gate, routing.fallback
             names = self._named(routing.router_logits)
         if not self.heads:
-            with self.slot.use(gate):
+            with self._gated(gate):
                 outputs = self.backbone(**inputs)
             logits, hidden = outputs.get("logits"), outputs.get("last_hidden_state")
             return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=hidden)
@@ -174,7 +177,7 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def encode(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
         """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
-        with self.slot.use(gate):
+        with self._gated(gate):
             outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
         return outputs
 
@@ -240,7 +243,7 @@ class TwinModel(nn.Module):
         else:
             gate = self.route(**_prompt(self.backbone, inputs))
         backbone: Any = self.backbone
-        with self.slot.use(gate):
+        with self._gated(gate, keep=True):
             return backbone.generate(**inputs)
 
     @torch.no_grad()
@@ -282,6 +285,18 @@ class TwinModel(nn.Module):
         """(batch, expert) gates of one expert a row."""
         columns = torch.tensor([self.expert_names.index(name) for name in names], device=self.device)
         return nn.functional.one_hot(columns, len(self.expert_names)).float()
+
+    @contextmanager
+    def _gated(self, gate: Tensor | None, *, keep: bool = False) -> Iterator[None]:
+        """Run the backbone under a gate; the first time, find out which layers read one input."""
+        context = None if gate is None else GateContext(gate, keep=keep)
+        if context is not None and not self._watched:
+            context.readers = []
+        with self.slot.use(context):
+            yield
+        if context is not None and context.readers is not None:
+            join_readers(context.readers)
+            self._watched = True
 
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
         router = self._required_router()
