@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.reference import gated_embedding, gated_layer_norm, gated_linear
 from torch import Tensor, nn
 
+from tests.reference import gated_embedding, gated_layer_norm, gated_linear
 from twinmerge.errors import GateError
 from twinmerge.runtime.gating import GateContext, GateSlot, Path, Ranks, keep_large
 from twinmerge.runtime.layers import (

@@ -10,7 +10,7 @@ two ways to use it, and the cheaper one is taken call by call:
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,6 +22,8 @@ from torch import Tensor
 from twinmerge.errors import GateError
 
 Path = Literal["all", "gather"]
+Merged = list[tuple[list[int], Mapping[int, Tensor]]]
+"""Rows under one gate, and its merged weights by the layer's id."""
 _NARROW, _COPY = 2.0, 4.0
 """Measured on CPU: a product a few ranks wide takes twice as long a rank; copying a rank costs what 4 tokens cost."""
 
@@ -38,12 +40,14 @@ def keep_large(gate: Tensor, below: float) -> Tensor:
         below: gates under it are dropped; 0 drops none.
     """
     kept = torch.where((gate >= below) | (gate == gate.amax(dim=1, keepdim=True)), gate, 0.0)
-    return kept * (gate.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny))
+    return kept * (
+        gate.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """How many ranks each expert has in one layer; equal counts are one object (`Ranks.of`), so that it can be a key."""
+    """How many ranks each expert has in one layer; equal counts are one object (`Ranks.of`), a key."""
 
     counts: tuple[int, ...]
     tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
@@ -74,10 +78,12 @@ class Ranks:
 class Picked:
     """Ranks taken for a batch."""
 
-    index: Tensor | None
-    """(rank,) for `all`, None if every rank is taken; (row * rank,) for `gather`."""
+    index: Tensor | slice | None
+    """(rank,) for `all`, a slice if they lie together, None if every rank is taken; (row * rank,) for `gather`."""
     gate: Tensor
     """(row, 1, rank)."""
+    ones: bool
+    """Whether every gate is 1, so that nothing needs to be multiplied."""
     places: tuple[slice, ...]
     """Where each layer's ranks lie among them."""
 
@@ -105,12 +111,15 @@ class GateContext:
         self.keep = keep
         top = self.gate.abs().topk(self.width, dim=1).indices
         self._top, self._weight = top, self.gate.gather(1, top)
+        self._ones = bool((self._weight == 1).all())
         self._picked: dict[tuple[Path, tuple[Ranks, ...], torch.dtype], Picked] = {}
         self._paths: dict[tuple[tuple[Ranks, ...], int], Path] = {}
         self._kept: dict[tuple[int, Path], Tensor] = {}
         self._vectors: dict[int, Tensor] = {}
         self.projected: tuple[object, Tensor, Tensor] | None = None
         """The last projection, its input and what came out: layers that read one input share it."""
+        self.merged: Merged | None = None
+        """Merged weights to be used, where the layers do not compute with factors."""
         self.readers: list[list[Any]] | None = None
         """While a model's first gated pass is watched: layers in the order of their calls, those that read one input
         together."""
@@ -162,7 +171,10 @@ class GateContext:
         return self._picked[key]
 
     def _pick(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype) -> Picked:
-        indices, gates, places, start = [], [], [], 0
+        indices: list[Tensor] = []
+        gates: list[Tensor] = []
+        places: list[slice] = []
+        start = 0
         for ranks in layers:
             table, real = ranks.table(self.gate.device)
             if path == "gather":
@@ -177,14 +189,24 @@ class GateContext:
             places.append(slice(first, first + gates[-1].shape[1]))
             start += ranks.total
         gate = torch.cat(gates, dim=1)[:, None, :].to(dtype)
+        index: Tensor | slice | None = torch.cat(indices, dim=-1).flatten()
         if path == "all" and gate.shape[2] == start:
-            return Picked(None, gate, tuple(places))
-        return Picked(torch.cat(indices, dim=-1).flatten(), gate, tuple(places))
+            index = None
+        elif path == "all" and len(layers) == len(self.experts) == 1:
+            first = sum(layers[0].counts[: self.experts[0]])
+            index = slice(first, first + gate.shape[2])
+        return Picked(index, gate, self._ones and self._full(path, layers), tuple(places))
+
+    def _full(self, path: Path, layers: tuple[Ranks, ...]) -> bool:
+        """Whether each rank taken for a row is one that the row uses."""
+        if path == "all":
+            return len(self.experts) == 1
+        return all(ranks.counts[e] == max(ranks.counts) for ranks in layers for e in self.experts)
 
     def take(self, factor: Tensor, path: Path, picked: Picked, tokens: int) -> Tensor:
         """The picked rows of a factor, (rank, size) for `all`, (row, rank, size) for `gather`."""
-        if picked.index is None:
-            return factor
+        if picked.index is None or isinstance(picked.index, slice):
+            return factor if picked.index is None else factor[picked.index]
         key = (id(factor), path)
         if key in self._kept:
             return self._kept[key]
@@ -226,6 +248,17 @@ class GateSlot(threading.local):
     """Where one model's layers find the gate of the call under way; each thread has its own."""
 
     context: GateContext | None = None
+    probe: Any = None
+    """What looks at hidden states on their way (`model.Probe`)."""
+
+    @contextmanager
+    def watch(self, probe: Any) -> Iterator[None]:
+        """Show hidden states to a probe."""
+        self.probe = probe
+        try:
+            yield
+        finally:
+            self.probe = None
 
     @contextmanager
     def use(self, context: GateContext | None) -> Iterator[None]:

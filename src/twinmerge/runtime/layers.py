@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import ArtifactError
-from twinmerge.runtime.gating import GateContext, GateSlot, Path, Ranks, VectorBank
+from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Path, Ranks, VectorBank
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.exclusive import Exclusive
@@ -45,8 +45,9 @@ class Projection(nn.Module):
         picked = context.picked(path, self.layers, x.dtype)
         rows = context.split(x)
         down = context.take(self.down, path, picked, rows.shape[1])
-        hidden = torch.bmm(rows, down.mT) if path == "gather" else F.linear(rows, down)
-        hidden *= picked.gate
+        hidden = torch.bmm(down, rows.mT).mT if path == "gather" else F.linear(rows, down)
+        if not picked.ones:
+            hidden *= picked.gate
         context.projected = (self, x, hidden)
         return hidden
 
@@ -180,10 +181,13 @@ class GatedLayer(nn.Module):
 
     def own_factors(self, gate: Tensor) -> tuple[Tensor, Tensor]:
         """All experts' (rank, out), times the gate (expert,), and (rank, in), in the gate's dtype."""
-        start = sum(ranks.total for ranks in self.projection.layers[: self.position])
-        down = self.projection.down[start : start + self.ranks.total]
         counts = torch.tensor(self.ranks.counts, device=gate.device)
-        return self.up.to(gate) * gate.repeat_interleave(counts)[:, None], down.to(gate)
+        return self.up.to(gate) * gate.repeat_interleave(counts)[:, None], self.own_down().to(gate)
+
+    def own_down(self) -> Tensor:
+        """This layer's part of the projection, (rank, in)."""
+        start = sum(ranks.total for ranks in self.projection.layers[: self.position])
+        return self.projection.down[start : start + self.ranks.total]
 
 
 class GatedLinear(GatedLayer):
@@ -200,6 +204,8 @@ class GatedLinear(GatedLayer):
             plain: Tensor = self.shared(x)
             return plain
         bias = self.vector("bias", context)
+        if context.merged is not None and self.has_factors:
+            return self._by_merged_weights(x, bias, context, context.merged)
         if self.has_factors:
             y = self._low_rank_and_bias(x, bias, context)
         elif bias is None or bias.ndim == 1:
@@ -207,7 +213,7 @@ class GatedLinear(GatedLayer):
         else:
             y = bias.expand(-1, context.repeats(x[..., 0].numel()), -1).reshape(-1, bias.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
-        y = self.product(flat, bias) if y is None else y.addmm_(flat, self.transposed())
+        y = self.product(flat, self.shared.weight, bias) if y is None else y.addmm_(flat, self.transposed())
         for index, matrix in self.used_sparse(context):
             weight = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
             y += self.sparse_product((x * weight).reshape(flat.shape), matrix)
@@ -232,9 +238,36 @@ class GatedLinear(GatedLayer):
             bias = bias.expand(-1, tokens, -1).reshape(-1, bias.shape[-1])
         return torch.addmm(bias, hidden.flatten(0, 1), up)
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The shared expert's, (tokens, in) -> (tokens, out)."""
-        return F.linear(x, self.shared.weight, bias)
+    def _by_merged_weights(self, x: Tensor, bias: Tensor | None, context: GateContext, merged: Merged) -> Tensor:
+        """One plain product for every set of rows under one gate."""
+        flat = x.reshape(len(context.gate), -1, x.shape[-1])
+        if len(merged) == 1:
+            return self.product(flat[0], merged[0][1][id(self)], bias).view(*x.shape[:-1], -1)
+        size = len(self.up[0])
+        y = x.new_empty(*flat.shape[:2], size)
+        for rows, weights in merged:
+            own = bias if bias is None or bias.ndim == 1 else bias[rows[0], 0]
+            y[rows] = self.product(flat[rows].flatten(0, 1), weights[id(self)], own).view(len(rows), -1, size)
+        return y.view(*x.shape[:-1], -1)
+
+    def merged_weight(self, gate: Tensor) -> Tensor:
+        """The weight for one gate (expert,), in the shared weight's dtype; only experts with a gate are looked at."""
+        context = GateContext(gate[None])
+        picked = context.picked("all", (self.ranks,), self.up.dtype)
+        up = context.take(self.up, "all", picked, 0) * picked.gate[0].T
+        down = context.take(self.own_down(), "all", picked, 0)
+        weight = self.add_product(up, down)
+        for index, matrix in self.used_sparse(context):
+            weight += gate[index].to(weight.dtype) * matrix.to_dense()
+        return weight
+
+    def add_product(self, up: Tensor, down: Tensor) -> Tensor:
+        """The shared weight plus factors (rank, out), (rank, in)."""
+        return torch.addmm(self.shared.weight, up.T, down)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A plain layer's, (tokens, in) -> (tokens, out)."""
+        return F.linear(x, weight, bias)
 
     def transposed(self) -> Tensor:
         """The shared weight as (in, out)."""
@@ -259,9 +292,12 @@ class GatedConv1D(GatedLinear):
         """(in, out), as the weight is."""
         return super().low_rank(gate).T
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The shared expert's, (tokens, in) -> (tokens, out)."""
-        weight = self.transposed()
+    def add_product(self, up: Tensor, down: Tensor) -> Tensor:
+        """The shared weight (in, out) plus factors (rank, out), (rank, in)."""
+        return torch.addmm(self.shared.weight, down.T, up)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A plain layer's, (tokens, in) -> (tokens, out)."""
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
     def transposed(self) -> Tensor:
@@ -348,8 +384,9 @@ class GatedEmbedding(GatedLayer):
             path = context.path(layers, tokens)
             picked = context.picked(path, layers, y.dtype)
             down = context.take(self.projection.down, path, picked, tokens)
-            if picked.index is None:
+            if picked.index is None or isinstance(picked.index, slice):
                 hidden = F.embedding(ids_of_row, self.table)
+                hidden = hidden if picked.index is None else hidden[..., picked.index]
             else:
                 columns = picked.index.view(len(picked.gate) if path == "gather" else 1, 1, picked.gate.shape[2])
                 hidden = self.table[ids_of_row[:, :, None], columns]
