@@ -5,10 +5,13 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from twinmerge.errors import MismatchError
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.runtime.model import Mode, TwinModel
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.twin.recipe import RouterSettings
+from twinmerge.twin.router import fit_router
 
 EXPERTS = 3
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers of sums in another order
@@ -126,3 +129,32 @@ def test_features_of_lower_layers_need_no_full_pass() -> None:
     for spec, layers in (("embeddings", [0]), ("layer:2", [2]), ("layers:[2,0]", [2, 0]), ("layer:3", [3])):
         want = torch.cat([pooled[layer] for layer in layers], dim=1)
         torch.testing.assert_close(model.features_as(spec, **INPUTS), want, **TOLERANCE)
+
+
+def test_one_pass_gates_only_what_lies_above_the_routers_layers() -> None:
+    model, _ = twin(bert, drop_below=0.0)
+    settings = RouterSettings(method="linear", features="layers:[0,1]", one_pass=True, fallback=None)
+    rows = {name: torch.randn(20, 32) + index for index, name in enumerate(model.expert_names)}
+    model.router = fit_router(rows, settings, seed=0)
+    routing, outputs = model._route_on_the_way(INPUTS)
+    torch.testing.assert_close(routing.gate, model.route(**INPUTS), **TOLERANCE)
+    backbone = bert()
+    shared = {name: value.detach().clone() for name, value in backbone.named_parameters()}
+    upper = [
+        {name: part for name, part in parts.items() if name.startswith(("encoder.layer.1.", "encoder.layer.2."))}
+        for parts in exclusive_of(backbone).values()
+    ]
+    for row, gate in enumerate(routing.gate):
+        backbone.load_state_dict(theta(shared, upper, gate), strict=False)
+        with torch.inference_mode():
+            want = backbone(**{k: v[row : row + 1] for k, v in INPUTS.items()})[0][0]
+        real = int(INPUTS["attention_mask"][row].sum())
+        torch.testing.assert_close(outputs[0][row, :real], want[:real], **TOLERANCE)
+
+
+def test_one_pass_needs_layers_above_the_routers() -> None:
+    model, _ = twin(bert)
+    rows = {name: torch.randn(20, 16) + index for index, name in enumerate(model.expert_names)}
+    model.router = fit_router(rows, RouterSettings(features="layer:3", one_pass=True), seed=0)
+    with pytest.raises(MismatchError, match="one_pass needs features of layers below the last"):
+        model._route_on_the_way(INPUTS)

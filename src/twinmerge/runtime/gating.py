@@ -217,13 +217,14 @@ class GateContext:
             self._kept[key] = taken
         return taken
 
-    def vector(self, bank: "VectorBank", start: int, stop: int) -> Tensor:
-        """1-D parameters under the gate, shared included: (row, 1, size)."""
+    def vector(self, bank: "VectorBank", place: slice) -> Tensor:
+        """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""
         found = self._vectors.get(id(bank))
         if found is None:
-            found = torch.addmm(bank.shared, self.gate.to(bank.shared.dtype), bank.exclusive)[:, None]
+            found = torch.addmm(bank.shared, self.gate.to(bank.shared.dtype), bank.exclusive)
+            found = found[0] if len(found) == 1 else found[:, None]
             self._vectors[id(bank)] = found
-        return found[:, :, start:stop]
+        return found[..., place]
 
 
 class VectorBank(torch.nn.Module):

@@ -153,8 +153,7 @@ class GatedLayer(nn.Module):
         if place is None:
             shared: Tensor | None = getattr(self.shared, name, None)
             return shared
-        found = context.vector(self.bank, place.start, place.stop)
-        return found[0, 0] if len(found) == 1 else found
+        return context.vector(self.bank, place)
 
     def materialized(self, gate: Tensor) -> dict[str, Tensor]:
         """The layer's parameters for one gate (expert,), shared + sum gate * exclusive by name, summed in float32."""
@@ -211,7 +210,7 @@ class GatedLinear(GatedLayer):
         elif bias is None or bias.ndim == 1:
             y = None
         else:
-            y = bias.expand(-1, context.repeats(x[..., 0].numel()), -1).reshape(-1, bias.shape[-1])
+            y = bias.expand(-1, context.repeats(x.numel() // x.shape[-1]), -1).reshape(-1, bias.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
         y = self.product(flat, self.shared.weight, bias) if y is None else y.addmm_(flat, self.transposed())
         for index, matrix in self.used_sparse(context):
@@ -223,10 +222,11 @@ class GatedLinear(GatedLayer):
         """Bias + sum_t gate_t * up_t down_t x, (rows * tokens, out)."""
         if context.readers is not None:
             _note_reader(context, self, x)
-        tokens = context.repeats(x[..., 0].numel())
+        tokens = context.repeats(x.numel() // x.shape[-1])
         path = context.path(self.projection.layers, tokens)
-        hidden = self.projection(x, path, context)
-        hidden = hidden[..., context.picked(path, self.projection.layers, x.dtype).places[self.position]]
+        hidden: Tensor = self.projection(x, path, context)
+        if len(self.projection.layers) > 1:
+            hidden = hidden[..., context.picked(path, self.projection.layers, x.dtype).places[self.position]]
         up = context.take(self.up, path, context.picked(path, (self.ranks,), x.dtype), tokens)
         if path == "gather":
             if bias is None:
@@ -263,7 +263,8 @@ class GatedLinear(GatedLayer):
 
     def add_product(self, up: Tensor, down: Tensor) -> Tensor:
         """The shared weight plus factors (rank, out), (rank, in)."""
-        return torch.addmm(self.shared.weight, up.T, down)
+        weight: Tensor = self.shared.weight
+        return torch.addmm(weight, up.T, down)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A plain layer's, (tokens, in) -> (tokens, out)."""
@@ -294,7 +295,8 @@ class GatedConv1D(GatedLinear):
 
     def add_product(self, up: Tensor, down: Tensor) -> Tensor:
         """The shared weight (in, out) plus factors (rank, out), (rank, in)."""
-        return torch.addmm(self.shared.weight, down.T, up)
+        weight: Tensor = self.shared.weight
+        return torch.addmm(weight, down.T, up)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A plain layer's, (tokens, in) -> (tokens, out)."""
@@ -502,9 +504,8 @@ class GatedNorm(GatedLayer):
             return F.layer_norm(x, self.shared.normalized_shape, gamma, beta, self.shared.eps)
         normalised = self.normalise(x)
         rows = context.split(normalised)
-        if self.offset:
-            gamma = gamma + self.offset
-        rows = rows.mul_(gamma) if beta is None else torch.addcmul(beta, rows, gamma, out=rows)
+        scale: Any = gamma + self.offset if self.offset and gamma is not None else gamma
+        rows = rows.mul_(scale) if beta is None else torch.addcmul(beta, rows, scale, out=rows)
         return rows.view(x.shape)
 
     def normalise(self, x: Tensor) -> Tensor:

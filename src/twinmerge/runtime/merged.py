@@ -51,7 +51,9 @@ class MergeCache:
     @property
     def break_even_tokens(self) -> float:
         """Tokens of extra work that merging costs."""
-        shapes = [(layer.ranks.total, *layer.shared.weight.shape) for layer in self.layers.values()]
+        shapes: list[tuple[int, int, int]] = [
+            (layer.ranks.total, *layer.shared.weight.shape) for layer in self.layers.values()
+        ]
         return sum(r * a * b for r, a, b in shapes) / max(1, sum(r * (a + b) for r, a, b in shapes))
 
     def pays(self, gate: Gate, tokens: int, calls: int = 1) -> bool:

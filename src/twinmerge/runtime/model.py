@@ -152,7 +152,7 @@ class TwinModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or convert; merged weights would be stale."""
         self.merged.clear()
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @property
     def device(self) -> torch.device:
