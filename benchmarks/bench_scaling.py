@@ -23,13 +23,13 @@ from rich.table import Table
 from twinmerge.eval.metrics import normalized_score, score
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
-from twinmerge.merging.methods import AverageParams, TaskArithmeticParams
+from twinmerge.merging.methods import AverageParams, SharedParams, TaskArithmeticParams
 from twinmerge.runtime.model import load_backbone
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.recipe import ExclusiveSettings
 from twinmerge.twin.weights import silent, write_weights
 
-SHARED = {
+SHARED: dict[str, SharedParams] = {
     "1/T": AverageParams(method="average"),
     "0.3": TaskArithmeticParams(method="task_arithmetic", scaling=0.3),
     "auto": TaskArithmeticParams(method="task_arithmetic", scaling="auto"),

@@ -1,6 +1,7 @@
 """Tiny models with random weights, made from configs: a base, its experts and rows that belong to them."""
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -207,3 +208,53 @@ BASES = {
     "llama": (llama, "LlamaForCausalLM"),
     "gpt2": (gpt2, "GPT2LMHeadModel"),
 }
+
+
+# ---- LoRA
+
+
+def make_adapter(
+    root: Path, name: str, model: PreTrainedModel, rows: list[dict[str, str]] | None = None, **settings: Any
+) -> PreTrainedModel:
+    """Write a PEFT adapter with random factors to `root/name`; returns the model with the adapter merged in."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(len(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about tied weights and about transformers
+        adapted: Any = get_peft_model(model, LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:  # factors, biases, modules to save
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        adapted.save_pretrained(root / name)
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows or text_rows("trec")))
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.eval()
+
+
+def adapter_family(root: Path) -> tuple[Family, dict[str, PreTrainedModel]]:
+    """BERT and three LoRA experts, each with another form of adapter and its own head; and the same, merged."""
+    base = bert()
+    base.save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    forms: dict[str, dict[str, Any]] = {
+        "trec": {"r": 4, "lora_alpha": 6, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"},
+        "sms": {
+            "r": 4,
+            "target_modules": ["query", "dense", "word_embeddings"],
+            "rank_pattern": {"layer.1.attention.self.query": 2},
+            "alpha_pattern": {"query": 9},
+            "use_rslora": True,
+            "bias": "lora_only",
+            "task_type": "SEQ_CLS",
+        },
+        "ag": {"r": 3, "target_modules": ["key", "dense"], "modules_to_save": ["classifier", "LayerNorm"]},
+    }
+    merged = {}
+    for name, settings in forms.items():
+        config = type(base.config).from_pretrained(root / "base", num_labels=LABELS[name])
+        model = seeded(transformers.BertForSequenceClassification, config)
+        model.bert.load_state_dict(base.state_dict())
+        merged[name] = make_adapter(root, name, model, text_rows(name), **settings)
+    return Family(root), merged

@@ -93,7 +93,7 @@ class _Contestant:
         model = self.at.merged(self._chosen_shared())
         router, routing = self.at.suite_routing
         oracle = self.at.answers(model, self.rows, None, self.truth, self.stage)
-        unseen, milliseconds = self._unseen(model, None), _milliseconds(model, self.rows)
+        unseen, milliseconds = self._unseen(model, None), self._milliseconds(model)
         return _Run(oracle, {"shared": self.at.plan.base.nbytes}, router, routing, None, unseen, milliseconds)
 
     def _twin(self) -> _Run:
@@ -109,7 +109,7 @@ class _Contestant:
             oracle, milliseconds = self._grouped(model, routing, self.spec.groups), None
         else:
             oracle = at.answers(model, self.rows, gate, self.truth, self.stage)
-            milliseconds = _milliseconds(model, self.rows)
+            milliseconds = self._milliseconds(model)
         unseen = self._unseen(model, gate[len(self.rows) :])
         return _Run(oracle, nbytes, router, routing, gate, unseen, milliseconds)
 
@@ -204,12 +204,35 @@ class _Contestant:
         pooled = torch.zeros(len(rows), model.backbone.config.hidden_size)
         for chosen in batches(rows, BATCH):
             inputs = tokenize(model, [rows[i] for i in chosen])
-            states = model.encode(None if gate is None else gate[chosen], **inputs)[0]
+            with self.at.autocast():
+                states = model.encode(None if gate is None else gate[chosen], **inputs)[0]
             mask = inputs["attention_mask"].unsqueeze(-1)
             pooled[chosen] = (states * mask).sum(dim=1) / mask.sum(dim=1)
         regression = LogisticRegression(C=10.0, max_iter=1000)
         regression.fit(pooled[: len(fit)].numpy(), [row["label"] for row in fit])
         return [str(label) for label in regression.predict(pooled[len(fit) :].numpy())]
+
+    def _milliseconds(self, model: TwinModel) -> float:
+        """Wall milliseconds an input, mixed rows in batches of 32, routing included where there is a router."""
+        step = max(1, len(self.rows) // _TIMED_ROWS)
+        picked = self.rows[::step][:_TIMED_ROWS]
+        parts = [tokenize(model, picked[i : i + _TIMED_BATCH]) for i in range(0, len(picked), _TIMED_BATCH)]
+
+        def once(inputs: dict[str, Tensor]) -> None:
+            with self.at.autocast():
+                if model.router is not None:
+                    model(**inputs)
+                else:
+                    heads = [model.expert_names[0]] * len(inputs["input_ids"])
+                    model.answer(model.encode(None, **inputs), heads, **inputs)
+
+        once(parts[0])
+        times = []
+        for inputs in parts:
+            started = time.perf_counter()
+            once(inputs)
+            times.append((time.perf_counter() - started) / len(inputs["input_ids"]))
+        return 1000 * float(np.median(times))
 
     def _expert_bytes(self) -> int:
         return sum(weights_bytes(expert.checkpoint.path) for expert in self.at.plan.experts.values())
@@ -262,27 +285,6 @@ class _Contestant:
             unseen=run.unseen,
         )
         return result, predictions
-
-
-def _milliseconds(model: TwinModel, rows: Sequence[Row]) -> float:
-    """Wall milliseconds an input, mixed rows in batches of 32, routing included where there is a router."""
-    step = max(1, len(rows) // _TIMED_ROWS)
-    picked = rows[::step][:_TIMED_ROWS]
-    parts = [tokenize(model, picked[i : i + _TIMED_BATCH]) for i in range(0, len(picked), _TIMED_BATCH)]
-
-    def once(inputs: dict[str, Tensor]) -> None:
-        if model.router is not None:
-            model(**inputs)
-        else:
-            model.answer(model.encode(None, **inputs), [model.expert_names[0]] * len(inputs["input_ids"]), **inputs)
-
-    once(parts[0])
-    times = []
-    for inputs in parts:
-        started = time.perf_counter()
-        once(inputs)
-        times.append((time.perf_counter() - started) / len(inputs["input_ids"]))
-    return 1000 * float(np.median(times))
 
 
 def _kind(spec: ContestantSpec) -> Kind:

@@ -57,8 +57,13 @@ class SeedRun:
 
     @cached_property
     def unseen(self) -> dict[str, tuple[list[Row], list[Row]]]:
-        """Rows of unseen tasks."""
-        return {name: self.suite.unseen_task(name, self.seed) for name in self.suite.unseen}
+        """Rows of unseen tasks, at the first seed."""
+        names = self.suite.unseen if self.seed == self.suite.seeds[0] else {}
+        return {name: self.suite.unseen_task(name, self.seed) for name in names}
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the suite, for forward passes."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.suite.precision == "bfloat16")
 
     def model(self, backbone: Any, exclusive: dict[str, Any] | None = None, kinds: Any = None) -> TwinModel:
         """A backbone with every expert's head in front."""
@@ -92,7 +97,8 @@ class SeedRun:
             rows: dict[str, Sequence[Row]] = dict(router_rows(self.plan))
             rows = {name: part[: self.suite.router.samples_per_expert] for name, part in rows.items()}
             others = [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
-            found = router_features(model, {**rows, "": others}, "all", self.progress)
+            with self.autocast():
+                found = router_features(model, {**rows, "": others}, "all", self.progress)
             self._features[key] = ({name: found[name] for name in rows}, found[""])
         return self._features[key]
 
@@ -118,8 +124,10 @@ class SeedRun:
         done = 0
         for chosen in batches(rows, BATCH):
             inputs = tokenize(model, [rows[i] for i in chosen])
-            outputs = model.encode(None if gates is None else gates[chosen], **inputs)
-            for index, logits in zip(chosen, model.answer(outputs, [heads[i] for i in chosen], **inputs), strict=True):
+            with self.autocast():
+                outputs = model.encode(None if gates is None else gates[chosen], **inputs)
+                answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)
+            for index, logits in zip(chosen, answered, strict=True):
                 labels[index] = self.heads[heads[index]].config.id2label[int(logits.argmax())]
             done += len(chosen)
             self.progress(stage, done, len(rows))

@@ -87,6 +87,7 @@ class Suite(Strict):
         unseen_rows: test rows of each unseen task that are used, the first ones.
         validation_rows: of each task, to choose scalings on.
         max_length: tokens an input is cut at.
+        precision: of the matrix products of every contestant alike; bfloat16 is autocast, weights stay as they are.
         shared: of the suite's router: the shared expert whose features it sees.
         router: picks head and gate of every contestant without a router of its own.
         router_ablation: whether features, methods and numbers of inputs are compared, at the first seed.
@@ -107,6 +108,7 @@ class Suite(Strict):
     unseen_rows: Annotated[int, Field(ge=1)] = 500
     validation_rows: Annotated[int, Field(ge=1)] = 200
     max_length: int | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
     shared: Shared
     router: RouterSettings = RouterSettings()
     router_ablation: bool = False

@@ -17,6 +17,10 @@ from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.state_dict import require_finite, task_vector
 
 _PEFT_PREFIX = "base_model.model."
+_REFUSED = (
+    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "kasa_config", "velora_config", "alora_invocation_tokens",
+    "trainable_token_indices", "target_parameters", "layer_replication",
+)  # fmt: skip
 _CLASS_ENDINGS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 """PEFT's task types -> how transformers' classes with a head end."""
 
@@ -262,9 +266,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _adapter_config(name: str, folder: Path) -> dict[str, Any]:
     settings = _read_json(folder / "adapter_config.json")
-    refused = [
-        key for key in ("use_dora", "lora_bias", "trainable_token_indices", "layer_replication") if settings.get(key)
-    ]
+    refused = [key for key in _REFUSED if settings.get(key)]
+    if str(settings.get("init_lora_weights", True)) not in ("True", "False", "gaussian", "orthogonal"):
+        refused.append(f"init_lora_weights={settings['init_lora_weights']}")  # the base was changed too
     if settings.get("peft_type") != "LORA" or refused:
         found = refused[0] if refused else settings.get("peft_type")
         raise MismatchError(
@@ -274,7 +278,7 @@ def _adapter_config(name: str, folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _pattern(patterns: Mapping[str, int | float] | None, module: str, default: int | float) -> int | float:
     """PEFT's rule: a pattern matches the end of a module's name."""
     return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
