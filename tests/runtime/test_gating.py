@@ -10,8 +10,10 @@ from tests.reference import gated_embedding, gated_layer_norm, gated_linear
 from twinmerge.errors import GateError
 from twinmerge.runtime.gating import GateContext, GateSlot, Path, Ranks, keep_large
 from twinmerge.runtime.layers import (
+    GatedConv,
     GatedConv1D,
     GatedEmbedding,
+    GatedGroupedConv,
     GatedLayer,
     GatedLinear,
     GatedNorm,
@@ -19,6 +21,7 @@ from twinmerge.runtime.layers import (
     join_readers,
 )
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.sparse import keep_largest
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64, sums of a few dozen terms in another order
 BATCH, TOKENS, IN, OUT = 5, 3, 7, 6
@@ -234,3 +237,43 @@ def test_extra_work_depends_on_the_experts_in_use_and_not_on_their_number() -> N
         context = GateContext(torch.eye(experts)[torch.arange(8)])
         picked = context.picked("gather", (Ranks.of((8,) * experts),), torch.float32)
         assert picked.gate.shape == (8, 1, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", ["soft", "one expert", "zero", "same for all"])
+def test_convolutions_are_their_dense_weights_row_by_row(kind: str, groups: int) -> None:
+    torch.manual_seed(0)
+    slot, gate = GateSlot(), a_gate(kind, 3)
+    shared = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups, dtype=torch.float64)
+    wide = shared.weight[0].numel()
+    parts = {
+        "weight": {0: factors(6, wide, 2), 1: factors(6, wide, 1), 2: keep_largest(torch.randn(6, wide).double(), 0.3)},
+        "bias": {e: torch.randn(6, dtype=torch.float64) for e in range(3)},
+    }
+    layer = (GatedConv if groups == 1 else GatedGroupedConv)(shared, parts, 3, slot)
+    x = torch.randn(BATCH, 4, 5, 5, dtype=torch.float64)
+    with slot.use(GateContext(gate)):
+        found = layer(x)
+    for row in range(BATCH):
+        dense = layer.materialized(gate[row])
+        difference = sum(gate[row, e] * parts["weight"][e].dense() for e in range(3))
+        torch.testing.assert_close(dense["weight"], shared.weight + difference.reshape(shared.weight.shape), **EXACT)
+        want = nn.functional.conv2d(x[row : row + 1], dense["weight"], dense["bias"], 2, 1, groups=groups)
+        torch.testing.assert_close(found[row : row + 1], want, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["soft", "one expert", "zero"])
+def test_sparse_parts_of_linear_layers_are_their_dense_weights(kind: str) -> None:
+    torch.manual_seed(0)
+    slot, gate = GateSlot(), a_gate(kind, 2)
+    shared = nn.Linear(IN, OUT, dtype=torch.float64)
+    parts = [keep_largest(torch.randn(OUT, IN).double(), 0.4) for _ in range(2)]
+    layer = GatedLinear(shared, {"weight": dict(enumerate(parts))}, 2, slot)
+    x = torch.randn(BATCH, TOKENS, IN, dtype=torch.float64)
+    with slot.use(GateContext(gate)):
+        found = layer(x)
+    for row in range(BATCH):
+        dense = shared.weight + sum(gate[row, e] * part.dense() for e, part in enumerate(parts))
+        torch.testing.assert_close(found[row], x[row] @ dense.T + shared.bias, **EXACT)
