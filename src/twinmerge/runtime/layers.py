@@ -6,6 +6,7 @@ A layer knows no router and holds no second dense weight; how much work it adds 
 (`gating.GateContext`), not on how many there are.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -136,6 +137,9 @@ class GatedLayer(nn.Module):
             self.register_buffer(f"{name}_{leaf}", tensor, persistent=False)
         self.sparse[index] = name
         self.sparse_shape = part.shape
+        with warnings.catch_warnings():  # torch says once that its CSR tensors are new; here, where one thread loads
+            warnings.simplefilter("ignore", UserWarning)
+            self._sparse_matrix(name)
 
     def _sparse_matrix(self, name: str) -> Tensor:
         pointers, columns, values = (getattr(self, f"{name}_{leaf}") for leaf in ("pointers", "columns", "values"))
@@ -421,8 +425,8 @@ class GatedConv(GatedLayer):
         layer = self.shared
         spread = (1,) * (x.ndim - 2)
         repeats = context.repeats(len(x))
-        if self.has_factors:
-            picked = context.picked("all", (self.ranks,), x.dtype)
+        picked = context.picked("all", (self.ranks,), x.dtype) if self.has_factors else None
+        if picked is not None and picked.gate.shape[2]:
             down = context.take(self.projection.down, "all", picked, 0).reshape(-1, *layer.weight.shape[1:])
             up = context.take(self.up, "all", picked, 0).T
             hidden = convolve(x, down, None, layer.stride, layer.padding, layer.dilation)
