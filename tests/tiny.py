@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from twinmerge.runtime.model import parameter_kinds
-from twinmerge.twin.plan import Plan, make_plan
+from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe
 
 transformers.utils.logging.disable_progress_bar()
@@ -48,7 +48,18 @@ class Family:
     def plan(self, **settings: Any) -> Plan:
         """The recipe's plan; everything whole unless settings say otherwise."""
         settings.setdefault("exclusive", {"rank": 64, "embeddings": "exclusive"})
-        return make_plan(self.recipe(**settings), parameter_kinds(self.base))
+        return make_plan(self.recipe(**settings), kinds_of(self.base))
+
+
+def kinds_of(folder: Path) -> dict[str, Kind]:
+    """`parameter_kinds`, computed once for every config."""
+    config = (folder / "config.json").read_text()
+    if config not in _KINDS:
+        _KINDS[config] = parameter_kinds(folder)
+    return _KINDS[config]
+
+
+_KINDS: dict[str, dict[str, Kind]] = {}
 
 
 def text_rows(expert: str, count: int = 24) -> list[dict[str, str]]:
@@ -86,7 +97,7 @@ def make_family(
     """Write a base and its experts: every parameter that some layer can gate moves, heads are each expert's own."""
     base.save_pretrained(root / "base")
     tokenizer(padding_side).save_pretrained(root / "base")
-    kinds = parameter_kinds(root / "base")
+    kinds = kinds_of(root / "base")
     for seed, name in enumerate(experts):
         torch.manual_seed(100 + seed)
         config = type(base.config).from_pretrained(root / "base")

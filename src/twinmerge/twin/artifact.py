@@ -257,15 +257,20 @@ def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Exc
     return parts
 
 
-def total_norms(parts: Mapping[str, Exclusive]) -> float:
-    """Squared Frobenius norm of all parts: the energy they hold."""
+def total_norms(parts: Mapping[str, Exclusive], rescaled: float = 1.0) -> float:
+    """Squared Frobenius norm of all parts: the energy they hold.
+
+    Args:
+        parts: parameter name -> exclusive knowledge.
+        rescaled: the density that sparse values were divided by.
+    """
     total = 0.0
     for part in parts.values():
         if isinstance(part, LowRank):
-            total += float(
-                ((part.up.double().T @ part.up.double()) * (part.down.double() @ part.down.double().T)).sum()
-            )
+            up, down = part.up.double(), part.down.double()
+            total += float(((up.T @ up) * (down @ down.T)).sum())
+        elif isinstance(part, Sparse):
+            total += float((part.values.double() * rescaled).square().sum())
         else:
-            values = part.values if isinstance(part, Sparse) else part
-            total += float(values.double().square().sum())
+            total += float(part.double().square().sum())
     return total

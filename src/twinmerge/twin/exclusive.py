@@ -147,8 +147,10 @@ def best_scaling(task_vectors: Mapping[str, Tensor], direction: Tensor, rank: in
         return float(values[:, : values.shape[1] - rank].clamp_min(0).double().sum())
 
     found = _golden_section(tail, 0.0, 2.0 * max(least_squares, 1.0 / len(names)))
-    candidates = [round(scaling, 4) for scaling in (found, least_squares, 1.0 / len(names), 0.3)]
-    return min(candidates, key=tail)
+    candidates = [round(scaling, 4) for scaling in (least_squares, 1.0 / len(names), 0.3, found)]
+    tails = [tail(scaling) for scaling in candidates]
+    noise = torch.finfo(torch.float32).eps * float(grams.diagonal(dim1=1, dim2=2).sum()) * len(squared)
+    return next(scaling for scaling, left in zip(candidates, tails, strict=True) if left <= min(tails) + noise)
 
 
 def _golden_section(function: Callable[[float], float], low: float, high: float, steps: int = 10) -> float:

@@ -282,12 +282,14 @@ def _write_expert(
     _write_head(plan, name, folder / "head")
     total = sum(record.energies.get(name, 0.0) for record in records.values())
     source = plan.experts[name].checkpoint.path
+    settings = plan.recipe.exclusive
+    rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
     used = [ranks[key] for key in ranks if key[1] == name]
     return {
         "source": str(source),
         "adapter": plan.experts[name].is_adapter,
         "energy": total,
-        "energy_kept": min(total_norms(parts) / total, 1.0) if total else 1.0,
+        "energy_kept": min(total_norms(parts, rescaled) / total, 1.0) if total else 1.0,
         "rank_mean": sum(used) / len(used) if used else 0.0,
         "rank_max": max(used, default=0),
     }

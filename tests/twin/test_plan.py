@@ -1,0 +1,184 @@
+"""The plan: what a build will do, and what it refuses from headers alone."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import EXPERTS, GATE_ORDER, Family, kinds_of, rewrite
+from twinmerge.errors import DataError, InputError, MismatchError, RecipeError
+from twinmerge.runtime.model import parameter_kinds
+from twinmerge.twin.plan import make_plan
+
+Get = Callable[[str], Family]
+
+
+@pytest.fixture
+def bert(family: Get, tmp_path: Path) -> Family:
+    """A copy that a test may damage."""
+    return Family(shutil.copytree(family("bert").root, tmp_path / "bert"))
+
+
+# ---- what it holds
+
+
+def test_one_task_a_parameter_with_all_experts_in_the_order_of_the_gate(bert: Family) -> None:
+    plan = bert.plan()
+    assert plan.expert_names == GATE_ORDER
+    assert [task.name for task in plan.tasks] == sorted(plan.base.specs)
+    assert all(task.experts == GATE_ORDER and task.exclusive for task in plan.tasks)
+
+
+def test_embeddings_are_left_to_the_shared_expert_unless_asked_for(bert: Family) -> None:
+    for choice, expected in (("shared", False), ("exclusive", True)):
+        tasks = bert.plan(exclusive={"rank": 4, "embeddings": choice}).tasks
+        assert {task.exclusive for task in tasks if task.kind == "embedding"} == {expected}
+        assert {task.exclusive for task in tasks if task.kind != "embedding"} == {True}
+
+
+def test_matrix_shape_is_out_by_everything_else(bert: Family) -> None:
+    shapes = {task.name: task.matrix_shape for task in bert.plan().tasks}
+    assert shapes["encoder.layer.0.intermediate.dense.weight"] == (32, 16)
+    assert shapes["pooler.dense.bias"] == (16, 1)
+
+
+def test_what_no_layer_gates_is_merged_and_not_exclusive(bert: Family) -> None:
+    kinds = {**kinds_of(bert.base), "pooler.dense.weight": "static"}
+    task = next(
+        task
+        for task in make_plan(bert.recipe(exclusive={"rank": 4}), kinds).tasks
+        if task.name == "pooler.dense.weight"
+    )
+    assert (task.experts, task.exclusive) == (GATE_ORDER, False)
+
+
+def test_integer_tensors_are_copied(bert: Family) -> None:
+    rewrite(bert.base / "model.safetensors", lambda t: {**t, "embeddings.position_ids": torch.arange(32)[None]})
+    task = next(task for task in bert.plan().tasks if task.name == "embeddings.position_ids")
+    assert (task.kind, task.experts, task.exclusive) == ("static", (), False)
+
+
+def test_parameter_that_no_expert_has_is_copied(bert: Family) -> None:
+    for name in EXPERTS:
+        rewrite(bert.root / name / "model.safetensors", lambda t: {k: v for k, v in t.items() if "pooler" not in k})
+    tasks = {task.name: task for task in bert.plan().tasks}
+    assert (tasks["pooler.dense.weight"].experts, tasks["pooler.dense.weight"].exclusive) == ((), False)
+
+
+def test_order_of_experts_in_the_recipe_changes_nothing(bert: Family) -> None:
+    forward, backward = bert.plan(), Family(bert.root, EXPERTS[::-1]).plan()
+    assert forward.tasks == backward.tasks
+    assert forward.expert_names == backward.expert_names
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_header_bytes_are_an_upper_bound_of_what_a_file_takes(family: Get, tmp_path: Path, name: str) -> None:
+    for task in family(name).plan().tasks:
+        stored = f"base_model.model.{task.name.removesuffix('.weight')}.lora_embedding_A"
+        save_file({stored: torch.zeros(task.spec.shape)}, tmp_path / "one.safetensors")
+        header = int.from_bytes((tmp_path / "one.safetensors").read_bytes()[:8], "little")
+        assert header + 24 <= task.header_bytes  # and twelve more digits in each offset
+
+
+def test_budget_is_what_is_left_after_vectors_and_headers(bert: Family) -> None:
+    plan = bert.plan(exclusive={"budget": 3.0})
+    vectors = [task for task in plan.tasks if task.kind == "vector"]
+    assert plan.vector_bytes == sum((task.spec.nbytes + task.header_bytes) * 3 for task in vectors)
+    assert plan.budget_bytes is not None
+    assert 0 < plan.budget_bytes < 3 * plan.base.nbytes - plan.vector_bytes
+    assert bert.plan().budget_bytes is None
+
+
+def test_budget_too_small_for_norms_and_biases_names_the_smallest_that_would_do(bert: Family) -> None:
+    with pytest.raises(RecipeError, match=r"^exclusive\.budget: 0\.06 x [\d,]+ bytes cannot hold the biases") as caught:
+        bert.plan(exclusive={"budget": 0.06})
+    least = float(re.findall(r"at least ([\d.]+)$", str(caught.value))[0])
+    assert bert.plan(exclusive={"budget": least}).budget_bytes >= 0
+    with pytest.raises(RecipeError, match=r"exclusive\.budget"):
+        bert.plan(exclusive={"budget": least - 2e-4})
+
+
+# ---- what it refuses
+
+
+def test_missing_model_is_named_with_its_key(bert: Family) -> None:
+    shutil.rmtree(bert.root / "sms")
+    with pytest.raises(RecipeError, match=r"^experts\.sms\.model: no file or folder .*sms; paths start from"):
+        bert.plan()
+
+
+def test_missing_router_data_is_named_with_its_key(bert: Family) -> None:
+    (bert.root / "ag.jsonl").unlink()
+    with pytest.raises(RecipeError, match=r"^experts\.ag\.router_data: no file or folder .*ag\.jsonl"):
+        bert.plan()
+
+
+def test_empty_router_data_is_named(bert: Family) -> None:
+    (bert.root / "ag.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"^experts\.ag\.router_data: .*ag\.jsonl is empty; the router needs inputs"):
+        bert.plan()
+
+
+def test_base_with_tensors_of_another_class_is_named(bert: Family) -> None:
+    rewrite(bert.base / "model.safetensors", lambda t: {**t, "cls.weight": torch.zeros(3)})
+    message = (
+        r"base .*: 1 tensors belong to no parameter of its model class, first 'cls\.weight'; load it with that class"
+    )
+    with pytest.raises(MismatchError, match=message):
+        bert.plan()
+
+
+def test_head_that_fits_only_some_experts_is_named(bert: Family) -> None:
+    recipe = bert.recipe().model_copy(update={"base": "trec"})  # two labels, as one of the experts
+    message = r"expert 'sms' lacks 'classifier\.bias', which expert 'trec' has; give all or none"
+    with pytest.raises(MismatchError, match=message):
+        make_plan(recipe, kinds_of(bert.root / "trec"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"architectures": ["NoSuchModel"]},
+            r"config\.json must name a transformers class in architectures, found \['NoSuch",
+        ),
+        ({"architectures": None}, "config.json must name a transformers class in architectures, found none"),
+        ({"model_type": "no-such-type"}, "must be a transformers model folder: "),
+    ],
+)
+def test_base_of_no_known_class_is_named(bert: Family, config: dict[str, object], message: str) -> None:
+    path = bert.base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(MismatchError, match=message) as caught:
+        parameter_kinds(bert.base)
+    assert "\n" not in str(caught.value)
+
+
+def test_base_without_config_is_named(bert: Family) -> None:
+    (bert.base / "config.json").unlink()
+    with pytest.raises(MismatchError, match="must be a transformers model folder"):
+        parameter_kinds(bert.base)
+
+
+def test_everything_refused_is_a_fault_of_the_input() -> None:
+    assert {error.exit_code for error in (RecipeError, MismatchError, DataError)} == {InputError.exit_code} == {2}
+
+
+def test_no_weight_is_read_for_a_plan(bert: Family) -> None:
+    for folder in ("base", *EXPERTS):
+        path = bert.root / folder / "model.safetensors"
+        size = path.stat().st_size
+        header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        with path.open("r+b") as file:  # the data is garbage
+            file.seek(header)
+            file.write(b"\xff" * (size - header))
+    assert bert.plan().tasks
+    assert load_file(bert.base / "model.safetensors")["pooler.dense.bias"].isnan().all()
