@@ -2,67 +2,55 @@
 
     y = x W_s^T + b_s + sum_t gate_t * ((x down_t^T) up_t^T) + sum_t gate_t * db_t        (METHOD §5)
 
-The factors of all experts lie side by side, so the sum over experts is two matrix products with the gate, repeated over
-the ranks, multiplied in between. Nothing is materialised; a layer knows no router.
+A layer knows no router and holds no second dense weight; how much work it adds depends on the experts that rows use
+(`gating.GateContext`), not on how many there are.
 """
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twinmerge.errors import ArtifactError, GateError
+from twinmerge.errors import ArtifactError
+from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Path, Ranks, VectorBank
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import Kind
 
 
-class GateContext:
-    """The gate of one forward pass, (batch, expert), as the layers need it."""
+class Projection(nn.Module):
+    """Onto the ranks: the `down` factors of the layers that read one input, one after the other."""
 
-    def __init__(self, gate: Tensor) -> None:
-        """Hold a gate; rows are inputs, or tokens where a layer sees packed tokens."""
-        self.gate = gate
-        self._cache: dict[tuple[int, int], Tensor] = {}
+    down: Tensor
 
-    def rows(self, count: int) -> Tensor:
-        """The gate for `count` rows, (count, expert): repeated for beams, heads or packed tokens of each input.
+    def __init__(self, down: Tensor, layers: tuple[Ranks, ...]) -> None:
+        """Hold them.
 
-        Raises:
-            GateError: if `count` is no multiple of the gate's rows.
+        Args:
+            down: (rank, in), the ranks of the first layer, then of the second, ...
+            layers: the ranks of each.
         """
-        if count == len(self.gate):
-            return self.gate
-        if count % len(self.gate):
-            raise GateError(f"a gate of {len(self.gate)} rows cannot serve a layer's {count} rows; it must divide them")
-        return self.gate.repeat_interleave(count // len(self.gate), dim=0)
+        super().__init__()
+        self.register_buffer("down", down, persistent=False)
+        self.layers = layers
 
-    def over_ranks(self, count: int, expert_of_rank: Tensor) -> Tensor:
-        """The gate of every rank's expert, (count, rank); kept, as most layers share their ranks' experts."""
-        key = (count, id(expert_of_rank))
-        if key not in self._cache:
-            self._cache[key] = self.rows(count)[:, expert_of_rank]
-        return self._cache[key]
-
-
-class GateSlot(threading.local):
-    """Where one model's layers find the gate of the call under way; each thread has its own."""
-
-    context: GateContext | None = None
-
-    @contextmanager
-    def use(self, gate: Tensor | None) -> Iterator[None]:
-        """Run a forward pass with `gate`, None for the shared expert alone."""
-        before, self.context = self.context, None if gate is None else GateContext(gate)
-        try:
-            yield
-        finally:
-            self.context = before
+    def forward(self, x: Tensor, path: Path, context: GateContext) -> Tensor:
+        """(row, token, in) -> (row, token, rank), times the gate; computed once for all layers that read `x`."""
+        last = context.projected
+        if last is not None and last[0] is self and last[1] is x:
+            return last[2]
+        picked = context.picked(path, self.layers, x.dtype)
+        rows = context.split(x)
+        down = context.take(self.down, path, picked, rows.shape[1])
+        hidden = torch.bmm(down, rows.mT).mT if path == "gather" else F.linear(rows, down)
+        if not picked.ones:
+            hidden *= picked.gate
+        context.projected = (self, x, hidden)
+        return hidden
 
 
 class GatedLayer(nn.Module):
@@ -72,8 +60,7 @@ class GatedLayer(nn.Module):
     shared: Any
     """An nn.Module of whatever class; what its kind of layer has is read from it."""
     up: Tensor
-    down: Tensor
-    expert_of_rank: Tensor
+    """(rank, out), the ranks of the first expert, then of the second, ..."""
 
     def __init__(
         self, shared: nn.Module, parts: Mapping[str, Mapping[int, Exclusive]], experts: int, slot: GateSlot
@@ -92,17 +79,25 @@ class GatedLayer(nn.Module):
         self.experts = experts
         self.parameters_with_parts = tuple(parts)
         self.has_factors = False
+        self.places: dict[str, slice] = {}
+        """1-D parameters with exclusive parts, and where they lie in `bank`."""
         self.sparse: dict[int, str] = {}
+        vectors: dict[str, Tensor] = {}
         for name, by_expert in parts.items():
-            factors = {e: part for e, part in by_expert.items() if isinstance(part, LowRank)}
-            vectors = {e: part for e, part in by_expert.items() if isinstance(part, Tensor)}
+            factors = {e: part for e, part in by_expert.items() if isinstance(part, LowRank) and part.rank}
             if factors:
                 self._add_factors(factors)
-            if vectors:
-                self._add_vectors(name, vectors, getattr(shared, name))
+            if any(isinstance(part, Tensor) for part in by_expert.values()):
+                vectors[name] = self._stacked(by_expert, getattr(shared, name))
             for index, part in by_expert.items():
                 if isinstance(part, Sparse):
                     self._add_sparse(index, part)
+        if vectors:
+            for name, rows in vectors.items():
+                start = max((place.stop for place in self.places.values()), default=0)
+                self.places[name] = slice(start, start + rows.shape[1])
+            shared_vectors = torch.cat([getattr(shared, name).detach() for name in vectors])
+            self.bank = VectorBank(shared_vectors, torch.cat(list(vectors.values()), dim=1))
 
     def __getattr__(self, name: str) -> Any:
         """What this layer does not have is the shared layer's: models read `weight`, `in_features`, ..."""
@@ -114,16 +109,24 @@ class GatedLayer(nn.Module):
     def _add_factors(self, factors: Mapping[int, LowRank]) -> None:
         self.has_factors = True
         order = sorted(factors)
-        ranks = [torch.full((factors[e].rank,), e) for e in order]
-        self.register_buffer("up", torch.cat([factors[e].up for e in order], dim=1), persistent=False)
-        self.register_buffer("down", torch.cat([factors[e].down for e in order]), persistent=False)
-        self.register_buffer("expert_of_rank", torch.cat(ranks), persistent=False)
+        self.ranks = Ranks.of(tuple(factors[e].rank if e in factors else 0 for e in range(self.experts)))
+        pairs = [self.pair(factors[e]) for e in order]
+        self.register_buffer("up", torch.cat([up for up, _ in pairs]), persistent=False)
+        self.projection = Projection(torch.cat([down for _, down in pairs]), (self.ranks,))
+        self.position = 0
+        """Among the layers of `projection`."""
 
-    def _add_vectors(self, name: str, vectors: Mapping[int, Tensor], like: Tensor) -> None:
+    @staticmethod
+    def pair(part: LowRank) -> tuple[Tensor, Tensor]:
+        """An exclusive part's factors as this layer multiplies them: (rank, out), (rank, in)."""
+        return part.up.T.contiguous(), part.down
+
+    def _stacked(self, by_expert: Mapping[int, Exclusive], like: Tensor) -> Tensor:
         stacked = torch.zeros(self.experts, *like.shape, dtype=like.dtype)
-        for index, vector in vectors.items():
-            stacked[index] = vector
-        self.register_buffer(f"exclusive_{name}", stacked, persistent=False)
+        for index, vector in by_expert.items():
+            if isinstance(vector, Tensor):
+                stacked[index] = vector
+        return stacked
 
     def _add_sparse(self, index: int, part: Sparse) -> None:
         name = f"sparse_{index}"
@@ -134,18 +137,27 @@ class GatedLayer(nn.Module):
             self.register_buffer(f"{name}_{leaf}", tensor, persistent=False)
         self.sparse[index] = name
         self.sparse_shape = part.shape
+        with warnings.catch_warnings():  # torch says once that its CSR tensors are new; here, where one thread loads
+            warnings.simplefilter("ignore", UserWarning)
+            self._sparse_matrix(name)
 
     def _sparse_matrix(self, name: str) -> Tensor:
         pointers, columns, values = (getattr(self, f"{name}_{leaf}") for leaf in ("pointers", "columns", "values"))
         return torch.sparse_csr_tensor(pointers, columns, values, self.sparse_shape, check_invariants=False)
 
-    def exclusive_vector(self, name: str, context: GateContext, like: Tensor) -> Tensor | None:
-        """sum_t gate_t * exclusive_t of a 1-D parameter, shaped to add to `like`, (rows, 1.., out)."""
-        stacked = self._buffers.get(f"exclusive_{name}")
-        if stacked is None:
-            return None
-        vector = context.rows(len(like)).to(stacked.dtype) @ stacked
-        return vector.reshape(len(like), *(1,) * (like.ndim - 2), vector.shape[1])
+    def used_sparse(self, context: GateContext) -> Iterator[tuple[int, Tensor]]:
+        """The sparse parts of the experts that some row uses."""
+        for index, name in self.sparse.items():
+            if index in context.experts:
+                yield index, self._sparse_matrix(name)
+
+    def vector(self, name: str, context: GateContext) -> Tensor | None:
+        """A 1-D parameter under the gate: (row, 1, size), (size,) where it is the same for all rows, None if absent."""
+        place = self.places.get(name)
+        if place is None:
+            shared: Tensor | None = getattr(self.shared, name, None)
+            return shared
+        return context.vector(self.bank, place)
 
     def materialized(self, gate: Tensor) -> dict[str, Tensor]:
         """The layer's parameters for one gate (expert,), shared + sum gate * exclusive by name, summed in float32."""
@@ -154,12 +166,10 @@ class GatedLayer(nn.Module):
             value = getattr(self.shared, name).detach()
             total = value if value.dtype == torch.float64 else value.float()
             weights = gate.to(total)
-            stacked = self._buffers.get(f"exclusive_{name}")
-            if stacked is not None:
-                total = total + torch.tensordot(weights, stacked.to(total), dims=1)
+            if name in self.places:
+                total = total + weights @ self.bank.exclusive[:, self.places[name]].to(total)
             if name == self.matrix and self.has_factors:
-                scaled = self.up.to(total) * weights[self.expert_of_rank]
-                total = total + (scaled @ self.down.to(total)).reshape(total.shape)
+                total = total + self.low_rank(weights).reshape(total.shape)
             if name == self.matrix:
                 for index, sparse in self.sparse.items():
                     difference = self._sparse_matrix(sparse).to_dense().to(total)
@@ -167,35 +177,107 @@ class GatedLayer(nn.Module):
             result[name] = total.to(value.dtype)
         return result
 
+    def low_rank(self, gate: Tensor) -> Tensor:
+        """Sum of gate (expert,) times up @ down, as a matrix (out, in), in the gate's dtype."""
+        up, down = self.own_factors(gate)
+        return up.T @ down
+
+    def own_factors(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """All experts' (rank, out), times the gate (expert,), and (rank, in), in the gate's dtype."""
+        counts = torch.tensor(self.ranks.counts, device=gate.device)
+        return self.up.to(gate) * gate.repeat_interleave(counts)[:, None], self.own_down().to(gate)
+
+    def own_down(self) -> Tensor:
+        """This layer's part of the projection, (rank, in)."""
+        start = sum(ranks.total for ranks in self.projection.layers[: self.position])
+        return self.projection.down[start : start + self.ranks.total]
+
 
 class GatedLinear(GatedLayer):
-    """nn.Linear, weight (out, in)."""
+    """nn.Linear, weight (out, in).
+
+    The bias under the gate and the low-rank part are what the large product is added to, in place: no pass over the
+    output is paid for them that a plain layer's bias does not pay.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, ..., in) -> (batch, ..., out)."""
-        y: Tensor = self.shared(x)
         context = self.slot.context
         if context is None:
-            return y
-        flat = y.view(-1, y.shape[-1])
+            plain: Tensor = self.shared(x)
+            return plain
+        bias = self.vector("bias", context)
+        if context.merged is not None and self.has_factors:
+            return self._by_merged_weights(x, bias, context, context.merged)
         if self.has_factors:
-            hidden = _times_gate(self.project(x), context, self.expert_of_rank)
-            flat = torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), self.expand())
-        for index, name in self.sparse.items():
-            weight = context.rows(len(x))[:, index].reshape(-1, *(1,) * (x.ndim - 1))
-            flat = flat + self.sparse_product((x * weight).reshape(-1, x.shape[-1]), self._sparse_matrix(name))
-        y = flat.view_as(y)
-        bias = self.exclusive_vector("bias", context, y)
-        return y if bias is None else y + bias
+            y = self._low_rank_and_bias(x, bias, context)
+        elif bias is None or bias.ndim == 1:
+            y = None
+        else:
+            y = bias.expand(-1, context.repeats(x.numel() // x.shape[-1]), -1).reshape(-1, bias.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        y = self.product(flat, self.shared.weight, bias) if y is None else y.addmm_(flat, self.transposed())
+        for index, matrix in self.used_sparse(context):
+            weight = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+            y += self.sparse_product((x * weight).reshape(flat.shape), matrix)
+        return y.view(*x.shape[:-1], -1)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Onto the ranks, (..., in) -> (..., rank)."""
-        return F.linear(x, self.down)
+    def _low_rank_and_bias(self, x: Tensor, bias: Tensor | None, context: GateContext) -> Tensor:
+        """Bias + sum_t gate_t * up_t down_t x, (rows * tokens, out)."""
+        if context.readers is not None:
+            _note_reader(context, self, x)
+        tokens = context.repeats(x.numel() // x.shape[-1])
+        path = context.path(self.projection.layers, tokens)
+        hidden: Tensor = self.projection(x, path, context)
+        if len(self.projection.layers) > 1:
+            hidden = hidden[..., context.picked(path, self.projection.layers, x.dtype).places[self.position]]
+        up = context.take(self.up, path, context.picked(path, (self.ranks,), x.dtype), tokens)
+        if path == "gather":
+            if bias is None:
+                return torch.bmm(hidden, up).flatten(0, 1)
+            return torch.baddbmm(bias.expand(len(hidden), 1, -1), hidden, up).flatten(0, 1)
+        if bias is None:
+            return hidden.flatten(0, 1) @ up
+        if bias.ndim == 3:
+            bias = bias.expand(-1, tokens, -1).reshape(-1, bias.shape[-1])
+        return torch.addmm(bias, hidden.flatten(0, 1), up)
 
-    def expand(self) -> Tensor:
-        """From the ranks, (rank, out)."""
-        up: Tensor = self.up.T
-        return up
+    def _by_merged_weights(self, x: Tensor, bias: Tensor | None, context: GateContext, merged: Merged) -> Tensor:
+        """One plain product for every set of rows under one gate."""
+        flat = x.reshape(len(context.gate), -1, x.shape[-1])
+        if len(merged) == 1:
+            return self.product(flat[0], merged[0][1][id(self)], bias).view(*x.shape[:-1], -1)
+        size = len(self.up[0])
+        y = x.new_empty(*flat.shape[:2], size)
+        for rows, weights in merged:
+            own = bias if bias is None or bias.ndim == 1 else bias[rows[0], 0]
+            y[rows] = self.product(flat[rows].flatten(0, 1), weights[id(self)], own).view(len(rows), -1, size)
+        return y.view(*x.shape[:-1], -1)
+
+    def merged_weight(self, gate: Tensor) -> Tensor:
+        """The weight for one gate (expert,), in the shared weight's dtype; only experts with a gate are looked at."""
+        context = GateContext(gate[None])
+        picked = context.picked("all", (self.ranks,), self.up.dtype)
+        up = context.take(self.up, "all", picked, 0) * picked.gate[0].T
+        down = context.take(self.own_down(), "all", picked, 0)
+        weight = self.add_product(up, down)
+        for index, matrix in self.used_sparse(context):
+            weight += gate[index].to(weight.dtype) * matrix.to_dense()
+        return weight
+
+    def add_product(self, up: Tensor, down: Tensor) -> Tensor:
+        """The shared weight plus factors (rank, out), (rank, in)."""
+        weight: Tensor = self.shared.weight
+        return torch.addmm(weight, up.T, down)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A plain layer's, (tokens, in) -> (tokens, out)."""
+        return F.linear(x, weight, bias)
+
+    def transposed(self) -> Tensor:
+        """The shared weight as (in, out)."""
+        weight: Tensor = self.shared.weight.T
+        return weight
 
     @staticmethod
     def sparse_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -206,14 +288,28 @@ class GatedLinear(GatedLayer):
 class GatedConv1D(GatedLinear):
     """Transformers' Conv1D, weight (in, out)."""
 
-    def project(self, x: Tensor) -> Tensor:
-        """Onto the ranks, (..., in) -> (..., rank)."""
-        return x @ self.up
+    @staticmethod
+    def pair(part: LowRank) -> tuple[Tensor, Tensor]:
+        """The stored matrix is (in, out): its `up` projects, its `down` expands."""
+        return part.down, part.up.T.contiguous()
 
-    def expand(self) -> Tensor:
-        """From the ranks, (rank, out)."""
-        down: Tensor = self.down
-        return down
+    def low_rank(self, gate: Tensor) -> Tensor:
+        """(in, out), as the weight is."""
+        return super().low_rank(gate).T
+
+    def add_product(self, up: Tensor, down: Tensor) -> Tensor:
+        """The shared weight (in, out) plus factors (rank, out), (rank, in)."""
+        weight: Tensor = self.shared.weight
+        return torch.addmm(weight, down.T, up)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A plain layer's, (tokens, in) -> (tokens, out)."""
+        return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+    def transposed(self) -> Tensor:
+        """The shared weight, (in, out) as it is."""
+        weight: Tensor = self.shared.weight
+        return weight
 
     @staticmethod
     def sparse_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -221,8 +317,62 @@ class GatedConv1D(GatedLinear):
         return (matrix.to_dense().T @ x.T).T
 
 
+def _note_reader(context: GateContext, layer: GatedLinear, x: Tensor) -> None:
+    """Write down which layers read one input, while a model's first gated pass is watched."""
+    readers = context.readers or []
+    if readers and context.projected is not None and context.projected[1] is x:
+        readers[-1].append(layer)
+    else:
+        readers.append([layer])
+    context.readers = readers
+
+
+def join_readers(groups: Sequence[Sequence[GatedLinear]]) -> None:
+    """Give layers that read one input one projection; layers seen in other company elsewhere keep their own.
+
+    A layer's own `down` is replaced, not copied beside.
+    """
+    company: dict[int, set[tuple[int, ...]]] = {}
+    for group in groups:
+        for layer in group:
+            company.setdefault(id(layer), set()).add(tuple(id(one) for one in group))
+    for group in {tuple(id(one) for one in group): group for group in groups}.values():
+        members = tuple(id(one) for one in group)
+        alone = all(company[member] == {members} for member in members)
+        if len(group) < 2 or len(set(members)) < len(members) or not alone:
+            continue
+        down = torch.cat([layer.projection.down for layer in group])
+        joined = Projection(down, tuple(layer.ranks for layer in group))
+        for position, layer in enumerate(group):
+            layer.projection, layer.position = joined, position
+
+
+def join_banks(layers: Iterable[GatedLayer]) -> None:
+    """Lay the 1-D parameters of all layers of one dtype side by side."""
+    with_vectors = [layer for layer in layers if layer.places]
+    for dtype in {layer.bank.shared.dtype for layer in with_vectors}:
+        chosen = [layer for layer in with_vectors if layer.bank.shared.dtype == dtype]
+        bank = VectorBank(
+            torch.cat([layer.bank.shared for layer in chosen]), torch.cat([layer.bank.exclusive for layer in chosen], 1)
+        )
+        start = 0
+        for layer in chosen:
+            size = len(layer.bank.shared)
+            layer.places = {name: slice(p.start + start, p.stop + start) for name, p in layer.places.items()}
+            layer.bank = bank
+            start += size
+
+
 class GatedEmbedding(GatedLayer):
-    """nn.Embedding, weight (rows, out): rows of `up` are gathered, then expanded by `down`."""
+    """nn.Embedding, weight (rows, out): ranks of each token's row are looked up, then expanded by `down`."""
+
+    table: Tensor
+    """(rows, rank)."""
+
+    def _add_factors(self, factors: Mapping[int, LowRank]) -> None:
+        super()._add_factors(factors)
+        self.register_buffer("table", self.up.T.contiguous(), persistent=False)
+        del self.up
 
     def forward(self, ids: Tensor) -> Tensor:
         """(batch, ...) indices -> (batch, ..., out); ids shared by the batch, (1, ...), get a row for every gate."""
@@ -231,14 +381,35 @@ class GatedEmbedding(GatedLayer):
         if context is None or not (self.has_factors or self.sparse):
             return y
         rows = max(len(ids), len(context.gate)) if len(ids) == 1 else len(ids)
+        if len(y) < rows:
+            ids, y = ids.expand(rows, *ids.shape[1:]), y.repeat(rows, *(1,) * ids.ndim)
         if self.has_factors:
-            gathered = F.embedding(ids, self.up).expand(rows, *ids.shape[1:], -1)
-            y = y + _times_gate(gathered, context, self.expert_of_rank) @ self.down
-        for index, name in self.sparse.items():
-            difference = self._sparse_matrix(name).to_dense()
+            layers, size = (self.ranks,), y.shape[-1]
+            ids_of_row = ids.reshape(len(context.gate), -1)
+            tokens = ids_of_row.shape[1]
+            path = context.path(layers, tokens)
+            picked = context.picked(path, layers, y.dtype)
+            down = context.take(self.projection.down, path, picked, tokens)
+            if picked.index is None or isinstance(picked.index, slice):
+                hidden = F.embedding(ids_of_row, self.table)
+                hidden = hidden if picked.index is None else hidden[..., picked.index]
+            else:
+                columns = picked.index.view(len(picked.gate) if path == "gather" else 1, 1, picked.gate.shape[2])
+                hidden = self.table[ids_of_row[:, :, None], columns]
+            hidden = hidden * picked.gate
+            if path == "gather":
+                y.view(*ids_of_row.shape, size).baddbmm_(hidden, down)
+            else:
+                y.view(-1, size).addmm_(hidden.flatten(0, 1), down)
+        for index, matrix in self.used_sparse(context):
             weight = context.rows(rows)[:, index].reshape(-1, *(1,) * ids.ndim)
-            y = y + F.embedding(ids, difference) * weight.to(y.dtype)
+            y += F.embedding(ids, matrix.to_dense()) * weight.to(y.dtype)
         return y
+
+    def own_factors(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """All experts' (rank, rows), times the gate (expert,), and (rank, out), in the gate's dtype."""
+        counts = torch.tensor(self.ranks.counts, device=gate.device)
+        return self.table.T.to(gate) * gate.repeat_interleave(counts)[:, None], self.projection.down.to(gate)
 
 
 class GatedConv(GatedLayer):
@@ -253,17 +424,21 @@ class GatedConv(GatedLayer):
         convolve = F.conv2d if x.ndim == 4 else F.conv1d
         layer = self.shared
         spread = (1,) * (x.ndim - 2)
-        if self.has_factors:
-            down = self.down.reshape(-1, *layer.weight.shape[1:])
+        repeats = context.repeats(len(x))
+        picked = context.picked("all", (self.ranks,), x.dtype) if self.has_factors else None
+        if picked is not None and picked.gate.shape[2]:
+            down = context.take(self.projection.down, "all", picked, 0).reshape(-1, *layer.weight.shape[1:])
+            up = context.take(self.up, "all", picked, 0).T
             hidden = convolve(x, down, None, layer.stride, layer.padding, layer.dilation)
-            hidden = hidden * context.over_ranks(len(x), self.expert_of_rank).to(x.dtype).reshape(len(x), -1, *spread)
-            y = y + convolve(hidden, self.up.reshape(*self.up.shape, *spread))
-        for index, name in self.sparse.items():
-            weight = self._sparse_matrix(name).to_dense().reshape(layer.weight.shape)
+            hidden *= picked.gate.repeat_interleave(repeats, dim=0).reshape(len(x), -1, *spread)
+            y += convolve(hidden, up.reshape(*up.shape, *spread))
+        for index, matrix in self.used_sparse(context):
             gate = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, 1, *spread)
-            y = y + gate * convolve(x, weight, None, layer.stride, layer.padding, layer.dilation)
-        bias = self.exclusive_vector("bias", context, y.flatten(2).mT)
-        return y if bias is None else y + bias.reshape(len(y), -1, *spread)
+            weight = matrix.to_dense().reshape(layer.weight.shape)
+            y += gate * convolve(x, weight, None, layer.stride, layer.padding, layer.dilation)
+        if "bias" in self.places:
+            y += (_per_row(self.vector("bias", context), repeats) - layer.bias).reshape(-1, y.shape[1], *spread)
+        return y
 
 
 class GatedGroupedConv(GatedLayer):
@@ -278,22 +453,23 @@ class GatedGroupedConv(GatedLayer):
             return shared
         batch, weight = len(x), layer.weight
         gate = context.rows(batch).to(x.dtype)
+        repeats = context.repeats(batch)
         weights = weight.expand(batch, *weight.shape)
         if self.has_factors:
-            scaled = self.up * context.over_ranks(batch, self.expert_of_rank).to(x.dtype)[:, None, :]
-            weights = weights + (scaled @ self.down).reshape(weights.shape)
-        for index, name in self.sparse.items():
-            difference = self._sparse_matrix(name).to_dense().reshape(weight.shape)
+            picked = context.picked("all", (self.ranks,), x.dtype)
+            up, down = (context.take(f, "all", picked, 0) for f in (self.up, self.projection.down))
+            differences = (up.T * picked.gate) @ down
+            weights = weights + differences.repeat_interleave(repeats, dim=0).reshape(weights.shape)
+        for index, matrix in self.used_sparse(context):
+            difference = matrix.to_dense().reshape(weight.shape)
             weights = weights + gate[:, index].reshape(-1, *(1,) * weight.ndim) * difference
         convolve = F.conv2d if x.ndim == 4 else F.conv1d
         packed, filters = x.reshape(1, -1, *x.shape[2:]), weights.reshape(-1, *weight.shape[1:])
         y = convolve(packed, filters, None, layer.stride, layer.padding, layer.dilation, layer.groups * batch)
         y = y.reshape(batch, -1, *y.shape[2:])
         if layer.bias is not None:
-            bias = self.exclusive_vector("bias", context, y.flatten(2).mT)
-            y = y + (layer.bias if bias is None else layer.bias + bias.reshape(batch, -1)).reshape(
-                -1, y.shape[1], *(1,) * (y.ndim - 2)
-            )
+            bias = _per_row(self.vector("bias", context), repeats)
+            y += bias.reshape(-1, y.shape[1], *(1,) * (y.ndim - 2))
         return y
 
 
@@ -327,16 +503,14 @@ class GatedNorm(GatedLayer):
         if context is None:
             y: Tensor = self.shared(x)
             return y
+        gamma, beta = self.vector("weight", context), self.vector("bias", context)
+        if isinstance(self.shared, nn.LayerNorm) and len(context.gate) == 1:
+            return F.layer_norm(x, self.shared.normalized_shape, gamma, beta, self.shared.eps)
         normalised = self.normalise(x)
-        gamma = self.shared.weight
-        extra = self.exclusive_vector("weight", context, x)
-        gamma = self.offset + gamma if extra is None else self.offset + gamma + extra
-        y = normalised * gamma
-        beta = getattr(self.shared, "bias", None)
-        if beta is not None:
-            extra = self.exclusive_vector("bias", context, x)
-            y = y + (beta if extra is None else beta + extra)
-        return y
+        rows = context.split(normalised)
+        scale: Any = gamma + self.offset if self.offset and gamma is not None else gamma
+        rows = rows.mul_(scale) if beta is None else torch.addcmul(beta, rows, scale, out=rows)
+        return rows.view(x.shape)
 
     def normalise(self, x: Tensor) -> Tensor:
         """The layer without its affine part."""
@@ -351,10 +525,10 @@ def rms_epsilon(layer: nn.Module) -> float:
     return float(getattr(layer, "variance_epsilon", getattr(layer, "eps", None) or 1e-6))
 
 
-def _times_gate(hidden: Tensor, context: GateContext, expert_of_rank: Tensor) -> Tensor:
-    """(batch, ..., rank) times the gate of each rank's expert."""
-    gate = context.over_ranks(len(hidden), expert_of_rank).to(hidden.dtype)
-    return hidden * gate.reshape(len(hidden), *(1,) * (hidden.ndim - 2), hidden.shape[-1])
+def _per_row(vector: Any, repeats: int) -> Tensor:
+    """A 1-D parameter under the gate, for every row of a layer's input."""
+    found: Tensor = vector if vector.ndim == 1 else vector.repeat_interleave(repeats, dim=0)
+    return found
 
 
 LAYERS: Mapping[Kind, type[GatedLayer]] = {

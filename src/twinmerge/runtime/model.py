@@ -2,11 +2,12 @@
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -17,11 +18,17 @@ from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import ArtifactError, GateError, MismatchError
-from twinmerge.runtime.layers import LAYERS, GatedLayer, GateSlot
+from twinmerge.runtime.gating import GateContext, GateSlot, keep_large
+from twinmerge.runtime.layers import LAYERS, GatedLayer, GatedLinear, join_banks, join_readers
+from twinmerge.runtime.merged import MergeCache
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import Kind
 from twinmerge.twin.router import Router, Routing
+
+Mode = Literal["auto", "all", "gather", "merge"]
+_NEW_TOKENS = 20
+"""What transformers' generate makes when nobody says how many."""
 
 
 @dataclass
@@ -66,6 +73,9 @@ class TwinModel(nn.Module):
         router: Router | None = None,
         tokenizer: Any = None,
         max_length: int | None = None,
+        mode: Mode = "auto",
+        drop_below: float = 0.02,
+        merge_bytes: int = 2**30,
     ) -> None:
         """Exchange the layers of a shared expert; `from_pretrained` is the usual way in.
 
@@ -77,8 +87,16 @@ class TwinModel(nn.Module):
             router: in front; without one every call needs a gate or an expert.
             tokenizer: of the shared expert.
             max_length: tokens an input is cut at.
+            mode: how gated layers compute, the same result each way. `all`: the ranks of all experts in use for every
+                row; `gather`: each row's own ranks; `merge`: merged weights, one set for every different gate;
+                `auto`: the cheapest by the cost models of `gating` and `merged`.
+            drop_below: gates of the router under this are dropped (`gating.keep_large` says what that can change); a
+                caller's gates are used as they are.
+            merge_bytes: what merged weights may take (`merged.MergeCache`).
         """
         super().__init__()
+        self.mode: Mode = mode
+        self.drop_below = drop_below
         self.expert_names = tuple(exclusive)
         self.slot = GateSlot()
         self.tokenizer = tokenizer
@@ -87,7 +105,14 @@ class TwinModel(nn.Module):
         stored = backbone.state_dict()
         self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
         self.gated: dict[str, GatedLayer] = _exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
+        join_banks(self.gated.values())
+        self._watched = False
+        linear = {n: layer for n, layer in self.gated.items() if isinstance(layer, GatedLinear) and layer.has_factors}
+        self.merged = MergeCache(linear, merge_bytes)
         self.backbone = backbone
+        self.layers = _hidden_layers(backbone)
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(_show, self.slot, index), with_kwargs=True)
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.router = router
         self.eval()
@@ -124,6 +149,11 @@ class TwinModel(nn.Module):
         model.heads.to(to)
         return model.to(device) if device is not None else model
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert; merged weights would be stale."""
+        self.merged.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -154,11 +184,22 @@ class TwinModel(nn.Module):
             names = self._names(expert, rows)
             gate = self.one_hot(names)
         else:
+            if self._required_router().settings.one_pass and self.heads:
+                routing, outputs = self._route_on_the_way(inputs)
+                names = self._named(routing.router_logits)
+                logits = self.answer(outputs, names, **inputs)
+                return TwinOutput(
+                    logits=logits,
+                    gate=routing.gate,
+                    expert=names,
+                    fallback=routing.fallback,
+                    last_hidden_state=outputs[0],
+                )
             routing = self._routing(inputs)
             gate, fallback = routing.gate, routing.fallback
             names = self._named(routing.router_logits)
         if not self.heads:
-            with self.slot.use(gate):
+            with self._gated(gate, tokens=_tokens(inputs)):
                 outputs = self.backbone(**inputs)
             logits, hidden = outputs.get("logits"), outputs.get("last_hidden_state")
             return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=hidden)
@@ -174,7 +215,7 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def encode(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
         """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
-        with self.slot.use(gate):
+        with self._gated(gate, tokens=_tokens(inputs)):
             outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
         return outputs
 
@@ -214,6 +255,12 @@ class TwinModel(nn.Module):
         mask = inputs.get("attention_mask")
         if spec == "last":
             return _pool(self.encode(None, **inputs)[0], mask)
+        chosen = _layers(spec, len(self.layers) + 1)
+        if self.layers and max(chosen) < len(self.layers):
+            probe = Probe(chosen, mask)
+            with suppress(EnoughError), self.slot.use(None), self.slot.watch(probe):
+                self.backbone.base_model(**inputs, return_dict=True)
+            return probe.features()
         states = self.encode(None, **inputs, output_hidden_states=True)["hidden_states"]
         chosen = _layers(spec, len(states))
         beyond = [layer for layer in chosen if layer >= len(states)]
@@ -240,7 +287,8 @@ class TwinModel(nn.Module):
         else:
             gate = self.route(**_prompt(self.backbone, inputs))
         backbone: Any = self.backbone
-        with self.slot.use(gate):
+        new = int(inputs.get("max_new_tokens") or backbone.generation_config.max_new_tokens or _NEW_TOKENS)
+        with self._gated(gate, tokens=_tokens(inputs) + new * rows, calls=1 + new):
             return backbone.generate(**inputs)
 
     @torch.no_grad()
@@ -283,10 +331,60 @@ class TwinModel(nn.Module):
         columns = torch.tensor([self.expert_names.index(name) for name in names], device=self.device)
         return nn.functional.one_hot(columns, len(self.expert_names)).float()
 
+    @contextmanager
+    def _gated(self, gate: Tensor | None, *, tokens: int, calls: int = 1) -> Iterator[None]:
+        """Run the backbone under a gate, for so many tokens in so many calls.
+
+        The first time, find out which layers read one input.
+        """
+        context = None if gate is None else self._context(gate, tokens, calls)
+        if context is not None and not self._watched:
+            context.readers = []
+        with self.slot.use(context):
+            yield
+        if context is not None and context.readers:
+            join_readers(context.readers)
+            self._watched = True
+
+    def _context(self, gate: Tensor, tokens: int, calls: int) -> GateContext:
+        path: Any = self.mode if self.mode in ("all", "gather") else None
+        context = GateContext(gate, path=path, keep=calls > 1)
+        if self.mode not in ("auto", "merge") or (self.mode == "auto" and len(context.gate) > 1):
+            return context
+        rows: dict[tuple[float, ...], list[int]] = {}
+        for index, row in enumerate(context.gate.tolist()):
+            rows.setdefault(tuple(row), []).append(index)
+        if self.mode == "merge" or (self._watched and self.merged.pays(next(iter(rows)), tokens, calls)):
+            context.merged = [(own, self.merged.weights(row, context.gate[own[0]])) for row, own in rows.items()]
+        return context
+
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
-        router = self._required_router()
-        routing: Routing = router(self.features_as(router.settings.features, **inputs))
-        return routing
+        return self._route_features(self.features(**inputs))
+
+    def _route_features(self, features: Tensor) -> Routing:
+        routing: Routing = self._required_router()(features)
+        return replace(routing, gate=keep_large(routing.gate, self.drop_below))
+
+    def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
+        """One pass: shared weights up to the router's last feature layer, its gates from there on.
+
+        What lies below is computed once and serves both the router and the answer.
+
+        Raises:
+            MismatchError: if the router looks at the last layer, above which nothing is left to gate.
+        """
+        chosen = _layers(self._required_router().settings.features, len(self.layers) + 1)
+        if not self.layers or not chosen or max(chosen) >= len(self.layers):
+            raise MismatchError("router.one_pass needs features of layers below the last, such as layers:[0,1,2]")
+        routings: list[Routing] = []
+
+        def gate_from_here(features: Tensor) -> None:
+            routings.append(self._route_features(features))
+            self.slot.context = self._context(routings[0].gate, _tokens(inputs), 1)
+
+        with self.slot.use(None), self.slot.watch(Probe(chosen, inputs.get("attention_mask"), gate_from_here)):
+            outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
+        return routings[0], outputs
 
     def _required_router(self) -> Router:
         if self.router is None:
@@ -534,6 +632,55 @@ def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Map
     return built
 
 
+class EnoughError(Exception):
+    """Ends a pass whose remaining layers nobody needs."""
+
+
+class Probe:
+    """Looks at hidden states as they pass, and pools those that the router wants."""
+
+    def __init__(
+        self, wanted: Sequence[int], mask: Tensor | None, done: Callable[[Tensor], None] | None = None
+    ) -> None:
+        """Wait for hidden states.
+
+        Args:
+            wanted: which; K is what enters layer K.
+            mask: (batch, seq), 1 for real tokens.
+            done: called with the features once the last one wanted was seen; None ends the pass there.
+        """
+        self.wanted = list(wanted)
+        self.mask = mask
+        self.done = done
+        self.pooled: dict[int, Tensor] = {}
+
+    def see(self, index: int, states: Tensor) -> None:
+        """Hidden states on their way into a layer."""
+        if index in self.wanted:
+            self.pooled[index] = _pool(states, self.mask)
+            if index == max(self.wanted):
+                if self.done is None:
+                    raise EnoughError
+                self.done(self.features())
+
+    def features(self) -> Tensor:
+        """(batch, feature), as `wanted` orders them."""
+        return torch.cat([self.pooled[index] for index in self.wanted], dim=1)
+
+
+def _hidden_layers(backbone: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The layers that hidden states pass through one after the other; none where the model has no single such list."""
+    count = getattr(backbone.config, "num_hidden_layers", None)
+    lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return tuple(lists[0]) if len(lists) == 1 else ()
+
+
+def _show(slot: GateSlot, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before a layer runs: what enters it is shown to the probe of the call under way."""
+    if slot.probe is not None:
+        slot.probe.see(index, args[0] if args else kwargs["hidden_states"])
+
+
 def _layers(spec: str, count: int) -> list[int]:
     """Which of a model's hidden states a specification names; 0 is the embeddings."""
     if spec == "all":
@@ -560,6 +707,12 @@ def _prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, A
     if "attention_mask" in prompt and "position_ids" in inspect.signature(backbone.base_model.forward).parameters:
         prompt["position_ids"] = (prompt["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)
     return prompt
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int:
+    """Of a batch of text; other inputs have as many as rows."""
+    ids = inputs.get("input_ids")
+    return ids.numel() if ids is not None else _rows(inputs)
 
 
 def _rows(inputs: Mapping[str, Any]) -> int:

@@ -74,6 +74,8 @@ class RouterSettings(Strict):
             `knn` need no training.
         features: which hidden states of the shared expert are averaged over the tokens: `last`, `all`, `embeddings`,
             `layer:K` or `layers:[...]` (0 = embeddings, K = after layer K), concatenated.
+        one_pass: layers up to the last one in `features` run once, with the shared weights, for the router and for the
+            answer; only those above are gated. For encoders; a generation always gates every layer.
         samples_per_expert: inputs used of each expert, at most.
         held_out: share of them that selects the epoch, the regularisation, the temperature and the fall-back distance.
         epochs: passes over the inputs (`mlp`).
@@ -85,6 +87,7 @@ class RouterSettings(Strict):
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
     features: str = "all"
+    one_pass: bool = False
     samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 1000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epochs: Annotated[int, Field(ge=1, strict=True)] = 10

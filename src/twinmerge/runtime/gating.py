@@ -1,0 +1,271 @@
+"""Knows the gate of a call under way: which experts each row uses, and which ranks a layer takes for them.
+
+A factor of a layer holds the ranks of all experts one after the other, (rank, in) or (rank, out). For a batch there are
+two ways to use it, and the cheaper one is taken call by call:
+
+- `all`: every rank that some row uses, for every row, the gate multiplied in between: one product, but its width grows
+  with the number of different experts in the batch;
+- `gather`: each row's own ranks, copied next to each other, then one small product a row: the width is what the busiest
+  row uses, whatever the number of experts.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import GateError
+
+Path = Literal["all", "gather"]
+Merged = list[tuple[list[int], Mapping[int, Tensor]]]
+"""Rows under one gate, and its merged weights by the layer's id."""
+_COPY = 4.0
+"""Measured on CPU: copying a rank costs what a product with it costs for 4 tokens."""
+
+
+def keep_large(gate: Tensor, below: float) -> Tensor:
+    """Drop small gates and share out what they held among the others, in proportion.
+
+    With dropped mass d = sum of a row's gates under `below` (at most (experts - 1) * below), the gates of a row move by
+    2d in all, so a layer's output moves by at most `2 d max_t |D_t x|`, D_t being the exclusive parts. A row's largest
+    gate always stays.
+
+    Args:
+        gate: (batch, expert), rows without negative weights.
+        below: gates under it are dropped; 0 drops none.
+    """
+    kept = torch.where((gate >= below) | (gate == gate.amax(dim=1, keepdim=True)), gate, 0.0)
+    return kept * (
+        gate.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp_min(torch.finfo(gate.dtype).tiny)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """How many ranks each expert has in one layer; equal counts are one object (`Ranks.of`), a key."""
+
+    counts: tuple[int, ...]
+    tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    @cache
+    def of(counts: tuple[int, ...]) -> "Ranks":
+        """The one object for these counts."""
+        return Ranks(counts)
+
+    @property
+    def total(self) -> int:
+        """Ranks of all experts together."""
+        return sum(self.counts)
+
+    def table(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Each expert's ranks, (expert, most) indices padded with 0, and 1 where one is real, 0 where it is padding."""
+        if device not in self.tables:
+            counts = torch.tensor(self.counts)
+            place = torch.arange(max(self.counts))
+            real = place < counts[:, None]
+            index = torch.where(real, (counts.cumsum(0) - counts)[:, None] + place, 0)
+            self.tables[device] = index.to(device), real.to(device)
+        return self.tables[device]
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Ranks taken for a batch."""
+
+    index: Tensor | slice | None
+    """(rank,) for `all`, a slice if they lie together, None if every rank is taken; (row * rank,) for `gather`."""
+    gate: Tensor
+    """(row, 1, rank)."""
+    ones: bool
+    """Whether every gate is 1, so that nothing needs to be multiplied."""
+    places: tuple[slice, ...]
+    """Where each layer's ranks lie among them."""
+
+
+class GateContext:
+    """The gate of one forward pass, or of one generation, as the layers need it.
+
+    What is read from the gate's values is read here, once, so that no layer waits for a device.
+    """
+
+    def __init__(self, gate: Tensor, *, path: Path | None = None, keep: bool = False) -> None:
+        """Look at a gate.
+
+        Args:
+            gate: (row, expert); inputs of layers are rows * anything: beams, tokens or packed tokens of each row.
+                A batch under one gate becomes a single row.
+            path: forced; None chooses by cost.
+            keep: the gate serves many calls (a generation): what is copied for a short call is kept.
+        """
+        self.gate = gate[:1] if len(gate) > 1 and bool((gate == gate[:1]).all()) else gate
+        used = self.gate != 0
+        self.width = max(1, int(used.sum(dim=1).max()))
+        self.experts: list[int] = used.any(dim=0).nonzero()[:, 0].tolist()
+        self.forced = path
+        self.keep = keep
+        top = self.gate.abs().topk(self.width, dim=1).indices
+        self._top, self._weight = top, self.gate.gather(1, top)
+        self._ones = bool((self._weight == 1).all())
+        self._picked: dict[tuple[Path, tuple[Ranks, ...], torch.dtype], Picked] = {}
+        self._paths: dict[tuple[tuple[Ranks, ...], int], Path] = {}
+        self._kept: dict[tuple[int, Path], Tensor] = {}
+        self._vectors: dict[int, Tensor] = {}
+        self.projected: tuple[object, Tensor, Tensor] | None = None
+        """The last projection, its input and what came out: layers that read one input share it."""
+        self.merged: Merged | None = None
+        """Merged weights to be used, where the layers do not compute with factors."""
+        self.readers: list[list[Any]] | None = None
+        """While a model's first gated pass is watched: layers in the order of their calls, those that read one input
+        together."""
+
+    def rows(self, count: int) -> Tensor:
+        """The gate for `count` rows, (count, expert): repeated for beams, heads or packed tokens of each input.
+
+        Raises:
+            GateError: if `count` is no multiple of the gate's rows.
+        """
+        if count == len(self.gate):
+            return self.gate
+        return self.gate.repeat_interleave(self.repeats(count), dim=0)
+
+    def repeats(self, count: int) -> int:
+        """How many of `count` rows of a layer's input belong to each gate.
+
+        Raises:
+            GateError: if `count` is no multiple of the gate's rows.
+        """
+        if count % len(self.gate):
+            raise GateError(f"a gate of {len(self.gate)} rows cannot serve a layer's {count} rows; it must divide them")
+        return count // len(self.gate)
+
+    def split(self, x: Tensor) -> Tensor:
+        """A layer's input (rows, ..., features) as (row of the gate, token, features)."""
+        if x.ndim == 3 and len(x) == len(self.gate):
+            return x
+        self.repeats(len(x))
+        return x.reshape(len(self.gate), -1, x.shape[-1])
+
+    def path(self, layers: tuple[Ranks, ...], tokens: int) -> Path:
+        """The cheaper way for layers that read one input and see so many tokens a row."""
+        if self.forced is not None or len(self.gate) == 1:
+            return self.forced or "all"
+        key = (layers, tokens)
+        if key not in self._paths:
+            side_by_side = sum(ranks.counts[e] for ranks in layers for e in self.experts)
+            own = self.width * sum(max(ranks.counts) for ranks in layers)
+            cheaper = side_by_side * tokens <= own * (tokens + _COPY)
+            self._paths[key] = "all" if cheaper else "gather"
+        return self._paths[key]
+
+    def picked(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype) -> Picked:
+        """The ranks of layers whose factors lie one after the other."""
+        key = (path, layers, dtype)
+        if key not in self._picked:
+            self._picked[key] = self._pick(path, layers, dtype)
+        return self._picked[key]
+
+    def _pick(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype) -> Picked:
+        indices: list[Tensor] = []
+        gates: list[Tensor] = []
+        places: list[slice] = []
+        start = 0
+        for ranks in layers:
+            table, real = ranks.table(self.gate.device)
+            if path == "gather":
+                indices.append(table[self._top].flatten(1) + start)
+                gates.append((self._weight[:, :, None] * real[self._top]).flatten(1))
+            else:
+                chosen = [e for e in self.experts if ranks.counts[e]]
+                parts = [table[e, : ranks.counts[e]] + start for e in chosen]
+                indices.append(torch.cat(parts) if parts else table[0, :0])
+                gates.append(self.gate[:, [e for e in chosen for _ in range(ranks.counts[e])]])
+            first = places[-1].stop if places else 0
+            places.append(slice(first, first + gates[-1].shape[1]))
+            start += ranks.total
+        gate = torch.cat(gates, dim=1)[:, None, :].to(dtype)
+        index: Tensor | slice | None = torch.cat(indices, dim=-1).flatten()
+        if path == "all" and gate.shape[2] == start:
+            index = None
+        elif path == "all" and len(layers) == len(self.experts) == 1:
+            first = sum(layers[0].counts[: self.experts[0]])
+            index = slice(first, first + gate.shape[2])
+        return Picked(index, gate, self._ones and self._full(path, layers), tuple(places))
+
+    def _full(self, path: Path, layers: tuple[Ranks, ...]) -> bool:
+        """Whether each rank taken for a row is one that the row uses."""
+        if path == "all":
+            return len(self.experts) == 1
+        return all(ranks.counts[e] == max(ranks.counts) for ranks in layers for e in self.experts)
+
+    def take(self, factor: Tensor, path: Path, picked: Picked, tokens: int) -> Tensor:
+        """The picked rows of a factor, (rank, size) for `all`, (row, rank, size) for `gather`."""
+        if picked.index is None or isinstance(picked.index, slice):
+            return factor if picked.index is None else factor[picked.index]
+        key = (id(factor), path)
+        if key in self._kept:
+            return self._kept[key]
+        taken = factor.index_select(0, picked.index)
+        if path == "gather":
+            taken = taken.view(len(self.gate), -1, factor.shape[1])
+        if self.keep and tokens == 1:
+            self._kept[key] = taken
+        return taken
+
+    def vector(self, bank: "VectorBank", place: slice) -> Tensor:
+        """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""
+        found = self._vectors.get(id(bank))
+        if found is None:
+            found = torch.addmm(bank.shared, self.gate.to(bank.shared.dtype), bank.exclusive)
+            found = found[0] if len(found) == 1 else found[:, None]
+            self._vectors[id(bank)] = found
+        return found[..., place]
+
+
+class VectorBank(torch.nn.Module):
+    """1-D parameters that have exclusive parts, side by side: one product with the gate serves them all."""
+
+    shared: Tensor
+    exclusive: Tensor
+
+    def __init__(self, shared: Tensor, exclusive: Tensor) -> None:
+        """Hold them.
+
+        Args:
+            shared: (size,), the shared expert's.
+            exclusive: (expert, size).
+        """
+        super().__init__()
+        self.register_buffer("shared", shared, persistent=False)
+        self.register_buffer("exclusive", exclusive, persistent=False)
+
+
+class GateSlot(threading.local):
+    """Where one model's layers find the gate of the call under way; each thread has its own."""
+
+    context: GateContext | None = None
+    probe: Any = None
+    """What looks at hidden states on their way (`model.Probe`)."""
+
+    @contextmanager
+    def watch(self, probe: Any) -> Iterator[None]:
+        """Show hidden states to a probe."""
+        self.probe = probe
+        try:
+            yield
+        finally:
+            self.probe = None
+
+    @contextmanager
+    def use(self, context: GateContext | None) -> Iterator[None]:
+        """Run a forward pass under a gate, None for the shared expert alone."""
+        before, self.context = self.context, context
+        try:
+            yield
+        finally:
+            self.context = before

@@ -1,0 +1,160 @@
+"""A whole model on every path against the dense reference: mixed gates, merged weights, generation, one pass."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from twinmerge.errors import MismatchError
+from twinmerge.runtime.compose import theta
+from twinmerge.runtime.merged import MergeCache
+from twinmerge.runtime.model import Mode, TwinModel
+from twinmerge.tensors.low_rank import LowRank
+from twinmerge.twin.recipe import RouterSettings
+from twinmerge.twin.router import fit_router
+
+EXPERTS = 3
+TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers of sums in another order
+
+
+def bert() -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    return BertModel(config, add_pooling_layer=False).eval()
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50, pad_token_id=0
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def exclusive_of(model: torch.nn.Module) -> dict[str, dict[str, object]]:
+    torch.manual_seed(1)
+    parts: dict[str, dict[str, object]] = {}
+    for expert in range(EXPERTS):
+        parts[f"e{expert}"] = {
+            name: 0.1 * torch.randn(value.shape)
+            if value.ndim == 1
+            else LowRank(0.3 * torch.randn(value.shape[0], 1 + expert), 0.3 * torch.randn(1 + expert, value.shape[1]))
+            for name, value in model.named_parameters()
+            if "position" not in name and "lm_head" not in name
+        }
+    return parts
+
+
+def twin(make: object, **settings: object) -> tuple[TwinModel, object]:
+    backbone = make()
+    exclusive = exclusive_of(backbone)
+    shared = {name: value.detach().clone() for name, value in backbone.named_parameters()}
+
+    def dense(gate: Tensor) -> torch.nn.Module:
+        model = make()
+        model.load_state_dict(theta(shared, list(exclusive.values()), gate), strict=False)
+        return model
+
+    return TwinModel(backbone, exclusive, kinds={}, **settings), dense
+
+
+GATES = torch.tensor([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+INPUTS = {
+    "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18, 0, 0]]),
+    "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("mode", ["auto", "all", "gather", "merge"])
+def test_each_mode_is_the_dense_reference(mode: Mode) -> None:
+    model, dense = twin(bert, mode=mode)
+    for _ in range(2):  # the first pass is watched
+        found = model.encode(GATES, **INPUTS)[0]
+        for row, gate in enumerate(GATES):
+            with torch.inference_mode():
+                want = dense(gate)(**{k: v[row : row + 1] for k, v in INPUTS.items()})[0][0]
+            real = int(INPUTS["attention_mask"][row].sum())
+            torch.testing.assert_close(found[row, :real], want[:real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["auto", "all", "gather", "merge"])
+def test_generation_under_mixed_gates_is_that_of_each_row_alone(mode: Mode) -> None:
+    model, dense = twin(llama, mode=mode)
+    prompts = {
+        "input_ids": torch.tensor([[0, 6, 7, 8], [9, 10, 11, 12], [0, 0, 15, 16], [17, 18, 19, 20]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]),
+    }
+    for beams in (1, 2):
+        found = model.generate(gate=GATES, **prompts, max_new_tokens=6, min_new_tokens=6, num_beams=beams)
+        for row, gate in enumerate(GATES):
+            alone = {k: v[row : row + 1] for k, v in prompts.items()}
+            want = dense(gate).generate(**alone, max_new_tokens=6, min_new_tokens=6, num_beams=beams)
+            assert found[row].tolist() == want[0].tolist()
+
+
+def test_a_long_generation_under_one_gate_merges_the_weights_once() -> None:
+    model, dense = twin(llama)
+    one = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    model.encode(GATES[:1], **one)
+    assert model.merged.nbytes == 0
+    found = model.generate(gate=GATES[:1], **one, max_new_tokens=8, min_new_tokens=8)
+    assert model.merged.nbytes == model.merged.set_bytes
+    want = dense(GATES[0]).generate(**one, max_new_tokens=8, min_new_tokens=8)
+    assert found.tolist() == want.tolist()
+    model.to(torch.float64)
+    assert model.merged.nbytes == 0
+
+
+def test_merged_weights_are_bounded_and_the_least_recently_used_go() -> None:
+    model, _ = twin(bert)
+    size = model.merged.set_bytes
+    cache = MergeCache(model.merged.layers, 2 * size)
+    for row in (0, 1, 0, 2):
+        cache.weights(tuple(GATES[row].tolist()), GATES[row])
+        assert cache.nbytes <= 2 * size
+    assert cache.pays(tuple(GATES[0].tolist()), tokens=0)
+    assert not cache.pays(tuple(GATES[1].tolist()), tokens=0, calls=0)
+    assert cache.pays(tuple(GATES[1].tolist()), tokens=10**6)
+    none = MergeCache(model.merged.layers, size - 1)
+    none.weights((0.0,), GATES[2])
+    assert none.nbytes == 0
+    assert not none.pays((0.0,), tokens=10**6)
+
+
+def test_features_of_lower_layers_need_no_full_pass() -> None:
+    model, _ = twin(bert)
+    states = model.encode(None, **INPUTS, output_hidden_states=True)["hidden_states"]
+    mask = INPUTS["attention_mask"].unsqueeze(-1)
+    pooled = [(state * mask).sum(dim=1) / mask.sum(dim=1) for state in states]
+    for spec, layers in (("embeddings", [0]), ("layer:2", [2]), ("layers:[2,0]", [2, 0]), ("layer:3", [3])):
+        want = torch.cat([pooled[layer] for layer in layers], dim=1)
+        torch.testing.assert_close(model.features_as(spec, **INPUTS), want, **TOLERANCE)
+
+
+def test_one_pass_gates_only_what_lies_above_the_routers_layers() -> None:
+    model, _ = twin(bert, drop_below=0.0)
+    settings = RouterSettings(method="linear", features="layers:[0,1]", one_pass=True, fallback=None)
+    rows = {name: torch.randn(20, 32) + index for index, name in enumerate(model.expert_names)}
+    model.router = fit_router(rows, settings, seed=0)
+    routing, outputs = model._route_on_the_way(INPUTS)
+    torch.testing.assert_close(routing.gate, model.route(**INPUTS), **TOLERANCE)
+    backbone = bert()
+    shared = {name: value.detach().clone() for name, value in backbone.named_parameters()}
+    upper = [
+        {name: part for name, part in parts.items() if name.startswith(("encoder.layer.1.", "encoder.layer.2."))}
+        for parts in exclusive_of(backbone).values()
+    ]
+    for row, gate in enumerate(routing.gate):
+        backbone.load_state_dict(theta(shared, upper, gate), strict=False)
+        with torch.inference_mode():
+            want = backbone(**{k: v[row : row + 1] for k, v in INPUTS.items()})[0][0]
+        real = int(INPUTS["attention_mask"][row].sum())
+        torch.testing.assert_close(outputs[0][row, :real], want[:real], **TOLERANCE)
+
+
+def test_one_pass_needs_layers_above_the_routers() -> None:
+    model, _ = twin(bert)
+    rows = {name: torch.randn(20, 16) + index for index, name in enumerate(model.expert_names)}
+    model.router = fit_router(rows, RouterSettings(features="layer:3", one_pass=True), seed=0)
+    with pytest.raises(MismatchError, match="one_pass needs features of layers below the last"):
+        model._route_on_the_way(INPUTS)
