@@ -4,8 +4,8 @@ Expected: `auto` has the least residual energy at every rank, and the difference
 
     python benchmarks/bench_scaling.py [--suite suites/text/text8.yaml] [--seed 0] [--rows 400]
 
-For ranks 1, 4 and 16 every expert is decomposed against each shared expert. Residual energy is what truncation throws
-away, sum over experts and matrices of ||D - D_r||_F^2, relative to that of the mean; the score is the normalized score
+For ranks 1, 4, 16 and two budgets every expert is decomposed against each shared expert. Residual energy is what
+truncation throws away, sum over experts and matrices of ||D - D_r||_F^2, relative to that of the mean; the score is the normalized score
 with given gates and heads on validation rows (test rows are not touched).
 """
 
@@ -34,7 +34,13 @@ SHARED: dict[str, SharedParams] = {
     "0.3": TaskArithmeticParams(method="task_arithmetic", scaling=0.3),
     "auto": TaskArithmeticParams(method="task_arithmetic", scaling="auto"),
 }
-RANKS = (1, 4, 16)
+KEPT = {
+    "rank 1": ExclusiveSettings(rank=1),
+    "rank 4": ExclusiveSettings(rank=4),
+    "rank 16": ExclusiveSettings(rank=16),
+    "budget 0.06": ExclusiveSettings(budget=0.06),
+    "budget 0.12": ExclusiveSettings(budget=0.12),
+}
 
 
 def main() -> None:
@@ -49,12 +55,12 @@ def main() -> None:
     for name in at.tasks:
         model = at.model(load_backbone(at.plan.experts[name].checkpoint.path, like=at.plan.base.path))
         expert_scores[name] = _score(at, model, name, options.rows, None)
-    found = [_measure(at, rank, label, expert_scores, options.rows) for rank in RANKS for label in SHARED]
+    found = [_measure(at, kept, label, expert_scores, options.rows) for kept in KEPT for label in SHARED]
     table = Table(title="scaling of the shared expert, seed " + str(options.seed))
-    for column in ("rank", "scaling", "residual energy", "relative to 1/T", "mean lambda", "normalized score x100"):
+    for column in ("kept", "scaling", "residual energy", "relative to 1/T", "mean lambda", "normalized score x100"):
         table.add_column(column, justify="right")
     for one in found:
-        mean = next(o["residual"] for o in found if o["rank"] == one["rank"] and o["scaling"] == "1/T")
+        mean = next(o["residual"] for o in found if o["kept"] == one["kept"] and o["scaling"] == "1/T")
         one["relative"] = one["residual"] / mean
         cells = (
             f"{one['residual']:.3f}",
@@ -62,15 +68,15 @@ def main() -> None:
             f"{one['lambda']:.3f}",
             f"{100 * one['score']:.2f}",
         )
-        table.add_row(str(one["rank"]), one["scaling"], *cells)
+        table.add_row(one["kept"], one["scaling"], *cells)
     Console().print(table)
     sys.stdout.write(
         json.dumps({"benchmark": "scaling", "seed": options.seed, "rows": options.rows, "found": found}) + "\n"
     )
 
 
-def _measure(at: SeedRun, rank: int, label: str, expert_scores: dict[str, float], rows: int) -> dict[str, Any]:
-    plan = at.plan_for(SHARED[label], ExclusiveSettings(rank=rank))
+def _measure(at: SeedRun, kept: str, label: str, expert_scores: dict[str, float], rows: int) -> dict[str, Any]:
+    plan = at.plan_for(SHARED[label], KEPT[kept])
     with tempfile.TemporaryDirectory() as folder:
         work, target = Path(folder, "work"), Path(folder, "twin")
         work.mkdir()
@@ -83,7 +89,7 @@ def _measure(at: SeedRun, rank: int, label: str, expert_scores: dict[str, float]
     scalings = [entry["scaling"] for entry in report.tensors.values() if entry["scaling"] is not None]
     scores = {name: _score(at, model, name, rows, name) for name in at.tasks}
     return {
-        "rank": rank,
+        "kept": kept,
         "scaling": label,
         "residual": residual,
         "lambda": float(np.mean(scalings)) if scalings else 1 / len(at.tasks),
