@@ -66,5 +66,5 @@ def test_half_precision_is_summed_in_float32_and_rounded_once(dtype: torch.dtype
 
 def test_gate_must_have_one_weight_an_expert() -> None:
     shared, experts = random_parts(0)
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
         theta(shared, experts, [1.0, 0.0])

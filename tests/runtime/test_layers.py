@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from tests import reference
 from twinmerge.errors import ArtifactError, GateError
 from twinmerge.runtime.compose import theta
-from twinmerge.runtime.layers import LAYERS, GatedLayer, GateSlot
+from twinmerge.runtime.gating import GateContext, GateSlot, Path
+from twinmerge.runtime.layers import LAYERS, GatedLayer
 from twinmerge.runtime.model import layer_kind
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import keep_largest
@@ -46,8 +47,8 @@ LAYER: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 ALL = sorted(LAYER)
 
 
-def run(layer: GatedLayer, x: Tensor, gate: Tensor | None) -> Tensor:
-    with torch.no_grad(), layer.slot.use(gate):
+def run(layer: GatedLayer, x: Tensor, gate: Tensor | None, path: Path | None = None) -> Tensor:
+    with torch.no_grad(), layer.slot.use(None if gate is None else GateContext(gate, path=path)):
         found: Tensor = layer(x)
     return found
 
@@ -118,14 +119,16 @@ def gates(rows: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
 # ---- the law: factored = materialised
 
 
-@pytest.mark.parametrize("form", ["mixed", "sparse", "factors"])
+@pytest.mark.parametrize(
+    ("form", "path"), [("mixed", None), ("sparse", None), ("factors", "all"), ("factors", "gather")]
+)
 @pytest.mark.parametrize("name", ALL)
-def test_mixed_batch_is_every_row_with_its_own_weights(name: str, form: str) -> None:
+def test_mixed_batch_is_every_row_with_its_own_weights(name: str, form: str, path: Path | None) -> None:
     module = make(name)
     parts = parts_for(module, form)
     x, gate = inputs(name, 4), gates(4)
     expected = rebuilt(module, parts, x, gate)
-    assert torch.allclose(run(gated(module, parts), x, gate), expected, atol=1e-10)  # float64
+    assert torch.allclose(run(gated(module, parts), x, gate, path), expected, atol=1e-10)  # float64
 
 
 @given(
@@ -264,10 +267,10 @@ def test_gate_of_a_call_inside_a_call_ends_with_it() -> None:
     module = make("linear")
     layer = gated(module, parts_for(module), slot)
     x, outer, inner = inputs("linear", 2), gates(2), gates(2, seed=5)
-    with torch.no_grad(), slot.use(outer):
-        with slot.use(inner):
+    with torch.no_grad(), slot.use(GateContext(outer)):
+        with slot.use(GateContext(inner)):
             assert torch.equal(layer(x), run(layer, x, inner))
-        with pytest.raises(RuntimeError), slot.use(inner):
+        with pytest.raises(RuntimeError), slot.use(GateContext(inner)):
             layer(x[..., :2])
         assert torch.equal(layer(x), run(layer, x, outer))
 
