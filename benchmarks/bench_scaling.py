@@ -5,8 +5,8 @@ Expected: `auto` has the least residual energy at every rank, and the difference
     python benchmarks/bench_scaling.py [--suite suites/text/text8.yaml] [--seed 0] [--rows 400]
 
 For ranks 1, 4, 16 and two budgets every expert is decomposed against each shared expert. Residual energy is what
-truncation throws away, sum over experts and matrices of ||D - D_r||_F^2, relative to that of the mean; the score is the normalized score
-with given gates and heads on validation rows (test rows are not touched).
+truncation throws away, sum over experts and matrices of ||D - D_r||_F^2, relative to that of the mean; the score is the
+normalized score with given gates and heads on validation rows (test rows are not touched).
 """
 
 import argparse

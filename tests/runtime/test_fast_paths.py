@@ -158,3 +158,16 @@ def test_one_pass_needs_layers_above_the_routers() -> None:
     model.router = fit_router(rows, RouterSettings(features="layer:3", one_pass=True), seed=0)
     with pytest.raises(MismatchError, match="one_pass needs features of layers below the last"):
         model._route_on_the_way(INPUTS)
+
+
+@pytest.mark.parametrize("mode", ["all", "gather", "merge"])
+def test_autocast_gives_the_same_states_to_its_precision(mode: Mode) -> None:
+    model, _ = twin(bert, mode=mode)
+    inputs = {"input_ids": torch.randint(1, 50, (4, 9), generator=torch.Generator().manual_seed(3))}
+    gate = torch.tensor([[1.0, 0, 0], [0.2, 0.8, 0], [0, 0.5, 0.5], [0, 0, 0]])
+    expected = model.encode(gate, **inputs)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.encode(gate, **inputs)[0]
+    # bfloat16 has 8 bits: a per cent of states of size 1, through three layers
+    torch.testing.assert_close(found.float(), expected, atol=6e-2, rtol=6e-2)
+    assert not torch.equal(found.float(), expected)

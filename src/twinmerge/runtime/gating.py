@@ -221,7 +221,8 @@ class GateContext:
         """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""
         found = self._vectors.get(id(bank))
         if found is None:
-            found = torch.addmm(bank.shared, self.gate.to(bank.shared.dtype), bank.exclusive)
+            with torch.autocast(bank.shared.device.type, enabled=False):  # norms stay in their own precision
+                found = torch.addmm(bank.shared, self.gate.to(bank.shared.dtype), bank.exclusive)
             found = found[0] if len(found) == 1 else found[:, None]
             self._vectors[id(bank)] = found
         return found[..., place]

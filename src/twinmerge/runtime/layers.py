@@ -216,7 +216,12 @@ class GatedLinear(GatedLayer):
         else:
             y = bias.expand(-1, context.repeats(x.numel() // x.shape[-1]), -1).reshape(-1, bias.shape[-1])
         flat = x.reshape(-1, x.shape[-1])
-        y = self.product(flat, self.shared.weight, bias) if y is None else y.addmm_(flat, self.transposed())
+        if y is None:
+            y = self.product(flat, self.shared.weight, bias)
+        elif y.dtype == flat.dtype == self.shared.weight.dtype:
+            y = y.addmm_(flat, self.transposed())
+        else:  # under autocast, which casts for new results only
+            y = torch.addmm(y, flat, self.transposed())
         for index, matrix in self.used_sparse(context):
             weight = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
             y += self.sparse_product((x * weight).reshape(flat.shape), matrix)
@@ -247,12 +252,13 @@ class GatedLinear(GatedLayer):
         flat = x.reshape(len(context.gate), -1, x.shape[-1])
         if len(merged) == 1:
             return self.product(flat[0], merged[0][1][id(self)], bias).view(*x.shape[:-1], -1)
-        size = len(self.up[0])
-        y = x.new_empty(*flat.shape[:2], size)
+        order = torch.cat([torch.as_tensor(rows, device=x.device) for rows, _ in merged])
+        parts = []
         for rows, weights in merged:
             own = bias if bias is None or bias.ndim == 1 else bias[rows[0], 0]
-            y[rows] = self.product(flat[rows].flatten(0, 1), weights[id(self)], own).view(len(rows), -1, size)
-        return y.view(*x.shape[:-1], -1)
+            part = self.product(flat[rows].flatten(0, 1), weights[id(self)], own)
+            parts.append(part.view(len(rows), flat.shape[1], -1))
+        return torch.cat(parts)[order.argsort()].view(*x.shape[:-1], -1)
 
     def merged_weight(self, gate: Tensor) -> Tensor:
         """The weight for one gate (expert,), in the shared weight's dtype; only experts with a gate are looked at."""
@@ -509,7 +515,10 @@ class GatedNorm(GatedLayer):
         normalised = self.normalise(x)
         rows = context.split(normalised)
         scale: Any = gamma + self.offset if self.offset and gamma is not None else gamma
-        rows = rows.mul_(scale) if beta is None else torch.addcmul(beta, rows, scale, out=rows)
+        if beta is None:
+            return rows.mul_(scale).view(x.shape)
+        fits = rows.dtype == beta.dtype  # not under autocast
+        rows = torch.addcmul(beta, rows, scale, out=rows) if fits else torch.addcmul(beta, rows, scale)
         return rows.view(x.shape)
 
     def normalise(self, x: Tensor) -> Tensor:
