@@ -81,6 +81,7 @@ def tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
         eos_token="[SEP]",
         model_max_length=POSITIONS,
         padding_side=padding_side,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -1,11 +1,17 @@
 """Tiny families of models, and twins built from them, written once for all tests of this folder."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tiny import Family, families
+from twinmerge.runtime.build import build
+
+Twins = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,3 +25,19 @@ def no_fsync() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
     return families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory, family: Callable[[str], Family]) -> Twins:
+    """A twin's folder by family and sections of the recipe, built once for each; whole where nothing else is said."""
+    built: dict[str, Path] = {}
+
+    def get(name: str, **settings: Any) -> Path:
+        settings.setdefault("exclusive", {"rank": 64, "embeddings": "exclusive"})
+        key = json.dumps([name, settings], sort_keys=True)
+        if key not in built:
+            built[key] = tmp_path_factory.mktemp("twins") / "twin"
+            build(family(name).recipe(**settings), built[key])
+        return built[key]
+
+    return get

@@ -76,6 +76,15 @@ def test_input_far_from_every_expert_is_left_to_the_shared_expert(method: str) -
     assert 0 <= int(routing.expert[5]) < 3  # some head answers all the same
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_does_not_change_a_gate(method: str) -> None:
+    features, _ = truth(clusters(rows=20))
+    router = fitted(method=method)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router(features)
+    assert torch.equal(found.gate, router(features).gate)
+
+
 def test_fallback_can_be_switched_off() -> None:
     routing = fitted(fallback=None)(torch.full((1, 8), -40.0))
     assert not routing.fallback.any()

@@ -224,10 +224,11 @@ class Router(nn.Module):
         Returns:
             Gate, router logits and fall-back flags.
         """
-        standard = self._standardise(features)
-        logits = self.head(standard)
-        fallback = self._distance(standard) > self.fallback_distance
-        gate = (logits / self.temperature).softmax(dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            standard = self._standardise(features)
+            logits = self.head(standard)
+            fallback = self._distance(standard) > self.fallback_distance
+            gate = (logits / self.temperature).softmax(dim=1)
         return Routing(gate * ~fallback[:, None], logits, fallback)
 
     def save(self, folder: Path) -> None:
