@@ -101,7 +101,7 @@ class TwinModel(nn.Module):
         self.slot = GateSlot()
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.shared_parameters = dict(backbone.named_parameters())
+        self.parameter_names = tuple(name for name, _ in backbone.named_parameters())
         stored = backbone.state_dict()
         self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
         self.gated: dict[str, GatedLayer] = _exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
@@ -157,7 +157,7 @@ class TwinModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.shared_parameters.values())).device
+        return next(self.backbone.parameters()).device
 
     @torch.inference_mode()
     def forward(
@@ -319,8 +319,9 @@ class TwinModel(nn.Module):
     @torch.no_grad()
     def state_for(self, gate: Tensor) -> dict[str, Tensor]:
         """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""
-        buffers = {name: self.backbone.get_buffer(name) for name in self.buffer_names}
-        state = {name: value.detach().clone() for name, value in {**self.shared_parameters, **buffers}.items()}
+        stored: dict[str, Tensor] = {name: self.backbone.get_parameter(name) for name in self.parameter_names}
+        stored |= {name: self.backbone.get_buffer(name) for name in self.buffer_names}
+        state = {name: value.detach().clone() for name, value in stored.items()}
         for module, layer in self.gated.items():
             for leaf, value in layer.materialized(gate).items():
                 state[f"{module}.{leaf}"] = value
