@@ -57,18 +57,17 @@ def without_vectors(folder: Path) -> TwinModel:
 @pytest.mark.parametrize("embeddings", ["shared", "exclusive"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_adapter_on_the_shared_expert_is_the_twin_without_vectors(twin: Twins, name: str, embeddings: str) -> None:
-    if (name, embeddings) in (("gpt2", "exclusive"), ("roberta", "exclusive")):
-        pytest.skip("PEFT gives a tied output layer no part of the embedding's adapter")
     folder = twin(name, exclusive={"energy": 0.9, "embeddings": embeddings})  # ranks differ by matrix
     model, x = without_vectors(folder), batch()
+    # PEFT gives an output layer tied to the embeddings no part of their adapter: there hidden states must do
+    tied = embeddings == "exclusive" and name in ("gpt2", "roberta")
     for expert in GATE_ORDER:
+        gate, adapted = model.one_hot([expert] * len(TEXTS)).double(), with_adapter(folder, expert).get_base_model()
         with torch.no_grad():
-            found = with_adapter(folder, expert)(**x)[0]
-        with torch.no_grad():
-            gate = model.one_hot([expert] * len(TEXTS)).double()
-            expected = model(**x, gate=gate)
-        hidden = expected.last_hidden_state if expected.logits is None else expected.logits
-        assert torch.allclose(found, hidden, atol=1e-10)
+            found = (adapted.base_model if tied else adapted)(**x)[0]
+        out = model(**x, gate=gate)
+        expected = model.encode(gate, **x)[0] if tied or out.logits is None else out.logits
+        assert torch.allclose(found, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])

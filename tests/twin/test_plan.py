@@ -129,9 +129,7 @@ def test_empty_router_data_is_named(bert: Family) -> None:
 
 def test_base_with_tensors_of_another_class_is_named(bert: Family) -> None:
     rewrite(bert.base / "model.safetensors", lambda t: {**t, "cls.weight": torch.zeros(3)})
-    message = (
-        r"base .*: 1 tensors belong to no parameter of its model class, first 'cls\.weight'; load it with that class"
-    )
+    message = r"base .*: 1 tensors are not named as the parameters of its class are, first 'cls\.weight'; save it again"
     with pytest.raises(MismatchError, match=message):
         bert.plan()
 

@@ -90,8 +90,8 @@ def make_plan(recipe: Recipe, kinds: Mapping[str, Kind]) -> Plan:
     unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
     if unknown:
         raise MismatchError(
-            f"base {base.path}: {len(unknown)} tensors belong to no parameter of its model class, "
-            f"first {unknown[0]!r}; load it with that class and save it again"
+            f"base {base.path}: {len(unknown)} tensors are not named as the parameters of its class are, first "
+            f"{unknown[0]!r}; save it again with that class (what transformers renames on loading does not work yet)"
         )
     transposed = {name for name, kind in kinds.items() if kind in TRANSPOSED}
     experts = {

@@ -220,7 +220,7 @@ def _require_related(plan: Plan, name: str) -> None:
 
 def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
     spectra = {(name, e): values for name, record in records.items() for e, values in record.spectra.items()}
-    shapes = {task.name: task.matrix_shape for task in plan.tasks}
+    shapes = {task.name: task.matrix_shape for task in plan.tasks if task.kind in MATRICES}
     element_bytes = {task.name: task.spec.dtype.itemsize for task in plan.tasks}
     if not spectra:
         return {}
