@@ -23,6 +23,7 @@ def job(tmp_path: Path) -> train.Job:
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
+    torch.manual_seed(1)
     BertModel(config).save_pretrained(base)
     rows = [Row(f"the {word} film {'a ' * length}", word) for length in range(20) for word in ("bad", "good")]
     for part in ("train", "validation"):

@@ -122,7 +122,10 @@ def test_one_folder_is_not_written_twice_at_a_time(tmp_path: Path) -> None:
     assert (tmp_path / "out").is_dir()
 
 
-def test_a_lock_file_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_file_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
     flock, calls = module.fcntl.flock, []
 
     def lose_the_file(descriptor: int, operation: int) -> None:
@@ -130,6 +133,8 @@ def test_a_lock_file_removed_meanwhile_is_taken_anew(tmp_path: Path, monkeypatch
         calls.append(operation)
         if len(calls) == 1:
             (tmp_path / ".out.lock").unlink()
+            if replaced:
+                (tmp_path / ".out.lock").touch()
 
     monkeypatch.setattr(module.fcntl, "flock", lose_the_file)
     with resumable_folder(tmp_path / "out", "f"):

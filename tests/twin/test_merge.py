@@ -23,7 +23,7 @@ from tests import reference
 from twinmerge.cli import main
 from twinmerge.errors import CheckpointError, InputError, MismatchError, OutputExistsError, RecipeError
 from twinmerge.merging.methods import METHODS
-from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint
+from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
 from twinmerge.twin import merge as module
 from twinmerge.twin.estimate import describe
 from twinmerge.twin.merge import MANIFEST, merge_models, plan_merge
@@ -425,6 +425,25 @@ def test_allowed_differences_are_noted(models: Path) -> None:
 def test_too_little_memory_says_how_much_is_needed(models: Path) -> None:
     with pytest.raises(RecipeError, match=r"--memory must be at least 450 MB here, found 1"):
         merge_models(ours(models), models / "out", memory_bytes=10**6, workers=1)
+
+
+def test_a_value_that_is_not_finite_in_a_vector_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(models / "b", lambda state: state["norm.weight"].fill_(float("nan")))
+    assert main(["merge", str(ours(models)), "--out", str(models / "out")]) == 2
+    assert "'norm.weight' in" in capsys.readouterr().err
+    assert not (models / "out").exists()
+
+
+def test_bare_files_are_merged_too(models: Path) -> None:
+    for name in ("base", "a", "b"):
+        save_tensors(read(models / name), models / f"{name}.safetensors")
+    path = recipe(
+        models, "base: base.safetensors\nexperts: {a: a.safetensors, b: b.safetensors}\nshared: {method: average}\n"
+    )
+    merge_models(path, models / "out")
+    found = read(models / "out")
+    expected = sum(read(models / name)["layers.0.w"] for name in ("a", "b")) / 2
+    assert torch.allclose(found["layers.0.w"], expected, atol=1e-6)
 
 
 def test_a_full_disk_leaves_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

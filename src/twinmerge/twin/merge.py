@@ -310,12 +310,13 @@ def _whole_model_stats(plan: MergePlan, entries: int) -> Stats | None:
     if not isinstance(plan.merge.recipe, MergeRecipe):
         return None
 
-    def stream() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        for spec in plan.specs:
-            if spec.dtype.is_floating_point:
-                yield from task_vectors(partial(read_chunks, plan, spec.name, entries))
+    return run_prepass(plan.merge.recipe.shared, partial(_all_task_vectors, plan, entries))
 
-    return run_prepass(plan.merge.recipe.shared, stream)
+
+def _all_task_vectors(plan: MergePlan, entries: int) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Stretch by stretch of every tensor that is merged: its name, and the task vectors by expert."""
+    for spec in [spec for spec in plan.specs if spec.dtype.is_floating_point]:
+        yield from task_vectors(partial(read_chunks, plan, spec.name, entries))
 
 
 def _require_space(folder: Path, needed: int) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,14 @@ def prepare(plan: Plan) -> Stats | None:
     for name in plan.expert_names:
         _require_related(plan, name)
 
-    def stream() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        for task in plan.tasks:
-            if task.experts:
-                base = plan.base.read(task.name)
-                yield task.name, {e: plan.experts[e].task_vector(task.name, base) for e in task.experts}
+    return run_prepass(plan.recipe.shared, partial(_all_task_vectors, plan))
 
-    return run_prepass(plan.recipe.shared, stream)
+
+def _all_task_vectors(plan: Plan) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Parameter by parameter: its name, and the task vectors by expert."""
+    for task in [task for task in plan.tasks if task.experts]:
+        base = plan.base.read(task.name)
+        yield task.name, {e: plan.experts[e].task_vector(task.name, base) for e in task.experts}
 
 
 def write_weights(plan: Plan, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
