@@ -33,7 +33,7 @@ def write(folder: Path, text: str) -> Path:
 def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, GOOD))
     assert recipe == Recipe(base="base", experts=SOURCES, root=tmp_path)
-    assert recipe.shared == TaskArithmeticParams(scaling="auto")
+    assert recipe.shared == TaskArithmeticParams(scaling=0.3)
     assert recipe.exclusive.budget == DEFAULT_BUDGET
     assert (recipe.router.method, recipe.router.features, recipe.seed) == ("linear", "all", 0)
 

@@ -120,7 +120,7 @@ class Recipe(Strict):
 
     base: str
     experts: dict[str, ExpertSource]
-    shared: Annotated[SharedParams, Field(discriminator="method")] = TaskArithmeticParams(scaling="auto")
+    shared: Annotated[SharedParams, Field(discriminator="method")] = TaskArithmeticParams(scaling=0.3)
     exclusive: ExclusiveSettings = ExclusiveSettings()
     router: RouterSettings = RouterSettings()
     max_length: Annotated[int, Field(ge=1, strict=True)] | None = None
