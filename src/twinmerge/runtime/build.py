@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,15 +118,21 @@ def _fit(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: 
         tokenizer=load_tokenizer(folder),
         max_length=recipe.max_length,
     )
-    chosen = {name: list(part[: _needed(recipe, rows)]) for name, part in rows.items()}
-    features = router_features(model, chosen, recipe.router.features, progress)
+    count = min(recipe.router.samples_per_expert, *(len(part) for part in rows.values()))
+    features = router_features(
+        model,
+        {name: _sample(part, count, recipe.seed) for name, part in rows.items()},
+        recipe.router.features,
+        progress,
+    )
     router = fit_router(features, recipe.router, seed=recipe.seed)
     progress("router fitted", 1, 1)
     return router
 
 
-def _needed(recipe: Recipe, rows: Mapping[str, Sequence[Row]]) -> int:
-    return min(recipe.router.samples_per_expert, *(len(part) for part in rows.values()))
+def _sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """So many rows from anywhere in the file, which may be sorted, in its order."""
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def _model_card(manifest: Mapping[str, Any]) -> str:
