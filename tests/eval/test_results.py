@@ -231,6 +231,15 @@ def test_summary_is_the_mean_of_its_seeds(suite: tuple[SuiteResult, list[Predict
         assert summary.normalized_oracle_head.value == pytest.approx(sum(by_task) / len(by_task), abs=1e-12)
 
 
+def test_unseen_scores_are_the_mean_of_the_seeds_that_have_them(suite: tuple[SuiteResult, list[Predictions]]) -> None:
+    result, predictions = suite
+    name = next(one.name for one in result.contestants if one.unseen)
+    runs = [one for one in result.contestants if one.name == name]
+    without = [runs[0], *(one.model_copy(update={"unseen": {}}) for one in runs[1:])]
+    assert len(runs) > 1
+    assert summarize(without, predictions)[0].unseen == runs[0].unseen
+
+
 def test_summary_adds_up_the_confusion_of_its_seeds(suite: tuple[SuiteResult, list[Predictions]]) -> None:
     summary = next(one for one in suite[0].summaries if one.name == "twin-0.06")
     first, second = (one.confusion for one in suite[0].contestants if one.name == "twin-0.06")

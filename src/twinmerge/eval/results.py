@@ -98,7 +98,7 @@ class ContestantResult(_Record):
         normalized_oracle_head: the same with the head given.
         gate_mean: by task, the mean gate of each expert; None without a gate.
         confusion: by task, how many test rows were routed to each expert.
-        unseen: raw score by task that no expert was trained on.
+        unseen: raw score by task that no expert was trained on; empty at seeds where it was not taken.
     """
 
     name: Slug
@@ -551,7 +551,7 @@ def _summarize_one(
         tasks={name: _summarize_task([one.tasks[name] for one in group]) for name in first.tasks},
         gate_mean={task: _mean_by_key([gate[task] for gate in gates]) for task in gates[0]} if gates else None,
         confusion=_sum_confusion([one.confusion for one in group if one.confusion is not None]),
-        unseen=_mean_by_key([one.unseen for one in group]),
+        unseen=_mean_by_key([one.unseen for one in group if one.unseen] or [{}]),
     )
 
 
