@@ -95,8 +95,8 @@ def test_merge_of_nothing_but_the_shared_expert_has_the_bits_of_the_twin(family:
 
 
 def test_scaling_is_found_for_every_tensor_and_reported(family: Get, tmp_path: Path) -> None:
-    plan = family("bert").plan(exclusive={"rank": 2})
-    _, report = written(plan, tmp_path)
+    auto = {"method": "task_arithmetic", "scaling": "auto"}
+    _, report = written(family("bert").plan(shared=auto, exclusive={"rank": 2}), tmp_path)
     scalings = {name: entry["scaling"] for name, entry in report.tensors.items()}
     assert len(set(scalings.values())) > 3
     assert all(0 <= scaling <= 1 for scaling in scalings.values())
