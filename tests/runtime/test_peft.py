@@ -115,3 +115,25 @@ def test_adapter_of_a_twin_is_an_expert_of_the_next(family: Get, twin: Twins, tm
         with torch.no_grad():
             expected = with_adapter(folder, expert, torch.float32)(**x).logits
         assert torch.allclose(model(**x, expert=expert).logits, expected, atol=1e-5)
+
+
+def test_twin_of_lora_experts_of_conv1d_layers_is_each_of_them(family: Get, tmp_path: Path) -> None:
+    base = family("gpt2").base
+    root = tmp_path / "family"
+    shutil.copytree(base, root / "base")
+    forms: dict[str, dict[str, Any]] = {
+        "trec": {"r": 2, "target_modules": ["c_attn"]},
+        "sms": {"r": 3, "target_modules": ["c_fc", "c_proj"], "use_rslora": True},
+        "ag": {"r": 2, "target_modules": ["c_attn", "wpe"], "alpha_pattern": {"c_attn": 5}},
+    }
+    merged = {}
+    for name, settings in forms.items():
+        model = transformers.GPT2LMHeadModel.from_pretrained(base)
+        rows = tiny.text_rows(name)
+        merged[name] = tiny.make_adapter(root, name, model, rows, fan_in_fan_out=True, **settings)
+    build(Family(root).recipe(exclusive={"rank": 64, "embeddings": "exclusive"}), tmp_path / "twin")
+    twin, x = TwinModel.from_pretrained(tmp_path / "twin"), batch()
+    for name, model in merged.items():
+        with torch.no_grad():
+            expected = model(**x).logits
+        assert torch.allclose(twin(**x, expert=name).logits, expected, atol=1e-5)

@@ -1,5 +1,6 @@
 """Models of images: convolutions, plain and depthwise, under mixed gates."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,30 @@ def test_mixed_batch_is_every_row_with_its_own_model(made: Made) -> None:
         with torch.no_grad():
             expected = model.materialize(weights)(pixel_values=x[row : row + 1]).logits[0]
         assert torch.allclose(found[row], expected, atol=1e-10)
+
+
+def test_adapter_of_convolutions_on_the_shared_expert_is_the_twin_without_the_rest(made: Made) -> None:
+    from peft import PeftModel
+
+    folder = made[1]
+    artifact, x = TwinArtifact.open(folder), images(made[0], 2)
+    carried = {
+        name: {
+            key: part.to(torch.float64)
+            for key, part in artifact.exclusive(name).items()
+            if artifact.kinds[key] in ("linear", "conv")
+        }
+        for name in GATE_ORDER
+    }
+    model = TwinModel(load_backbone(folder, dtype=torch.float64), carried, kinds=artifact.kinds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about transformers
+        adapted = PeftModel.from_pretrained(
+            load_backbone(folder, dtype=torch.float64), folder / "experts" / "sms"
+        ).eval()
+    with torch.no_grad():
+        found = adapted(pixel_values=x)[0]
+    assert torch.allclose(found, model(pixel_values=x, expert="sms").last_hidden_state, atol=1e-10)
 
 
 def test_features_are_means_over_positions(made: Made) -> None:

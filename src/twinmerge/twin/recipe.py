@@ -103,6 +103,14 @@ class RouterSettings(Strict):
             raise ValueError(f"must be last, all, embeddings, layer:K or layers:[...], found {features!r}")
         return features
 
+    @model_validator(mode="after")
+    def _layers_left_to_gate(self) -> "RouterSettings":
+        if self.one_pass and self.features in ("last", "all"):
+            raise ValueError(
+                f"one_pass needs features of layers below the last, such as layers:[0,1], found {self.features}"
+            )
+        return self
+
 
 class Recipe(Strict):
     """What a twin is built from; see docs/recipe.md.
