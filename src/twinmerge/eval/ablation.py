@@ -4,19 +4,20 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from twinmerge.eval.metrics import expected_calibration_error, reliability
 from twinmerge.eval.results import RouterResult
 from twinmerge.twin.recipe import RouterSettings
-from twinmerge.twin.router import fit_router
+from twinmerge.twin.router import Router, Routing
 from twinmerge.twin.weights import Progress
 
 INPUTS_PER_EXPERT = (1000, 100, 10)
 
 
 def router_ablation(
-    features: Callable[[str], tuple[dict[str, Tensor], Tensor]],
+    route: Callable[[RouterSettings], tuple[Router, Routing]],
     labels: Tensor,
     layers: int,
     settings: RouterSettings,
@@ -27,11 +28,11 @@ def router_ablation(
     """Fit one router for each variant and score it on test rows; nothing is chosen here.
 
     Args:
-        features: gives, for a feature specification, router features by expert and test features (rows, feature).
+        route: fits a router of the given settings and routes the test rows, and perhaps others after them.
         labels: (rows,) the expert's index of every test row.
         layers: of the model, embeddings not counted.
         settings: the suite's; method and features vary around it.
-        seed: of the routers.
+        seed: named in the results.
         feature_seconds: what computing the features took, part of each router's seconds.
         progress: called after each router.
     """
@@ -42,19 +43,24 @@ def router_ablation(
         f"layers:[0,{layers // 3},{layers}]",
         "all",
     ]
+    with_tokens = ("tokens", f"layers:[0,{layers // 3}]+tokens", "all+tokens", "cascade")
     variants = [("linear", spec, 1000) for spec in every]
     variants += [("mlp", spec, 1000) for spec in ("last", f"layer:{layers - 2}")]
+    variants += [
+        ("linear", spec, 1000) for spec in ("tokens", f"layers:[0,{layers // 3}]+tokens", "all+tokens", "cascade")
+    ]
     variants += [(method, spec, 1000) for method in ("centroid", "knn") for spec in ("last", "all")]
     variants += [(method, "all", n) for method in ("linear", "centroid", "knn") for n in INPUTS_PER_EXPERT[1:]]
+    variants += [("linear", spec, n) for spec in ("tokens", "all+tokens") for n in INPUTS_PER_EXPERT[1:]]
     variants += [("mlp", "last", n) for n in INPUTS_PER_EXPERT[1:]]
     found = []
     for index, (method, spec, count) in enumerate(variants):
         started = time.monotonic()
-        fitted, test = features(spec)
         chosen = settings.model_copy(update={"method": method, "features": spec, "samples_per_expert": count})
-        router = fit_router(fitted, chosen, seed=seed)
-        routing = router(test)
-        confidence, picked = (routing.router_logits / router.temperature).softmax(dim=1).max(dim=1)
+        router, routing = route(chosen)
+        plain = (routing.router_logits / router.temperature).softmax(dim=1)
+        gate = torch.where(routing.fallback[:, None], plain, routing.gate)[: len(labels)]
+        confidence, picked = gate.max(dim=1)
         correct = (picked == labels).numpy()
         certain = confidence.double().numpy().astype(np.float64)
         found.append(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from twinmerge.errors import DataError
 from twinmerge.eval.ablation import router_ablation
@@ -29,8 +28,10 @@ from twinmerge.eval.results import (
     summarize,
     write_predictions,
 )
-from twinmerge.eval.seed import SeedRun, slice_features
+from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
+from twinmerge.twin.recipe import RouterSettings
+from twinmerge.twin.router import Router, Routing
 from twinmerge.twin.weights import Progress, silent
 
 
@@ -120,16 +121,16 @@ def _router_table(runs: Path, at: SeedRun) -> list[RouterResult]:
     if not path.exists():
         started = time.monotonic()
         model = at.merged(at.suite.shared)
-        fitted, others = at.features(model, at.suite.shared.model_dump_json())
+        key = at.suite.shared.model_dump_json()
+        others = at.features(model, key)[1]
         labels = torch.tensor([list(at.tasks).index(task) for task, _ in at.test])
         size, seconds = model.backbone.config.hidden_size, time.monotonic() - started
 
-        def features(spec: str) -> tuple[dict[str, Tensor], Tensor]:
-            test = slice_features(others[: len(labels)], spec, size)
-            return {n: slice_features(f, spec, size) for n, f in fitted.items()}, test
+        def route(settings: RouterSettings) -> tuple[Router, Routing]:
+            return at.route(model, key, settings)
 
         layers = others.shape[1] // size - 1
-        found = router_ablation(features, labels, layers, at.suite.router, at.seed, seconds, at.progress)
+        found = router_ablation(route, labels, layers, at.suite.router, at.seed, seconds, at.progress)
         path.write_text(json.dumps([json.loads(one.model_dump_json()) for one in found], indent=1), encoding="utf-8")
     return [RouterResult.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
 

@@ -13,7 +13,7 @@ from twinmerge.eval.tasks import Task
 from twinmerge.merging.methods import SharedParams
 from twinmerge.runtime.build import open_plan, router_features, router_rows
 from twinmerge.runtime.model import TwinModel, backbone_from, load_backbone, load_head, load_tokenizer
-from twinmerge.runtime.predict import batches, tokenize
+from twinmerge.runtime.predict import batches, ids_of, tokenize
 from twinmerge.runtime.rows import Row
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
@@ -30,6 +30,7 @@ class SeedRun:
         """Nothing is read before it is needed."""
         self.suite, self.seed, self.progress = suite, seed, progress
         self._features: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
+        self._ids: tuple[dict[str, Tensor], Tensor] | None = None
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -94,13 +95,28 @@ class SeedRun:
     def features(self, model: TwinModel, key: str) -> tuple[dict[str, Tensor], Tensor]:
         """Features `all` of a shared expert, once a key: router rows by expert, and test and unseen rows."""
         if key not in self._features:
-            rows: dict[str, Sequence[Row]] = dict(router_rows(self.plan))
-            rows = {name: part[: self.suite.router.samples_per_expert] for name, part in rows.items()}
-            others = [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
+            rows, others = self._router_rows, self._others
             with self.autocast():
                 found = router_features(model, {**rows, "": others}, "all", self.progress)
             self._features[key] = ({name: found[name] for name in rows}, found[""])
         return self._features[key]
+
+    @cached_property
+    def _router_rows(self) -> dict[str, list[Row]]:
+        count = self.suite.router.samples_per_expert
+        return {name: part[:count] for name, part in router_rows(self.plan).items()}
+
+    @cached_property
+    def _others(self) -> list[Row]:
+        """Test rows, then unseen rows."""
+        return [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
+
+    def ids(self, model: TwinModel) -> tuple[dict[str, Tensor], Tensor]:
+        """Token ids of the rows of `features`."""
+        if self._ids is None:
+            rows = {name: ids_of(model, part) for name, part in self._router_rows.items()}
+            self._ids = rows, ids_of(model, self._others)
+        return self._ids
 
     @cached_property
     def suite_routing(self) -> tuple[Router, Routing]:
@@ -111,10 +127,15 @@ class SeedRun:
         """Fit a router on a shared expert's features and route every test and unseen row."""
         fitted, others = self.features(model, key)
         size = model.backbone.config.hidden_size
-        router = fit_router(
-            {n: slice_features(f, settings.features, size) for n, f in fitted.items()}, settings, seed=self.seed
-        )
-        return router, router(slice_features(others, settings.features, size))
+        hidden = settings.hidden
+        chosen = {n: slice_features(f, hidden, size) for n, f in fitted.items()} if hidden else None
+        ids, other_ids = self.ids(model) if settings.tokens else (None, None)
+        router = fit_router(chosen, settings, seed=self.seed, ids=ids)
+
+        def features(rows: Tensor | None) -> Tensor:
+            return slice_features(others if rows is None else others[rows], hidden or "all", size)
+
+        return router, router.decide(other_ids, features)
 
     def answers(
         self, model: TwinModel, rows: Sequence[Row], gates: Tensor | None, heads: Sequence[str], stage: str

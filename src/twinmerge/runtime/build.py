@@ -12,7 +12,7 @@ import torch
 
 from twinmerge.errors import DataError
 from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
-from twinmerge.runtime.predict import features_of
+from twinmerge.runtime.predict import features_of, ids_of
 from twinmerge.runtime.rows import Row, read_rows
 from twinmerge.tensors.checkpoint import staged_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
@@ -118,14 +118,12 @@ def _fit(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: 
         tokenizer=load_tokenizer(folder),
         max_length=recipe.max_length,
     )
-    count = min(recipe.router.samples_per_expert, *(len(part) for part in rows.values()))
-    features = router_features(
-        model,
-        {name: _sample(part, count, recipe.seed) for name, part in rows.items()},
-        recipe.router.features,
-        progress,
-    )
-    router = fit_router(features, recipe.router, seed=recipe.seed)
+    settings = recipe.router
+    count = min(settings.samples_per_expert, *(len(part) for part in rows.values()))
+    sampled = {name: _sample(part, count, recipe.seed) for name, part in rows.items()}
+    features = router_features(model, sampled, settings.hidden, progress) if settings.hidden else None
+    ids = {name: ids_of(model, part) for name, part in sampled.items()} if settings.tokens else None
+    router = fit_router(features, settings, seed=recipe.seed, ids=ids)
     progress("router fitted", 1, 1)
     return router
 

@@ -23,6 +23,7 @@ from twinmerge.runtime.layers import LAYERS, GatedLayer, GatedLinear, join_banks
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive
+from twinmerge.twin.ngrams import token_ids
 from twinmerge.twin.plan import Kind
 from twinmerge.twin.router import Router, Routing
 
@@ -246,8 +247,14 @@ class TwinModel(nn.Module):
 
         Returns:
             (batch, feature), float32.
+
+        Raises:
+            GateError: if there is no router, or it looks at tokens only.
         """
-        return self.features_as(self._required_router().settings.features, **inputs)
+        hidden = self._required_router().settings.hidden
+        if hidden is None:
+            raise GateError("this twin's router looks at tokens, not at features of the shared expert")
+        return self.features_as(hidden, **inputs)
 
     @torch.inference_mode()
     def features_as(self, spec: str, **inputs: Any) -> Tensor:
@@ -360,10 +367,14 @@ class TwinModel(nn.Module):
         return context
 
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
-        return self._route_features(self.features(**inputs))
+        router = self._required_router()
 
-    def _route_features(self, features: Tensor) -> Routing:
-        routing: Routing = self._required_router()(features)
+        def features(rows: Tensor | None) -> Tensor:
+            return self.features(**(inputs if rows is None else _take(inputs, rows.tolist(), _rows(inputs))))
+
+        return self._without_small(router.decide(token_ids(inputs) if router.settings.tokens else None, features))
+
+    def _without_small(self, routing: Routing) -> Routing:
         return replace(routing, gate=keep_large(routing.gate, self.drop_below))
 
     def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
@@ -374,13 +385,15 @@ class TwinModel(nn.Module):
         Raises:
             MismatchError: if the router looks at the last layer, above which nothing is left to gate.
         """
-        chosen = _layers(self._required_router().settings.features, len(self.layers) + 1)
+        router = self._required_router()
+        chosen = _layers(router.settings.hidden or "", len(self.layers) + 1)
+        ids = token_ids(inputs) if router.settings.tokens else None
         if not self.layers or not chosen or max(chosen) >= len(self.layers):
             raise MismatchError("router.one_pass needs features of layers below the last, such as layers:[0,1,2]")
         routings: list[Routing] = []
 
         def gate_from_here(features: Tensor) -> None:
-            routings.append(self._route_features(features))
+            routings.append(self._without_small(router(features, ids)))
             self.slot.context = self._context(routings[0].gate, _tokens(inputs), 1)
 
         with self.slot.use(None), self.slot.watch(Probe(chosen, inputs.get("attention_mask"), gate_from_here)):

@@ -10,6 +10,7 @@ from torch import Tensor
 from twinmerge.errors import ArtifactError
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.rows import Row
+from twinmerge.twin.ngrams import PADDING, stack_ids, token_ids
 
 WINDOW_BATCHES = 32
 
@@ -55,6 +56,15 @@ def features_of(
     """Router features of all rows, batch by batch: (indices of rows, (batch, feature))."""
     for chosen in batches(rows, batch_size):
         yield chosen, model.features_as(spec, **tokenize(model, [rows[i] for i in chosen]))
+
+
+def ids_of(model: TwinModel, rows: Sequence[Row], batch_size: int = 256) -> Tensor:
+    """Token ids of all rows as the router sees them, (row, seq)."""
+    ids: list[Tensor] = [torch.empty(0)] * len(rows)
+    for chosen in batches(rows, batch_size):
+        for index, found in zip(chosen, token_ids(tokenize(model, [rows[i] for i in chosen])), strict=True):
+            ids[index] = found[found != PADDING].cpu()
+    return stack_ids(ids)
 
 
 def predict(

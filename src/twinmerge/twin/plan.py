@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
 from twinmerge.twin.expert import Expert, open_expert
@@ -61,7 +63,15 @@ class Plan:
     def vector_bytes(self) -> int:
         """Bytes of all dense (1-D) exclusive parts, headers included."""
         entries = [task for task in self.tasks if task.kind == "vector" and task.exclusive]
-        return sum((task.spec.nbytes + task.header_bytes) * len(task.experts) for task in entries)
+        return sum(
+            (task.spec.numel * self.stored_dtype(task).itemsize + task.header_bytes) * len(task.experts)
+            for task in entries
+        )
+
+    def stored_dtype(self, task: "TensorTask") -> torch.dtype:
+        """What a parameter's exclusive parts are stored in."""
+        chosen = self.recipe.exclusive.dtype
+        return task.spec.dtype if chosen is None else getattr(torch, chosen)
 
     @property
     def budget_bytes(self) -> int | None:

@@ -39,6 +39,7 @@ class ExclusiveSettings(Strict):
         density: fraction of entries kept by `magnitude` and `random`, (0, 1].
         embeddings: compress the embeddings' differences too, or leave them to the shared expert.
         compression: `svd` (factors), `magnitude` (largest entries) or `random` (rescaled random entries).
+        dtype: what exclusive parts are stored in; null is the base's. 16 bits double the ranks that a budget holds.
     """
 
     rank: Annotated[int, Field(ge=0, strict=True)] | None = None
@@ -47,6 +48,7 @@ class ExclusiveSettings(Strict):
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     embeddings: Literal["exclusive", "shared"] = "shared"
     compression: Literal["svd", "magnitude", "random"] = "svd"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -73,7 +75,9 @@ class RouterSettings(Strict):
         method: `linear` (multinomial logistic regression) or `mlp` (the paper's network) are trained; `centroid` and
             `knn` need no training.
         features: which hidden states of the shared expert are averaged over the tokens: `last`, `all`, `embeddings`,
-            `layer:K` or `layers:[...]` (0 = embeddings, K = after layer K), concatenated.
+            `layer:K` or `layers:[...]` (0 = embeddings, K = after layer K), concatenated; `tokens`: n-grams of token
+            ids, which cost no pass; `...+tokens`: both; `cascade`: tokens decide, only uncertain inputs take
+            `all+tokens`.
         one_pass: layers up to the last one in `features` run once, with the shared weights, for the router and for the
             answer; only those above are gated. For encoders; a generation always gates every layer.
         samples_per_expert: inputs used of each expert, at most.
@@ -98,18 +102,34 @@ class RouterSettings(Strict):
     @field_validator("features")
     @classmethod
     def _known_features(cls, features: str) -> str:
-        known = features in ("last", "all", "embeddings") or re.fullmatch(r"layer:\d+", features)
-        if not known and not _LAYERS.fullmatch(features):
-            raise ValueError(f"must be last, all, embeddings, layer:K or layers:[...], found {features!r}")
+        hidden = features.removesuffix("+tokens")
+        known = hidden in ("last", "all", "embeddings") or re.fullmatch(r"layer:\d+", hidden)
+        if not known and not _LAYERS.fullmatch(hidden) and features not in ("tokens", "cascade"):
+            raise ValueError(
+                "must be last, all, embeddings, layer:K or layers:[...], each alone or with +tokens, or tokens, or "
+                f"cascade, found {features!r}"
+            )
         return features
 
     @model_validator(mode="after")
     def _layers_left_to_gate(self) -> "RouterSettings":
-        if self.one_pass and self.features in ("last", "all"):
+        if self.one_pass and self.hidden in (None, "last", "all"):
             raise ValueError(
                 f"one_pass needs features of layers below the last, such as layers:[0,1], found {self.features}"
             )
         return self
+
+    @property
+    def hidden(self) -> str | None:
+        """Which hidden states the router looks at; None for tokens alone."""
+        if self.features == "cascade":
+            return "all"
+        return None if self.features == "tokens" else self.features.removesuffix("+tokens")
+
+    @property
+    def tokens(self) -> bool:
+        """Whether it looks at tokens."""
+        return self.features in ("tokens", "cascade") or self.features.endswith("+tokens")
 
 
 class Recipe(Strict):

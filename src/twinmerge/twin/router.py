@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from twinmerge.errors import DataError
 from twinmerge.tensors.checkpoint import Checkpoint, save_tensors
+from twinmerge.twin.ngrams import NgramHead
 from twinmerge.twin.recipe import RouterSettings
 
 _BINS = 15
 _BATCH = 64
 _REGULARISATIONS = (0.001, 0.01, 0.1, 1.0)
+_TOKEN_WEIGHTS = tuple(2.0**power for power in range(-4, 6))
+_CASCADE_LOSS = 0.001
+"""Share of the held-out inputs that a cascade may send wrong beyond what full features would."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Routing:
     def expert(self) -> Tensor:
         """(batch,), the likeliest expert, whose head answers."""
         return self.router_logits.argmax(dim=1)
+
+    def overlaid(self, rows: Tensor, others: "Routing") -> "Routing":
+        """The same with `rows` (count,) taken from others."""
+        return Routing(
+            self.gate.index_copy(0, rows, others.gate),
+            self.router_logits.index_copy(0, rows, others.router_logits),
+            self.fallback.index_copy(0, rows, others.fallback),
+        )
 
 
 class RouterHead(nn.Module, ABC):
@@ -191,7 +203,10 @@ HEADS: Mapping[str, Callable[..., RouterHead]] = {
 
 
 class Router(nn.Module):
-    """A head with its standardisation, temperature and fall-back distance (METHOD §4)."""
+    """A head with its standardisation, temperature and fall-back distance (METHOD §4).
+
+    With tokens beside hidden states, the logits of both are added, the tokens' times `ngrams.share`.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -200,11 +215,25 @@ class Router(nn.Module):
     fallback_distance: Tensor
 
     def __init__(
-        self, head: RouterHead, expert_names: Sequence[str], feature_size: int, settings: RouterSettings
+        self,
+        head: RouterHead | None,
+        expert_names: Sequence[str],
+        feature_size: int,
+        settings: RouterSettings,
+        ngrams: NgramHead | None = None,
     ) -> None:
-        """Make an uncalibrated router; `fit_router` makes useful ones."""
+        """Make an uncalibrated router; `fit_router` makes useful ones.
+
+        Args:
+            head: on hidden states; None for a router that looks at tokens only.
+            expert_names: the gate's columns.
+            feature_size: of the hidden states, 0 without a head.
+            settings: method and features.
+            ngrams: on tokens; None for a router that looks at hidden states only.
+        """
         super().__init__()
         self.head = head
+        self.ngrams = ngrams
         self.expert_names = tuple(expert_names)
         self.settings = settings
         self.report: dict[str, Any] = {}
@@ -215,21 +244,56 @@ class Router(nn.Module):
         self.register_buffer("fallback_distance", torch.tensor(float("inf")))
 
     @torch.no_grad()
-    def forward(self, features: Tensor) -> Routing:
-        """Route a batch.
+    def forward(self, features: Tensor | None, ids: Tensor | None = None) -> Routing:
+        """Route a batch by everything the router looks at.
 
         Args:
-            features: (batch, feature), as `settings.features` says, any float dtype.
+            features: (batch, feature), as `settings.hidden` says, any float dtype; None if that is None.
+            ids: (batch, seq) as `ngrams.token_ids` gives them; None if the router does not look at tokens.
 
         Returns:
             Gate, router logits and fall-back flags.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            standard = self._standardise(features)
-            logits = self.head(standard)
-            fallback = self._distance(standard) > self.fallback_distance
+        device = self.temperature.device.type
+        with torch.autocast(device, enabled=False):
+            logits, distance = self._look(features, ids)
+            fallback = distance > self.fallback_distance
             gate = (logits / self.temperature).softmax(dim=1)
         return Routing(gate * ~fallback[:, None], logits, fallback)
+
+    def decide(self, ids: Tensor | None, features: Callable[[Tensor | None], Tensor]) -> Routing:
+        """Route a batch, asking for hidden states only where they are needed.
+
+        Args:
+            ids: (batch, seq), None if the router does not look at tokens.
+            features: gives (count, feature) for row numbers (count,), for all rows given None. A cascade asks for the
+                rows of which tokens alone are not certain; a router of tokens never asks.
+        """
+        if self.settings.features != "cascade":
+            return self(features(None) if self.head is not None else None, ids)
+        first, certain = self._first_look(ids)
+        rows = (~certain).nonzero()[:, 0]
+        return first.overlaid(rows, self(features(rows), ids[rows])) if len(rows) else first  # type: ignore[index]
+
+    @torch.no_grad()
+    def _first_look(self, ids: Tensor | None) -> tuple[Routing, Tensor]:
+        """By tokens alone; and (batch,) bool, whether that is enough."""
+        ngrams: Any = self.ngrams
+        logits, unseen = ngrams(ids)
+        gate = (logits / ngrams.temperature).softmax(dim=1)
+        return Routing(gate, logits, torch.zeros_like(unseen, dtype=torch.bool)), gate.amax(dim=1) >= ngrams.certainty
+
+    def _look(self, features: Tensor | None, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits (batch, expert), and (batch,) how far an input is from what the router knows."""
+        ngrams: Any = self.ngrams
+        if self.head is None or features is None:
+            found: tuple[Tensor, Tensor] = ngrams(ids)
+            return found
+        standard = self._standardise(features)
+        logits: Tensor = self.head(standard)
+        if ngrams is not None:
+            logits = logits + ngrams.share * ngrams(ids)[0]
+        return logits, self._distance(standard)
 
     def save(self, folder: Path) -> None:
         """Write router.json and router.safetensors; no pickle."""
@@ -246,8 +310,10 @@ class Router(nn.Module):
         state = {name: checkpoint.read(name) for name in checkpoint.specs}
         settings = RouterSettings(**content["settings"])
         names, size = content["expert_names"], len(state["mean"])
-        shape = {"rows": len(state["head.labels"])} if settings.method == "knn" else {}
-        router = cls(HEADS[settings.method](size, len(names), **shape), names, size, settings)
+        shape = {"rows": len(state["head.labels"])} if settings.method == "knn" and settings.hidden else {}
+        head = HEADS[settings.method](size, len(names), **shape) if settings.hidden else None
+        ngrams = NgramHead(len(names), len(state["ngrams.keys"])) if settings.tokens else None
+        router = cls(head, names, size, settings, ngrams)
         router.load_state_dict(state)
         router.report = content["report"]
         return router.eval()
@@ -262,66 +328,111 @@ class Router(nn.Module):
         return distance
 
 
-def fit_router(features: Mapping[str, Tensor], settings: RouterSettings, *, seed: int) -> Router:
-    """Fit a router on the features of inputs that belong to known experts.
+def fit_router(
+    features: Mapping[str, Tensor] | None,
+    settings: RouterSettings,
+    *,
+    seed: int,
+    ids: Mapping[str, Tensor] | None = None,
+) -> Router:
+    """Fit a router on inputs that belong to known experts.
 
     Held-out inputs select and calibrate; no label of any task and no test row is seen.
 
     Args:
         features: (rows, feature) by expert, in any order: the gate's columns are the sorted names; the same number of
-            rows is used of each.
+            rows is used of each. None if `settings.hidden` is.
         settings: method and its parameters.
         seed: of the split, the initialisation and the order of training.
+        ids: (rows, seq) tokens of the same rows, as `ngrams.token_ids` gives them; needed if `settings.tokens`.
 
     Returns:
-        A router in eval mode, with `report`: held-out accuracy, calibration error (ECE, 15 bins), temperature, rows.
+        A router in eval mode, with `report`: held-out accuracy, calibration error (ECE, 15 bins), temperature, rows,
+        and of a cascade the share of held-out inputs that take full features.
 
     Raises:
-        DataError: if an expert has too few inputs to hold any out.
+        DataError: if an expert has too few inputs to hold any out, or they have no n-gram in common.
     """
-    names = sorted(features)
-    count = min(settings.samples_per_expert, *(len(rows) for rows in features.values()))
+    given = {"features": features if settings.hidden else None, "ids": ids if settings.tokens else None}
+    data = {what: values for what, values in given.items() if values is not None}
+    rows_of = {name: len(values) for name, values in next(iter(data.values())).items()}
+    names = sorted(rows_of)
+    count = min(settings.samples_per_expert, *rows_of.values())
     held = min(max(1, round(settings.held_out * count)), count - 1)
     if held < 1:
-        fewest = min(names, key=lambda name: len(features[name]))
+        fewest = min(names, key=rows_of.__getitem__)
         raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
+    order = {name: torch.randperm(rows_of[name], generator=torch.Generator().manual_seed(seed)) for name in names}
+    training = {w: torch.cat([values[n][order[n][held:count]] for n in names]) for w, values in data.items()}
+    held_out = {w: torch.cat([values[n][order[n][:held]] for n in names]) for w, values in data.items()}
+    y = torch.arange(len(names)).repeat_interleave(count - held)
+    y_held = torch.arange(len(names)).repeat_interleave(held)
     with torch.random.fork_rng(devices=[]):
-        training, validation = [], []
-        for name in names:
-            generator = torch.Generator().manual_seed(seed)
-            rows = features[name].float()[torch.randperm(len(features[name]), generator=generator)[:count]]
-            label = torch.full((count,), names.index(name))
-            training.append((rows[held:], label[held:]))
-            validation.append((rows[:held], label[:held]))
-        x, y = (torch.cat(parts) for parts in zip(*training, strict=True))
-        x_held, y_held = (torch.cat(parts) for parts in zip(*validation, strict=True))
         torch.manual_seed(seed)
-        router = Router(HEADS[settings.method](x.shape[1], len(names)), names, x.shape[1], settings)
-        router.mean, router.deviation = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
-        standard, standard_held = router._standardise(x), router._standardise(x_held)
-        router.centroids = _centroids(standard, y, len(names))
-        router.head.fit(standard, y, (standard_held, y_held), settings)
+        size = training["features"].shape[1] if "features" in training else 0
+        head = HEADS[settings.method](size, len(names)) if size else None
+        router = Router(head, names, size, settings, NgramHead(len(names)) if "ids" in training else None)
+        if router.ngrams is not None:
+            router.ngrams.fit(training["ids"], y, (held_out["ids"], y_held))
+        if head is not None:
+            x = training["features"].float()
+            router.mean, router.deviation = x.mean(dim=0), x.std(dim=0).clamp_min(1e-6)
+            standard = router._standardise(x)
+            router.centroids = _centroids(standard, y, len(names))
+            head.fit(standard, y, (router._standardise(held_out["features"]), y_held), settings)
     router.eval()
-    _calibrate(router, standard_held, y_held, settings)
-    router.report.update(inputs_per_expert=count, held_out=len(y_held), feature_size=x.shape[1])
+    _calibrate(router, held_out.get("features"), held_out.get("ids"), y_held)
+    router.report.update(inputs_per_expert=count, held_out=len(y_held), feature_size=size)
     return router
 
 
 @torch.no_grad()
-def _calibrate(router: Router, standard: Tensor, labels: Tensor, settings: RouterSettings) -> None:
-    """Fit the temperature and the fall-back distance on held-out inputs, and report what they give."""
-    logits = router.head(standard)
+def _calibrate(router: Router, features: Tensor | None, ids: Tensor | None, labels: Tensor) -> None:
+    """Fit what is left on held-out inputs: weights, temperatures, the fall-back distance; report what they give."""
+    settings, ngrams = router.settings, router.ngrams
+    if ngrams is not None and features is not None:
+        read = ngrams(ids)[0]
+        ngrams.share.zero_()
+        logits = router._look(features, ids)[0]
+        temperatures = {weight: _best_temperature(logits + weight * read, labels) for weight in _TOKEN_WEIGHTS}
+        losses = {
+            weight: float(nn.functional.cross_entropy((logits + weight * read) / temperature, labels))
+            for weight, temperature in temperatures.items()
+        }
+        ngrams.share.fill_(min(losses, key=losses.__getitem__))
+        ngrams.temperature = torch.tensor(_best_temperature(read, labels))
+    logits, distance = router._look(features, ids)
     router.temperature = torch.tensor(_best_temperature(logits, labels))
     if settings.fallback is not None:
-        router.fallback_distance = router._distance(standard).quantile(settings.fallback)
+        router.fallback_distance = distance.quantile(settings.fallback)
     gate = (logits / router.temperature).softmax(dim=1)
+    second_look = {}
+    if settings.features == "cascade" and ngrams is not None:
+        first = router._first_look(ids)[0].gate
+        ngrams.certainty = _least_certainty(first, gate, labels)
+        certain = first.amax(dim=1) >= ngrams.certainty
+        gate = torch.where(certain[:, None], first, gate)
+        second_look = {"second_look": float((~certain).float().mean())}
     confidence, chosen = gate.max(dim=1)
     correct = chosen == labels
     router.report = {
         "accuracy": float(correct.float().mean()),
         "calibration_error": calibration_error(confidence, correct),
         "temperature": float(router.temperature),
+        **second_look,
     }
+
+
+def _least_certainty(first: Tensor, full: Tensor, labels: Tensor) -> Tensor:
+    """The lowest confidence of tokens alone (batch, expert) that, trusted, costs at most `_CASCADE_LOSS`.
+
+    Counted from the most certain input on: how many more are wrong by tokens than by full features.
+    """
+    confidence, order = first.amax(dim=1).sort(descending=True, stable=True)
+    wrong_first, wrong_full = (gates.argmax(dim=1) != labels for gates in (first, full))
+    more_wrong = (wrong_first[order].long() - wrong_full[order].long()).cumsum(0)
+    allowed = (more_wrong <= _CASCADE_LOSS * len(labels)).nonzero()[:, 0]
+    return confidence[allowed[-1]] if len(allowed) else torch.tensor(float("inf"))
 
 
 def _best_temperature(logits: Tensor, labels: Tensor) -> float:

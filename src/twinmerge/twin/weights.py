@@ -131,14 +131,19 @@ def decompose_tensor(task: TensorTask, plan: Plan, stats: Stats | None, part: Pa
                 difference = base.float() + plan.experts[name].task_vector(task.name, base) - shared.float()
                 energies[name] = float(difference.double().square().sum())
                 if task.kind not in MATRICES:
-                    tensors[f"{name}.dense"] = difference.to(task.spec.dtype)
+                    tensors[f"{name}.dense"] = difference.to(plan.stored_dtype(task))
                     continue
                 compressed, values = compress(
                     difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
                 )
-            tensors.update(_pack(name, compressed, task.spec.dtype))
+            tensors.update(_pack(name, compressed, plan.stored_dtype(task)))
             if isinstance(compressed, LowRank):
                 spectra[name] = values
+    for key, tensor in tensors.items():
+        if key != "shared" and tensor.is_floating_point():
+            require_finite(
+                tensor, f"exclusive.dtype: {task.name!r} of {key.rpartition('.')[0]!r} stored in {tensor.dtype}"
+            )
     save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
     return TensorRecord(task.name, scaling, energies, spectra, part)
 
@@ -169,7 +174,7 @@ def _expected_rank(plan: Plan) -> int:
     if plan.budget_bytes is None:
         return 0
     matrices = [task for task in plan.tasks if task.kind in MATRICES and task.exclusive]
-    per_rank = sum(sum(task.matrix_shape) * task.spec.dtype.itemsize * len(task.experts) for task in matrices)
+    per_rank = sum(sum(task.matrix_shape) * plan.stored_dtype(task).itemsize * len(task.experts) for task in matrices)
     return round(plan.budget_bytes / per_rank) if per_rank else 0
 
 
@@ -223,7 +228,7 @@ def _require_related(plan: Plan, name: str) -> None:
 def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
     spectra = {(name, e): values for name, record in records.items() for e, values in record.spectra.items()}
     shapes = {task.name: task.matrix_shape for task in plan.tasks if task.kind in MATRICES}
-    element_bytes = {task.name: task.spec.dtype.itemsize for task in plan.tasks}
+    element_bytes = {task.name: plan.stored_dtype(task).itemsize for task in plan.tasks}
     if not spectra:
         return {}
     return choose_ranks(
