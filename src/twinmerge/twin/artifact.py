@@ -148,10 +148,16 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write twin.json, last: what is described, plus bytes and sha256 of every other file."""
+def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str, Any] = {}) -> None:
+    """Write twin.json, last: what is described, plus bytes and sha256 of every other file.
+
+    Args:
+        folder: the twin's, with all its files.
+        manifest: what is described.
+        known: entries of files that were hashed already.
+    """
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for name in sorted(_files(folder) - {MANIFEST})
     }
     content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
