@@ -163,9 +163,10 @@ def _changed_recipe(recipe: Recipe, change: Change, name: str, source: ExpertSou
     except ValidationError as error:
         raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     for expert, entry in changed.experts.items():
-        if not (recipe.root / entry.router_data).is_file():
+        rows = recipe.root / Path(entry.router_data).expanduser()
+        if not rows.is_file():
             raise RecipeError(
-                f"experts.{expert}.router_data: {recipe.root / entry.router_data} is not there, and the router is "
+                f"experts.{expert}.router_data: {rows} is not there, and the router is "
                 "fitted on the inputs of every expert; put it back, or name the folder that the recipe's paths start "
                 "from as root (--root)"
             )
