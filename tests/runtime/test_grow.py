@@ -1,4 +1,4 @@
-"""Growing and shrinking: what stays keeps its bits, what is new is what a build would have made, a failure is no change."""
+"""Growing and shrinking: what stays keeps its bits, what is new is what a build makes, a failure is no change."""
 
 import json
 import os
@@ -258,7 +258,7 @@ def test_files_are_copied_where_the_disk_has_no_links(
 
 
 def cut_short(source: Path, twin: Path, new: dict[str, Path]) -> None:
-    tiny.rewrite(new["model"] / "model.safetensors", lambda t: {n: v for n, v in list(t.items())[3:]})
+    tiny.rewrite(new["model"] / "model.safetensors", lambda t: dict(list(t.items())[3:]))
 
 
 def poison(source: Path, twin: Path, new: dict[str, Path]) -> None:
