@@ -180,6 +180,11 @@ def test_vectors_of_all_experts_are_rows(twin: Twins, tmp_path: Path) -> None:
             assert torch.equal(vectors.read(name)[row], expected)
 
 
+def test_stack_of_nothing_is_a_map_without_an_adapter(twin: Twins, tmp_path: Path) -> None:
+    assert export(twin("bert", exclusive={"rank": 0}), tmp_path / "out", to="stacked-lora")["holds"]["columns"] == {}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"export.json", "stacked.json", "vectors.safetensors"}
+
+
 # ---- what is refused
 
 

@@ -207,6 +207,7 @@ def test_paths_are_those_of_the_working_directory(
     source: Path, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new_expert(source, tmp_path)
+    change_manifest(twin, lambda m: m["base"].pop("files"))  # a base that was not hashed cannot be compared
     monkeypatch.chdir(tmp_path)
     artifact = grow.add("twin", "news", model="news", router_data="news.jsonl")
     assert artifact.manifest["recipe"]["experts"]["news"] == {

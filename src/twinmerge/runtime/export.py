@@ -17,7 +17,6 @@ from twinmerge.twin.export import export_peft, export_stacked
 from twinmerge.twin.weights import Progress, copy_side_files, silent
 
 Form = Literal["dense", "peft", "stacked-lora"]
-FORMS: tuple[Form, ...] = ("dense", "peft", "stacked-lora")
 NOTE = "export.json"
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def _export_expert(artifact: TwinArtifact, expert: str, folder: Path) -> dict[st
         if on_pairs:
             bias = on_pairs.get(_bias_of(name), torch.zeros(specs[_bias_of(name)].shape, dtype=specs[name].dtype))
             tensors[f"{PEFT_PREFIX}{name.removesuffix('.weight')}.lora_B.bias"] = bias
-    for name in [n for n in specs if n.rpartition(".")[0] in norms]:
+    for name in _saved_with(norms, specs):
         shared = artifact.shared.read(name)
         whole = shared.double() + dense[name].double() if name in dense else shared
         tensors[PEFT_PREFIX + name] = whole.to(shared.dtype)
@@ -140,6 +140,12 @@ def _export_expert(artifact: TwinArtifact, expert: str, folder: Path) -> dict[st
     if (head := artifact.path / "experts" / expert / "head").is_dir():
         shutil.copytree(head, folder / "head")
     return {"pairs": len(pairs), "biases": len(on_pairs), "norms": len(norms), "beside": sorted(beside)}
+
+
+def _saved_with(modules: Collection[str], names: Iterable[str]) -> list[str]:
+    """Tensors that PEFT asks for when it saves modules: of every module whose name ends as one of theirs."""
+    endings = tuple(modules)
+    return [name for name in names if any(name[:end].endswith(endings) for end, c in enumerate(name) if c == ".")]
 
 
 def _weight_of(bias: str) -> str:
