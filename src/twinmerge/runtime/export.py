@@ -10,7 +10,7 @@ import torch
 
 from twinmerge.errors import GateError
 from twinmerge.runtime.build import versions
-from twinmerge.runtime.model import TwinModel
+from twinmerge.runtime.model import TwinModel, quiet
 from twinmerge.tensors.checkpoint import staged_folder
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.export import export_peft, export_stacked
@@ -92,6 +92,7 @@ def _export_dense(artifact: TwinArtifact, folder: Path, gate: Mapping[str, float
     model = TwinModel.from_pretrained(artifact.path)
     plain = model.materialize(torch.tensor(list(gate.values()), dtype=torch.float64))
     copy_side_files(artifact.path, folder)
-    plain.save_pretrained(folder)
+    with quiet():
+        plain.save_pretrained(folder)
     head = max(gate, key=gate.__getitem__) if model.heads else None
     return {"gate": dict(gate), "head": head, "class": type(plain).__name__}
