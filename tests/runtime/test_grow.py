@@ -404,6 +404,13 @@ def test_failure_late_leaves_the_old_twin(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["news", "news.jsonl", "twin"]
 
 
+def test_what_a_killed_change_left_is_cleared_away(twin: Path) -> None:
+    (twin.parent / ".twin.partial").mkdir()
+    (twin.parent / ".twin.partial" / "half.safetensors").write_text("x")
+    grow.remove(twin, "sms")
+    assert [path.name for path in twin.parent.iterdir()] == ["twin"]
+
+
 def test_two_changes_at_once_do_not_race(source: Path, twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def second(*arguments: Any) -> Any:
         with pytest.raises(OutputExistsError, match="another process holds"):

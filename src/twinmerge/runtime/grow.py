@@ -12,8 +12,7 @@ from pydantic import ValidationError
 
 from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
 from twinmerge.runtime.build import fit_on_shared, model_card, router_rows, versions, with_provenance
-from twinmerge.tensors.checkpoint import staged_folder
-from twinmerge.tensors.staging import only_process
+from twinmerge.tensors.staging import resumable_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
 from twinmerge.twin.provenance import require_unchanged
@@ -98,8 +97,8 @@ def _change(
 ) -> TwinArtifact:
     folder = TwinArtifact.open(twin).path.resolve()
     target = folder if out is None else Path(out).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with only_process(target), staged_folder(target, overwrite=overwrite or target == folder) as staging:
+    with resumable_folder(target, f"{change} {name}", overwrite=overwrite or target == folder) as staged:
+        staging = staged.folder
         artifact = TwinArtifact.open(folder)
         recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
         plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)

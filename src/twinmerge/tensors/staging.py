@@ -54,7 +54,7 @@ def resumable_folder(
     require_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.partial")
-    with only_process(target):
+    with _only_process(target):
         finished = _take_up(folder, fingerprint) if resume else {}
         if not finished:
             shutil.rmtree(folder, ignore_errors=True)
@@ -83,12 +83,8 @@ def _take_up(folder: Path, fingerprint: str) -> dict[str, str]:
 
 
 @contextmanager
-def only_process(target: Path) -> Iterator[None]:
-    """Hold the lock of a target; it goes with the process, however that ends.
-
-    Raises:
-        OutputExistsError: if another process holds it.
-    """
+def _only_process(target: Path) -> Iterator[None]:
+    """Hold the lock of a target; it goes with the process, however that ends."""
     path = target.with_name(f".{target.name}.lock")
     descriptor = _lock(path)
     while descriptor is None:  # the last holder removed the file between our opening and our locking it
