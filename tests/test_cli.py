@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests import tiny
-from twinmerge.cli import main
+from twinmerge.cli import FORMS, main
 
 RECIPE = """
 base: base
@@ -70,6 +70,46 @@ def test_predict_answers_in_input_order_and_keeps_fields(
     assert "10 rows" in capsys.readouterr().out
 
 
+def test_experts_come_and_go(
+    family: tiny.Family, twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, root = tmp_path / "copy", family.root
+    more = ["--router-data", str(root / "sms.jsonl")]
+    assert main(["add", str(twin), "--expert", f"new={root / 'sms'}", *more, "--out", str(copy)]) == 0
+    assert main(["remove", str(copy), "--expert", "ag"]) == 0
+    assert main(["replace", str(copy), "--expert", f"new={root / 'trec'}", *more, "--root", str(root), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "a twin of 4 experts" in " ".join(printed.split())  # tables wrap
+    assert ": remove ag" in printed
+    found = json.loads(printed[printed.index("\n{") :])
+    assert [change["change"] for change in found["changes"]] == ["add", "remove", "replace"]
+    assert list(found["experts"]) == ["new", "sms", "trec"]
+    assert main(["verify", str(copy)]) == 0
+
+
+def test_export_says_what_was_written(twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["export", str(twin), "--out", str(tmp_path / "out"), "--overwrite"]
+    assert main([*out, "--to", "dense", "--gate", "sms=0.7, trec=.3"]) == 0
+    assert "dense of" in capsys.readouterr().out
+    assert main([*out, "--to", "peft", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["holds"]["sms"]["beside"] == []
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ag", "sms", "trec", "export.json"}
+
+
+def test_forms_of_export_are_those_of_the_library() -> None:
+    from twinmerge.runtime.export import Form
+
+    assert get_args(Form) == FORMS
+
+
+@pytest.mark.parametrize("gate", ["sms", "=1", "sms=x", "sms=1,sms=2", "sms=inf", ""])
+def test_gates_that_cannot_be_read_are_wrong_usage(gate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "twin", "--to", "dense", "--out", "out", f"--gate={gate}"])
+    assert stopped.value.code == 2
+    assert "must be weights such as" in capsys.readouterr().err
+
+
 def test_predict_with_an_expert_uses_it_alone(twin: Path, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "w5 w6"}) + "\n")
     arguments = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "y.jsonl")]
@@ -119,6 +159,13 @@ contestants:
             "unknown expert 'spam'; this twin has ag, sms, trec",
         ),
         (["eval", "{root}/nowhere.yaml", "--out", "{root}/new"], "cannot be read"),
+        (["remove", "{root}/twin", "--expert", "spam"], "unknown expert 'spam'; this twin has ag, sms, trec"),
+        (["remove", "{root}/twin", "--expert", "ag", "--root", "{root}/base"], "/base/trec.jsonl is not there"),
+        (
+            ["add", "{root}/twin", "--expert", "sms={root}/ag", "--router-data", "{root}/ag.jsonl"],
+            "the twin has an expert 'sms' already",
+        ),
+        (["export", "{root}/twin", "--to", "dense", "--out", "{root}/new"], "give weights by expert (--gate)"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(
@@ -134,7 +181,10 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     assert sorted(path.name for path in root.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [[], ["bild"], ["predict", "twin"], ["predict", "t", "--batch-size", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["bild"], ["predict", "twin"], ["predict", "t", "--batch-size", "0"], ["add", "t", "--expert", "x"]],
+)
 def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from twinmerge.errors import InputError, TwinMergeError
     from twinmerge.runtime.build import build
+    from twinmerge.runtime.export import export
+    from twinmerge.runtime.grow import add, remove, replace
     from twinmerge.runtime.model import TwinModel, TwinOutput
     from twinmerge.runtime.predict import predict
     from twinmerge.twin.artifact import TwinArtifact
@@ -20,8 +22,12 @@ _HOMES = {
     "TwinMergeError": "twinmerge.errors",
     "TwinModel": "twinmerge.runtime.model",
     "TwinOutput": "twinmerge.runtime.model",
+    "add": "twinmerge.runtime.grow",
     "build": "twinmerge.runtime.build",
+    "export": "twinmerge.runtime.export",
     "predict": "twinmerge.runtime.predict",
+    "remove": "twinmerge.runtime.grow",
+    "replace": "twinmerge.runtime.grow",
 }
 
 __all__ = [
@@ -32,8 +38,12 @@ __all__ = [
     "TwinModel",
     "TwinOutput",
     "__version__",
+    "add",
     "build",
+    "export",
     "predict",
+    "remove",
+    "replace",
 ]
 
 

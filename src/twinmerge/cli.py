@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from twinmerge import __version__
 from twinmerge.errors import TwinMergeError
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+FORMS = ("dense", "peft", "stacked-lora")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with what an interrupted run left, verified by hash"
     )
     merge.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
+    merge.add_argument(
+        "--hash-inputs", action="store_true", help="record the SHA-256 of every input file, another pass over them"
+    )
     _add_merge_options(merge)
 
     plan = _command(
@@ -75,6 +80,28 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "show experts, ranks, energy kept, bytes, router and provenance")
     inspect.add_argument("twin", type=Path, help="folder of a twin")
+
+    add = _command(commands, "add", _grow, "add an expert to a twin: its exclusive part and the router are computed")
+    _add_change_options(add, new=True)
+
+    remove = _command(commands, "remove", _grow, "take an expert out of a twin; the router is fitted anew")
+    _add_change_options(remove, new=False)
+
+    replace = _command(commands, "replace", _grow, "exchange an expert of a twin for another of its name")
+    _add_change_options(replace, new=True)
+
+    export = _command(commands, "export", _export, "write a twin as other tools load it")
+    export.add_argument("twin", type=Path, help="folder of a twin")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=FORMS,
+        help="a transformers model for one gate, a PEFT adapter per expert, or one adapter of all experts",
+    )
+    export.add_argument("--out", type=Path, required=True, help="folder to write, must not exist")
+    export.add_argument("--gate", type=_weights, help='for dense: weights such as "sms=0.7,trec=0.3", others are 0')
+    export.add_argument("--expert", metavar="NAME", help="for dense: this expert alone")
+    export.add_argument("--overwrite", action="store_true", help="replace the folder, once the new one is complete")
 
     verify = _command(commands, "verify", _verify, "check the hash of every file of a twin")
     verify.add_argument("twin", type=Path, help="folder of a twin")
@@ -113,9 +140,31 @@ def _add_merge_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
+    command.add_argument("twin", type=Path, help="folder of a twin, replaced whole once the new one is complete")
+    if new:
+        command.add_argument(
+            "--expert",
+            type=_named_path,
+            required=True,
+            metavar="NAME=PATH",
+            help="the expert's name and its folder, hub id or LoRA adapter",
+        )
+        command.add_argument(
+            "--router-data", type=Path, required=True, metavar="FILE", help="JSON lines of inputs that belong to it"
+        )
+    else:
+        command.add_argument("--expert", required=True, metavar="NAME", help="which one")
+    command.add_argument("--out", type=Path, help="write the new twin there and leave the old one as it is")
+    command.add_argument("--overwrite", action="store_true", help="replace the folder of --out if it exists")
+    command.add_argument(
+        "--root", type=Path, help="where the recipe's relative paths start (default: where they did in the build)"
+    )
+
+
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, command=name)
     command.add_argument("--json", action="store_true", help="print the result as JSON")
     return command
 
@@ -141,6 +190,7 @@ def _merge(options: argparse.Namespace) -> None:
             resume=options.resume,
             memory_bytes=options.memory,
             workers=options.workers,
+            hash_inputs=options.hash_inputs,
             progress=progress,
         )
     for note in manifest["notes"]:
@@ -164,6 +214,43 @@ def _plan(options: argparse.Namespace) -> None:
     for key, value in found.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else value
         sys.stdout.write(f"{key}: {shown}\n")
+
+
+def _grow(options: argparse.Namespace) -> None:
+    from twinmerge.runtime import grow
+
+    with _progress() as progress:
+        common: dict[str, Any] = {
+            "out": options.out,
+            "overwrite": options.overwrite,
+            "root": options.root,
+            "progress": progress,
+        }
+        if options.command == "remove":
+            artifact = grow.remove(options.twin, options.expert, **common)
+        else:
+            name, path = options.expert
+            change = grow.add if options.command == "add" else grow.replace
+            artifact = change(options.twin, name, model=path, router_data=options.router_data, **common)
+    _print_twin(artifact, options.json)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from twinmerge.runtime.export import export
+
+    with _progress() as progress:
+        note = export(
+            options.twin,
+            options.out,
+            to=options.to,
+            gate=options.gate,
+            expert=options.expert,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    licences = ", ".join(f"{name} {licence or 'none named'}" for name, licence in note["licences"].items())
+    sentence = f"{options.out}: {options.to} of {options.twin}; licences: {licences}"
+    _print_result({"out": str(options.out), **note}, options.json, sentence)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -235,6 +322,7 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
     ratio = parts["exclusive"] / manifest["base"]["bytes"]
     if as_json:
         summary = {key: manifest[key] for key in ("format_version", "created", "recipe", "versions", "base", "experts")}
+        summary["changes"] = manifest.get("changes", [])
         summary |= {
             "router": manifest["router"],
             "bytes": parts,
@@ -263,6 +351,11 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
         f"{router['temperature']:.3f}, {router['inputs_per_expert']} inputs per expert",
         highlight=False,
     )
+    inputs = {"base": manifest["base"], **manifest["experts"]}
+    licences = ", ".join(f"{name} {entry.get('licence') or 'none named'}" for name, entry in inputs.items())
+    console.print(f"licences: {licences}", highlight=False)
+    for change in manifest.get("changes", []):
+        console.print(f"{change['at']}: {change['change']} {change['expert']}", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     console.print(f"built {manifest['created']} with seed {recipe['seed']}; {versions}", highlight=False)
 
@@ -322,6 +415,28 @@ def _bytes(text: str) -> int:
     if not 0 < size < 10**18:
         raise argparse.ArgumentTypeError(f"must be a size such as 700MB or 2GB, found {text!r}")
     return int(size)
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, found {text!r}")
+    return name, path
+
+
+def _weights(text: str) -> dict[str, float]:
+    """A gate such as sms=0.7,trec=0.3."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in weights or not math.isfinite(weight):
+            raise argparse.ArgumentTypeError(f'must be weights such as "sms=0.7,trec=0.3", found {part!r} in {text!r}')
+        weights[name] = weight
+    return weights
 
 
 def _positive(text: str) -> int:

@@ -20,6 +20,7 @@ from twinmerge.runtime.build import build, router_features, router_rows
 from twinmerge.runtime.model import TwinModel, load_backbone, load_tokenizer
 from twinmerge.tensors.checkpoint import Checkpoint, sha256_of
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.provenance import describe_input
 
 Get = Callable[[str], Family]
 Twins = Callable[..., Path]
@@ -59,6 +60,7 @@ def test_manifest_says_what_was_built_from_what(bert: Family, tmp_path: Path) ->
         "format_version",
         "created",
         "recipe",
+        "root",
         "versions",
         "base",
         "experts",
@@ -69,7 +71,11 @@ def test_manifest_says_what_was_built_from_what(bert: Family, tmp_path: Path) ->
     assert artifact.expert_names == GATE_ORDER
     assert manifest["recipe"]["exclusive"]["rank"] == 2
     assert "root" not in manifest["recipe"]
-    assert manifest["base"] == {"source": str(bert.base), "bytes": Checkpoint.open(bert.base).nbytes}
+    assert manifest["root"] == str(bert.root)
+    assert manifest["base"] == describe_input(Checkpoint.open(bert.base))
+    for name in GATE_ORDER:
+        weights = bert.root / name / "model.safetensors"
+        assert manifest["experts"][name]["files"][weights.name]["sha256"] == sha256_of(weights)
     assert [manifest["experts"][name]["source"] for name in GATE_ORDER] == [
         str(bert.root / name) for name in GATE_ORDER
     ]
@@ -137,6 +143,7 @@ def test_progress_goes_through_all_stages(bert: Family, tmp_path: Path) -> None:
         "writing experts",
         "router features",
         "router fitted",
+        "hashing experts",
     ]
     assert [step for step in told if step[0] == "router features"][-1][1:] == (72, 72)
 

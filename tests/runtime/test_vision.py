@@ -15,7 +15,10 @@ from tests import tiny
 from tests.tiny import GATE_ORDER, Family, random_gate
 from twinmerge.errors import MismatchError
 from twinmerge.runtime.model import TwinModel, load_backbone, load_head
+from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.export import export_peft, export_stacked
 from twinmerge.twin.weights import write_weights
 
 
@@ -131,6 +134,45 @@ def test_adapter_of_convolutions_on_the_shared_expert_is_the_twin_without_the_re
     with torch.no_grad():
         found = adapted(pixel_values=x)[0]
     assert torch.allclose(found, model(pixel_values=x, expert="sms").last_hidden_state, atol=1e-10)
+
+
+def test_exported_adapter_of_convolutions_is_the_expert_but_for_what_lies_beside_it(made: Made, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    artifact, x = TwinArtifact.open(made[1]), images(made[0], 2)
+    held = export_peft(artifact, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT, about transformers
+        adapted = PeftModel.from_pretrained(load_backbone(made[1], dtype=torch.float64), tmp_path / "sms").eval()
+    carried = {
+        name: {
+            key: part.to(torch.float64)
+            for key, part in artifact.exclusive(name).items()
+            if key not in held[name]["beside"]
+        }
+        for name in GATE_ORDER
+    }
+    model = TwinModel(load_backbone(made[1], dtype=torch.float64), carried, kinds=artifact.kinds)
+    with torch.no_grad():
+        found = adapted(pixel_values=x)[0]
+    assert torch.allclose(found, model(pixel_values=x, expert="sms").last_hidden_state, atol=1e-5)  # norms in float32
+    beside = {artifact.kinds[name] for name in held["sms"]["beside"]}
+    assert ("grouped_conv" in beside) == ("grouped_conv" in artifact.kinds.values())
+    assert (tmp_path / "sms" / "exclusive.safetensors").exists() == bool(beside)
+
+
+def test_stacked_adapter_leaves_grouped_convolutions_beside_it(made: Made, tmp_path: Path) -> None:
+    artifact = TwinArtifact.open(made[1])
+    stacked = export_stacked(artifact, tmp_path)
+    grouped = [name for name, kind in artifact.kinds.items() if kind == "grouped_conv"]
+    assert (tmp_path / "exclusive.safetensors").exists() == bool(grouped)
+    for name in grouped:
+        beside = Checkpoint.open(tmp_path / "exclusive.safetensors")
+        start, stop = stacked["columns"][name.removesuffix(".weight")]["sms"]
+        part = artifact.exclusive("sms")[name]
+        assert isinstance(part, LowRank)
+        assert torch.equal(beside.read(f"{name}.up")[:, start:stop], part.up)
+        assert torch.equal(beside.read(f"{name}.down")[start:stop], part.down)
 
 
 def test_features_are_means_over_positions(made: Made) -> None:

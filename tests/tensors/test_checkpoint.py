@@ -1,5 +1,6 @@
 """Checkpoints: what is written is read back to the bit, and damage is named."""
 
+import ctypes
 import json
 from pathlib import Path
 
@@ -441,7 +442,10 @@ def test_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwriting_replaces_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(module, "_exchange", lambda *_: False)
     target = tmp_path / "twin"
     target.mkdir()
     (target / "old").touch()
@@ -450,6 +454,15 @@ def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
         assert names_in(target) == ["old"]
     assert names_in(target) == ["new"]
     assert names_in(tmp_path) == ["twin"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "renameat2"), reason="the system cannot exchange two names")
+def test_the_name_of_a_folder_that_is_replaced_is_never_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the name was free for a moment"))
+    (tmp_path / "twin").mkdir()
+    with staged_folder(tmp_path / "twin", overwrite=True) as folder:
+        (folder / "new").touch()
+    assert names_in(tmp_path / "twin") == ["new"]
 
 
 def test_a_file_is_never_overwritten_by_a_folder(tmp_path: Path) -> None:
@@ -480,6 +493,7 @@ def test_a_failing_rename_puts_the_old_folder_back(
             raise OSError("disk on fire")
         return rename(self, to)
 
+    monkeypatch.setattr(module, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", fail_for_staging)
     with pytest.raises(OSError, match="on fire"), staged_folder(target, overwrite=overwrite):
         pass

@@ -23,7 +23,7 @@ from tests import reference
 from twinmerge.cli import main
 from twinmerge.errors import CheckpointError, InputError, MismatchError, OutputExistsError, RecipeError
 from twinmerge.merging.methods import METHODS
-from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
+from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
 from twinmerge.twin import merge as module
 from twinmerge.twin.estimate import describe
 from twinmerge.twin.merge import MANIFEST, merge_models, plan_merge
@@ -100,6 +100,23 @@ def test_task_arithmetic_is_the_reference_and_the_folder_is_a_model(models: Path
     assert {path.name for path in (models / "out").iterdir()} == names
     assert manifest == json.loads((models / "out" / MANIFEST).read_text())
     assert not [path for path in models.iterdir() if path.name.startswith(".")]
+
+
+def test_manifest_names_the_inputs_their_licences_and_what_was_asked_of_their_bytes(models: Path) -> None:
+    (models / "a" / "README.md").write_text("---\nlicense: mit\n---\n")
+    cheap = merge_models(ours(models), models / "cheap")["inputs"]
+    whole = merge_models(ours(models), models / "whole", hash_inputs=True)["inputs"]
+    assert [(entry["source"], entry["licence"]) for entry in cheap] == [
+        (str(models / "base"), None),
+        (str(models / "a"), "mit"),
+        (str(models / "b"), None),
+    ]
+    for name, light, heavy in zip(("base", "a", "b"), cheap, whole, strict=True):
+        assert light["bytes"] == Checkpoint.open(models / name).nbytes
+        assert light["files"].keys() == heavy["files"].keys() == {p.name for p in (models / name).glob("*.safetensors")}
+        for file, entry in heavy["files"].items():
+            assert entry == {"bytes": (models / name / file).stat().st_size, "sha256": sha256_of(models / name / file)}
+            assert set(light["files"][file]) == {"bytes", "header_sha256"}
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

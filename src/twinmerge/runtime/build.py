@@ -17,6 +17,7 @@ from twinmerge.runtime.rows import Row, read_rows
 from twinmerge.tensors.checkpoint import staged_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import Plan, make_plan
+from twinmerge.twin.provenance import describe_input
 from twinmerge.twin.recipe import Recipe
 from twinmerge.twin.router import Router, fit_router
 from twinmerge.twin.weights import Progress, silent, write_weights
@@ -49,22 +50,37 @@ def build(
         rows = router_rows(plan)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             report = write_weights(plan, folder, Path(work), progress)
-        router = _fit(folder, plan, rows, progress)
+        router = fit_on_shared(folder, plan, rows, progress)
         router.save(folder / "router")
         manifest = {
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "recipe": recipe.model_dump(mode="json", exclude={"root"}),
-            "versions": {
-                n: importlib.metadata.version(n) for n in ("twinmerge", "torch", "transformers", "safetensors")
-            },
-            "base": {"source": str(plan.base.path), "bytes": plan.base.nbytes},
-            "experts": report.experts,
+            "root": str(recipe.root.resolve()),
+            "versions": versions(),
+            "base": describe_input(plan.base),
+            "experts": with_provenance(plan, report.experts, progress),
             "tensors": report.tensors,
             "router": router.report,
         }
-        (folder / "README.md").write_text(_model_card(manifest), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
         write_manifest(folder, manifest)
     return TwinArtifact.open(out)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a twin."""
+    return {name: importlib.metadata.version(name) for name in ("twinmerge", "torch", "transformers", "safetensors")}
+
+
+def with_provenance(
+    plan: Plan, entries: Mapping[str, Mapping[str, Any]], progress: Progress = silent
+) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of a plan's experts, with the hashes and licences of what they were read from."""
+    described = {}
+    for done, (name, entry) in enumerate(entries.items(), start=1):
+        described[name] = {**entry, **describe_input(plan.experts[name].checkpoint)}
+        progress("hashing experts", done, len(entries))
+    return described
 
 
 def open_plan(recipe: Recipe) -> Plan:
@@ -104,13 +120,13 @@ def router_features(
     return features
 
 
-def _fit(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
+def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
     """Fit the router on the shared expert as it lies on disk; heads that cannot answer are refused here."""
     recipe = plan.recipe
-    for name in plan.expert_names:
-        head = plan.experts[name].read_head()
+    for expert in plan.experts.values():
+        head = expert.read_head()
         if head:
-            load_head(plan.experts[name].config, head)
+            load_head(expert.config, head)
     model = TwinModel(
         load_backbone(folder),
         {n: {} for n in plan.expert_names},
@@ -133,12 +149,19 @@ def _sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
-def _model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """The twin's README.md, from its manifest."""
     experts = "\n".join(
         f"| {name} | {entry['source']} | {entry['rank_mean']:.1f} | {entry['energy_kept']:.1%} |"
         for name, entry in manifest["experts"].items()
     )
+    licences = "; ".join(
+        f"{name}: {entry.get('licence') or 'none named'}"
+        for name, entry in {"base": manifest["base"], **manifest["experts"]}.items()
+    )
     router, recipe = manifest["router"], manifest["recipe"]
+    changes = ", ".join(f"{change['change']} {change['expert']}" for change in manifest.get("changes", []))
+    changed = f" It was merged before these changes: {changes}." if changes else ""
     return f"""---
 library_name: twinmerge
 tags: [merge, twin-merging]
@@ -153,9 +176,9 @@ Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest["versions"
 |---|---|---|---|
 {experts}
 
-Shared expert: {recipe["shared"]}. Exclusive knowledge: {recipe["exclusive"]}.
+Shared expert: {recipe["shared"]}.{changed} Exclusive knowledge: {recipe["exclusive"]}.
 Router: {recipe["router"]["method"]} on features `{recipe["router"]["features"]}`, {router["accuracy"]:.1%} right on
 held-out router data, calibration error {router["calibration_error"]:.3f}.
 
-Licences of base and experts apply.
+Licences of base and experts apply, as their model cards name them: {licences}.
 """

@@ -543,7 +543,7 @@ def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | N
     """
     config = load_config(like or folder)
     cls: Any = model_class(config, like or folder)
-    with _quiet():
+    with quiet():
         model, info = cls.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
         )
@@ -555,8 +555,8 @@ def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | N
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Load without transformers' own progress bars and notes; the user's settings return afterwards."""
+def quiet() -> Iterator[None]:
+    """Load or save without transformers' own progress bars and notes; the user's settings return afterwards."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

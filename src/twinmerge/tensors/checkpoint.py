@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -23,6 +24,8 @@ from twinmerge.errors import CheckpointError, OutputExistsError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Linux: paths start from the working directory; both names stay."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -454,6 +457,10 @@ def require_free(target: Path, overwrite: bool) -> None:
 
 
 def _put_in_place(staging: Path, target: Path, old: Path) -> None:
+    if target.exists() and _exchange(staging, target):
+        _fsync(target.parent)
+        shutil.rmtree(staging, ignore_errors=True)
+        return
     replaced = target.exists()
     if replaced:
         target.rename(old)
@@ -465,6 +472,14 @@ def _put_in_place(staging: Path, target: Path, old: Path) -> None:
         raise
     _fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders swap names in one step, so that neither name is ever free; not every system can."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and not rename(
+        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
+    )
 
 
 def _fsync(path: Path) -> None:

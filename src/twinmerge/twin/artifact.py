@@ -14,6 +14,7 @@ from twinmerge.errors import ArtifactError
 from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
+from twinmerge.tensors.staging import JOURNAL
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import TRANSPOSED, Kind
 from twinmerge.twin.router import Router
@@ -21,8 +22,8 @@ from twinmerge.twin.router import Router
 FORMAT_VERSION = 1
 MANIFEST = "twin.json"
 _KEYS = ("recipe", "experts", "tensors", "files")
-_PEFT_PREFIX = "base_model.model."
-_IN_ADAPTER: tuple[Kind, ...] = ("linear", "conv1d", "conv", "embedding")
+PEFT_PREFIX = "base_model.model."
+IN_ADAPTER: tuple[Kind, ...] = ("linear", "conv1d", "conv", "embedding")
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,17 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write twin.json, last: what is described, plus bytes and sha256 of every other file."""
+def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str, Any] = {}) -> None:
+    """Write twin.json, last: what is described, plus bytes and sha256 of every other file.
+
+    Args:
+        folder: the twin's, with all its files.
+        manifest: what is described.
+        known: entries of files that were hashed already.
+    """
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in sorted(_files(folder) - {MANIFEST})
+        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in sorted(_files(folder) - {MANIFEST, JOURNAL})
     }
     content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -164,17 +171,17 @@ def write_exclusive(
     """Write one expert's exclusive knowledge: a PEFT adapter, and beside it what PEFT cannot carry.
 
     Args:
-        folder: `experts/NAME`, created.
+        folder: `experts/NAME`, created if it is not there.
         parts: parameter name -> exclusive knowledge; rank 0 is left out.
         kinds: parameter name -> what its layer is.
         shapes: parameter name -> its shape in the model.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     in_adapter: dict[str, LowRank] = {}
     beside: dict[str, Tensor] = {}
     for name, part in sorted(parts.items()):
         if isinstance(part, LowRank):
-            if part.rank and kinds[name] in _IN_ADAPTER and name.endswith(".weight"):
+            if part.rank and kinds[name] in IN_ADAPTER and name.endswith(".weight"):
                 in_adapter[name] = part
             elif part.rank:
                 beside[f"{name}.up"], beside[f"{name}.down"] = part.up.contiguous(), part.down.contiguous()
@@ -184,19 +191,22 @@ def write_exclusive(
             beside[name] = part
     tensors: dict[str, Tensor] = {}
     for name, part in in_adapter.items():
-        tensors.update(_to_peft(name, part, kinds[name], shapes[name]))
+        tensors.update(to_peft(name, part, kinds[name], shapes[name]))
     if in_adapter:
         save_tensors(tensors, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(
-            json.dumps(_adapter_config(in_adapter, kinds), indent=1) + "\n", encoding="utf-8"
+            json.dumps(adapter_config(in_adapter, kinds), indent=1) + "\n", encoding="utf-8"
         )
     if beside:
         save_tensors(beside, folder / "exclusive.safetensors")
 
 
-def _to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """PEFT multiplies `B A`; embeddings and Conv1D are stored transposed, so their factors swap sides."""
-    module = _PEFT_PREFIX + name.removesuffix(".weight")
+def to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The tensors of an adapter that make one pair, by PEFT's names.
+
+    PEFT multiplies `B A`; embeddings and Conv1D are stored transposed, so their factors swap sides.
+    """
+    module = PEFT_PREFIX + name.removesuffix(".weight")
     up, down = part.up, part.down
     if kind == "embedding":
         return {f"{module}.lora_embedding_A": up.T.contiguous(), f"{module}.lora_embedding_B": down.T.contiguous()}
@@ -207,14 +217,20 @@ def _to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> di
     return {f"{module}.lora_A.weight": down.contiguous(), f"{module}.lora_B.weight": up.contiguous()}
 
 
-def _adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind]) -> dict[str, Any]:
-    """A LoraConfig whose every pair has scale 1 (alpha = rank), ranks differing by module."""
+def adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind], base: str = "../..") -> dict[str, Any]:
+    """A LoraConfig whose every pair has scale 1 (alpha = rank), ranks differing by module.
+
+    Args:
+        parts: parameter name -> pair, of rank 1 at least.
+        kinds: parameter name -> what its layer is.
+        base: where the model that it adapts is; the twin's folder, seen from `experts/NAME`.
+    """
     ranks = {name.removesuffix(".weight"): part.rank for name, part in parts.items()}
     common = max(ranks.values())
     pattern = {module.replace(".", r"\."): rank for module, rank in ranks.items() if rank != common}
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": "../..",
+        "base_model_name_or_path": base,
         "r": common,
         "lora_alpha": common,
         "rank_pattern": pattern,
@@ -231,7 +247,7 @@ def _adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind]) -> 
 def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> dict[str, Exclusive]:
     parts: dict[str, Exclusive] = {}
     for stored in checkpoint.specs:
-        module, _, leaf = stored.removeprefix(_PEFT_PREFIX).partition(".lora_")
+        module, _, leaf = stored.removeprefix(PEFT_PREFIX).partition(".lora_")
         if not leaf.startswith(("A", "embedding_A")):
             continue
         name = f"{module}.weight"

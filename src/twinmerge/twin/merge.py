@@ -25,6 +25,7 @@ from twinmerge.tensors.state_dict import require_finite
 from twinmerge.tensors.writer import CheckpointWriter
 from twinmerge.twin.merge_recipe import MergeRecipe, StaticMerge, depths, layer_count, load_merge
 from twinmerge.twin.preflight import Allow, compare_configs, compare_tensors, compare_vocabularies, require_related
+from twinmerge.twin.provenance import describe_input
 from twinmerge.twin.rules import Chunk, task_vectors
 from twinmerge.twin.weights import Progress, copy_side_files, silent
 
@@ -140,6 +141,7 @@ def merge_models(
     resume: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     workers: int | None = None,
+    hash_inputs: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Merge models into one plain model folder; it appears whole or not at all.
@@ -152,6 +154,7 @@ def merge_models(
         resume: go on with what an interrupted run left; its finished tensors are verified first.
         memory_bytes: what the process may take.
         workers: tensors in work at a time; None takes the number of cores. The result has the same bits.
+        hash_inputs: hash every byte of the inputs for the manifest, another pass over them; else their headers.
         progress: told after every tensor.
 
     Returns:
@@ -180,7 +183,7 @@ def merge_models(
             progress("merging", len(finished), len(plan.specs))
         writer.finish(plan.reference.stem)
         _copy_side_files(plan, staged.folder)
-        manifest = _manifest(plan, writer)
+        manifest = _manifest(plan, writer, hash_inputs)
         (staged.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
@@ -362,7 +365,8 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(plan: MergePlan, writer: CheckpointWriter) -> dict[str, Any]:
+def _manifest(plan: MergePlan, writer: CheckpointWriter, hash_inputs: bool) -> dict[str, Any]:
+    inputs = {str(model.path): model for model in (plan.reference, *plan.experts.values())}
     files = {
         file: {"bytes": size, "sha256": sha256_of(writer.folder / file)} for file, (_, size) in writer.heads.items()
     }
@@ -370,7 +374,7 @@ def _manifest(plan: MergePlan, writer: CheckpointWriter) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("twinmerge", "torch")},
         "recipe": plan.merge.record(),
-        "inputs": {str(m.path): m.nbytes for m in (plan.reference, *plan.experts.values())},
+        "inputs": [describe_input(model, whole=hash_inputs) for model in inputs.values()],
         "tensors": len(plan.specs),
         "files": files,
         "notes": list(plan.notes),

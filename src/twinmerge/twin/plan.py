@@ -52,12 +52,13 @@ class Plan:
     recipe: Recipe
     base: Checkpoint
     experts: Mapping[str, Expert]
+    """Those of the recipe; in a twin that grows, the new one alone."""
     tasks: tuple[TensorTask, ...]
 
     @property
     def expert_names(self) -> tuple[str, ...]:
         """The gate's columns, sorted, so that the order of the recipe changes nothing."""
-        return tuple(sorted(self.experts))
+        return tuple(sorted(self.recipe.experts))
 
     @property
     def vector_bytes(self) -> int:
@@ -75,21 +76,29 @@ class Plan:
 
     @property
     def budget_bytes(self) -> int | None:
-        """Bytes that the factors of all experts may take together, None without a budget."""
+        """Bytes that the factors of the plan's experts may take together, None without a budget.
+
+        One expert's share of the recipe's budget is the budget over the recipe's number of experts.
+        """
         budget = self.recipe.exclusive.budget
         if budget is None:
             return None
         matrices = [task for task in self.tasks if task.kind in MATRICES and task.exclusive]
         headers = sum(2 * task.header_bytes * len(task.experts) for task in matrices)
-        return int(budget * self.base.nbytes) - self.vector_bytes - headers
+        return int(budget * self.base.nbytes * self._share) - self.vector_bytes - headers
+
+    @property
+    def _share(self) -> float:
+        return len(self.experts) / len(self.recipe.experts)
 
 
-def make_plan(recipe: Recipe, kinds: Mapping[str, Kind]) -> Plan:
+def make_plan(recipe: Recipe, kinds: Mapping[str, Kind], only: str | None = None) -> Plan:
     """Find, open and match every file of a recipe, and refuse what cannot become a twin.
 
     Args:
         recipe: what to build.
         kinds: base parameter name -> what its layer is (from the model's class; this module knows no models).
+        only: the one expert of the recipe that is opened and planned for; None plans for all.
 
     Raises:
         RecipeError: if a path is missing or a budget cannot hold the dense parts.
@@ -107,6 +116,7 @@ def make_plan(recipe: Recipe, kinds: Mapping[str, Kind]) -> Plan:
     experts = {
         name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed)
         for name, source in recipe.experts.items()
+        if only in (None, name)
     }
     for name, source in recipe.experts.items():
         rows = recipe.locate(source.router_data, f"experts.{name}.router_data")
@@ -117,10 +127,10 @@ def make_plan(recipe: Recipe, kinds: Mapping[str, Kind]) -> Plan:
     )
     plan = Plan(recipe, base, experts, tasks)
     if plan.budget_bytes is not None and plan.budget_bytes < 0:
-        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / base.nbytes
+        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / base.nbytes / plan._share
         raise RecipeError(
             f"exclusive.budget: {recipe.exclusive.budget} x {base.nbytes:,} bytes cannot hold the biases and norms of "
-            f"{len(experts)} experts; it must be at least {math.ceil(needed * 1e4) / 1e4}"
+            f"{len(recipe.experts)} experts; it must be at least {math.ceil(needed * 1e4) / 1e4}"
         )
     return plan
 

@@ -13,6 +13,7 @@ from twinmerge.twin.schema import load_yaml
 DEFAULT_BUDGET = 0.06
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _LAYERS = re.compile(r"layers:\[\s*\d+(\s*,\s*\d+)*\s*\]")
 
 
@@ -202,6 +203,6 @@ def locate(root: Path, source: str, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        return Path(snapshot_download(source, allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(f"{key}: {path} is not there and hub id {source!r} cannot be fetched: {error}") from error

@@ -110,18 +110,44 @@ def write_weights(plan: Plan, folder: Path, work: Path, progress: Progress = sil
     return WeightsReport(tensors, experts)
 
 
-def decompose_tensor(task: TensorTask, plan: Plan, stats: Stats | None, part: Path) -> TensorRecord:
+def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
+    """Write the exclusive part and the head of the one expert that a plan opened; the shared expert stays as it is.
+
+    Args:
+        plan: of `make_plan(..., only=name)`.
+        shared: the twin's shared expert.
+        folder: `experts/NAME`, created.
+        work: an existing folder for part files.
+        progress: told after every parameter.
+    """
+    (name,) = plan.experts
+    _require_related(plan, name)
+    records = {}
+    tasks = [task for task in plan.tasks if task.exclusive]
+    for index, task in enumerate(tasks):
+        part = work / f"{index:05d}.safetensors"
+        records[task.name] = decompose_tensor(task, plan, None, part, shared.read(task.name))
+        progress("decomposing", index + 1, len(tasks))
+    ranks = _ranks(plan, records)
+    entry = _write_expert(plan, name, records, ranks, folder)
+    return WeightsReport({task: {"ranks": {expert: rank}} for (task, expert), rank in ranks.items()}, {name: entry})
+
+
+def decompose_tensor(
+    task: TensorTask, plan: Plan, stats: Stats | None, part: Path, stored: Tensor | None = None
+) -> TensorRecord:
     """Merge one parameter and compress what each expert loses by it; idempotent, writes only `part`.
 
-    The difference is taken from the shared tensor as it is stored, so that rounding is not lost.
+    The difference is taken from the shared tensor as it is stored, so that rounding is not lost; one that is `stored`
+    already is not merged again.
     """
-    shared, scaling = _merge(task, plan, stats)
-    tensors: dict[str, Tensor] = {"shared": shared}
+    shared, scaling = _merge(task, plan, stats) if stored is None else (stored, None)
+    tensors: dict[str, Tensor] = {"shared": shared} if stored is None else {}
     energies: dict[str, float] = {}
     spectra: dict[str, Tensor] = {}
     if task.exclusive:
         base = plan.base.read(task.name)
-        factored = _factored_differences(task, plan, scaling)
+        factored = _factored_differences(task, plan, scaling) if stored is None else None
         for name in task.experts:
             compressed: LowRank | Sparse
             if factored is not None:
