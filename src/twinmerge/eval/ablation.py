@@ -46,9 +46,7 @@ def router_ablation(
     with_tokens = ("tokens", f"layers:[0,{layers // 3}]+tokens", "all+tokens", "cascade")
     variants = [("linear", spec, 1000) for spec in every]
     variants += [("mlp", spec, 1000) for spec in ("last", f"layer:{layers - 2}")]
-    variants += [
-        ("linear", spec, 1000) for spec in ("tokens", f"layers:[0,{layers // 3}]+tokens", "all+tokens", "cascade")
-    ]
+    variants += [("linear", spec, 1000) for spec in with_tokens]
     variants += [(method, spec, 1000) for method in ("centroid", "knn") for spec in ("last", "all")]
     variants += [(method, "all", n) for method in ("linear", "centroid", "knn") for n in INPUTS_PER_EXPERT[1:]]
     variants += [("linear", spec, n) for spec in ("tokens", "all+tokens") for n in INPUTS_PER_EXPERT[1:]]

@@ -43,6 +43,12 @@ def stack_ids(rows: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=PADDING)
 
 
+def join_ids(parts: Sequence[Tensor]) -> Tensor:
+    """Several (row, seq) tensors of ids as one, padded to the widest."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=PADDING) for part in parts])
+
+
 class NgramHead(nn.Module):
     """Router logits from tokens and pairs of neighbouring tokens; costs no forward pass (METHOD §4).
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from twinmerge.errors import DataError
 from twinmerge.tensors.checkpoint import Checkpoint, save_tensors
-from twinmerge.twin.ngrams import NgramHead
+from twinmerge.twin.ngrams import NgramHead, join_ids
 from twinmerge.twin.recipe import RouterSettings
 
 _BINS = 15
@@ -270,7 +270,8 @@ class Router(nn.Module):
                 rows of which tokens alone are not certain; a router of tokens never asks.
         """
         if self.settings.features != "cascade":
-            return self(features(None) if self.head is not None else None, ids)
+            whole: Routing = self(features(None) if self.head is not None else None, ids)
+            return whole
         first, certain = self._first_look(ids)
         rows = (~certain).nonzero()[:, 0]
         return first.overlaid(rows, self(features(rows), ids[rows])) if len(rows) else first  # type: ignore[index]
@@ -363,8 +364,9 @@ def fit_router(
         fewest = min(names, key=rows_of.__getitem__)
         raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
     order = {name: torch.randperm(rows_of[name], generator=torch.Generator().manual_seed(seed)) for name in names}
-    training = {w: torch.cat([values[n][order[n][held:count]] for n in names]) for w, values in data.items()}
-    held_out = {w: torch.cat([values[n][order[n][:held]] for n in names]) for w, values in data.items()}
+    join = {"features": torch.cat, "ids": join_ids}
+    training = {w: join[w]([values[n][order[n][held:count]] for n in names]) for w, values in data.items()}
+    held_out = {w: join[w]([values[n][order[n][:held]] for n in names]) for w, values in data.items()}
     y = torch.arange(len(names)).repeat_interleave(count - held)
     y_held = torch.arange(len(names)).repeat_interleave(held)
     with torch.random.fork_rng(devices=[]):
