@@ -364,9 +364,8 @@ def fit_router(
         fewest = min(names, key=rows_of.__getitem__)
         raise DataError(f"the router needs at least 2 inputs of every expert, found {count} of {fewest!r}")
     order = {name: torch.randperm(rows_of[name], generator=torch.Generator().manual_seed(seed)) for name in names}
-    join = {"features": torch.cat, "ids": join_ids}
-    training = {w: join[w]([values[n][order[n][held:count]] for n in names]) for w, values in data.items()}
-    held_out = {w: join[w]([values[n][order[n][:held]] for n in names]) for w, values in data.items()}
+    training = {what: _joined(what, [values[n][order[n][held:count]] for n in names]) for what, values in data.items()}
+    held_out = {what: _joined(what, [values[n][order[n][:held]] for n in names]) for what, values in data.items()}
     y = torch.arange(len(names)).repeat_interleave(count - held)
     y_held = torch.arange(len(names)).repeat_interleave(held)
     with torch.random.fork_rng(devices=[]):
@@ -386,6 +385,10 @@ def fit_router(
     _calibrate(router, held_out.get("features"), held_out.get("ids"), y_held)
     router.report.update(inputs_per_expert=count, held_out=len(y_held), feature_size=size)
     return router
+
+
+def _joined(what: str, parts: Sequence[Tensor]) -> Tensor:
+    return join_ids(parts) if what == "ids" else torch.cat(list(parts))
 
 
 @torch.no_grad()
