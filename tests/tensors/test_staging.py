@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from twinmerge.errors import CheckpointError, OutputExistsError
 from twinmerge.tensors import staging as module
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
-from twinmerge.tensors.staging import fingerprint_of, resumable_folder
+from twinmerge.tensors.staging import fingerprint_of, require_space, resumable_folder
 from twinmerge.tensors.writer import CheckpointWriter
 
 
@@ -235,6 +236,15 @@ def test_a_lock_file_removed_meanwhile_is_taken_anew(
         assert len(calls) == 2
 
 
+def failing_work(target: Path, used: Path | None = None, **settings: bool) -> Mapping[str, str]:
+    """What work that stops at once finds done."""
+    with suppress(KeyError), resumable_folder(target, "f", **settings) as staged:
+        if used:
+            used.touch()
+        raise KeyError
+    return staged.finished
+
+
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
@@ -259,9 +269,7 @@ with staging.resumable_folder(Path(sys.argv[1]), "f", overwrite=True) as staged:
 """
 
 
-@pytest.mark.parametrize(
-    ("moment", "left"), [(0, ["old"]), (1, ["old"]), (2, None), (3, None), (4, ["new"])]
-)
+@pytest.mark.parametrize(("moment", "left"), [(0, ["old"]), (1, ["old"]), (2, None), (3, None), (4, ["new"])])
 def test_a_process_killed_while_it_replaces_a_folder_leaves_the_old_or_the_new_one(
     tmp_path: Path, moment: int, left: list[str] | None
 ) -> None:
@@ -272,9 +280,7 @@ def test_a_process_killed_while_it_replaces_a_folder_leaves_the_old_or_the_new_o
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(target), str(moment)], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert (names_in(target) if target.exists() else None) == left
-    with pytest.raises(KeyError), resumable_folder(target, "f", overwrite=True, resume=True) as staged:
-        assert staged.finished == ({"part": "digest"} if moment == 0 else {})
-        raise KeyError
+    assert failing_work(target, overwrite=True, resume=True) == ({"part": "digest"} if moment == 0 else {})
     assert names_in(tmp_path) == ["out"]
     assert names_in(target) == (left or ["old"])
 
@@ -287,12 +293,9 @@ def test_an_old_folder_that_was_put_back_is_refused_like_any_other(tmp_path: Pat
 
 
 def test_parents_that_were_made_go_with_the_failed_work_unless_they_are_used(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), resumable_folder(tmp_path / "a" / "b" / "out", "f"):
-        raise KeyError
+    failing_work(tmp_path / "a" / "b" / "out")
     assert names_in(tmp_path) == []
-    with pytest.raises(KeyError), resumable_folder(tmp_path / "a" / "b" / "out", "f"):
-        (tmp_path / "a" / "mine").touch()
-        raise KeyError
+    failing_work(tmp_path / "a" / "b" / "out", used=tmp_path / "a" / "mine")
     assert names_in(tmp_path / "a") == ["mine"]
 
 
@@ -313,3 +316,18 @@ def test_a_fingerprint_changes_with_settings_and_files(tmp_path: Path) -> None:
     assert before != fingerprint_of({"seed": 1}, [file])
     file.write_text("1")
     assert before != fingerprint_of({"seed": 0}, [file])
+
+
+def test_work_of_another_fingerprint_is_refused_and_kept(tmp_path: Path) -> None:
+    place = tmp_path / ".out.partial"
+    place.mkdir()
+    (place / module.JOURNAL).write_text('["fingerprint", "another"]\n')
+    with pytest.raises(OutputExistsError, match="left by a run with another recipe"):
+        resumable_folder(tmp_path / "out", "f", resume=True).__enter__()
+    assert names_in(tmp_path) == [".out.partial"]
+
+
+def test_a_full_disk_says_what_is_needed_and_free(tmp_path: Path) -> None:
+    require_space(tmp_path, 0)
+    with pytest.raises(OSError, match=r"1,000,000,000.00 GB are needed, [\d,.]+ GB are free"):
+        require_space(tmp_path, 10**18)

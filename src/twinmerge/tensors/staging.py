@@ -100,6 +100,17 @@ def require_free(target: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{target} exists already; {hint}")
 
 
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse work whose files the disk cannot hold.
+
+    Raises:
+        OSError: saying what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise OSError(28, f"{needed_bytes / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free", str(folder.parent))
+
+
 def fingerprint_of(settings: object, files: Iterable[Path]) -> str:
     """One hash of what JSON says of `settings` and of the names, sizes and times of change of input files."""
     inputs = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(set(files))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -17,6 +18,10 @@ import torch
 from twinmerge.errors import MissingExtraError, RecipeError, WorkerError
 
 NAMES = ("serial", "threads", "processes", "ray")
+MEMORY_BYTES = 2 * 10**9
+"""What a process may take, where nothing else is said; each worker of `processes` and `ray` is one."""
+OWN_BYTES = 450 * 10**6
+"""What a process takes before the first tensor: interpreter and torch."""
 RETRIES = 3
 """How often work is begun again after a worker died, with nothing finished in between."""
 
@@ -164,10 +169,9 @@ class Ray:
         """See `Executor.map`."""
         ray = _import_ray()
         here = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
-        try:
-            ray.init(self.address, log_to_driver=False, logging_level="ERROR", **here)
-        except ConnectionError as error:
-            raise RecipeError(f"--ray-address {self.address}: no Ray cluster answers there") from error
+        if self.address:
+            _require_answer(self.address)
+        ray.init(self.address, log_to_driver=False, logging_level="ERROR", **here)
         try:
             run = ray.remote(_run_in_ray).options(num_cpus=1, max_retries=RETRIES)
             shared = ray.put(task)
@@ -189,6 +193,15 @@ def _import_ray() -> Any:
     except ImportError as error:
         raise MissingExtraError("--executor ray needs Ray; install it with: pip install 'twinmerge[ray]'") from error
     return ray
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself would wait for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--ray-address must be HOST:PORT of a Ray cluster, found {address!r} ({error})") from error
 
 
 def _result_of(ray: Any, done: Any) -> Any:
