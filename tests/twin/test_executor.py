@@ -1,13 +1,11 @@
-"""Executors: every item once, the same bits from each, workers that die are retried, and what was asked wrongly is said."""
+"""Executors: every item once, the same bits from each, and workers that die are retried."""
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from tests.tiny import Family
+from tests.workers import Square
 from twinmerge.errors import MismatchError, MissingExtraError, RecipeError, WorkerError
 from twinmerge.tensors.checkpoint import sha256_of
 from twinmerge.twin.executor import NAMES, RETRIES, Executor, Processes, Ray, Serial, Threads, make_executor
@@ -32,25 +31,6 @@ ignore_ray = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depr
 def workers_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-
-
-@dataclass(frozen=True)
-class Square:
-    """Squares numbers; refuses one, and the worker that gets another dies, the first times."""
-
-    folder: Path
-    refused: int = -1
-    deadly: int = -1
-    deaths: int = 0
-
-    def __call__(self, number: int) -> tuple[int, int]:
-        if number == self.refused:
-            raise MismatchError(f"{number} is refused")
-        died = len(list(self.folder.iterdir()))
-        if number == self.deadly and died < self.deaths:
-            (self.folder / str(died)).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return number**2, torch.get_num_threads()
 
 
 @ignore_ray
