@@ -73,7 +73,9 @@ def kill_one_worker(told: list[int]) -> Callable[..., None]:
 
 def is_worker(process: psutil.Process) -> bool:
     line = " ".join(process.cmdline())
-    return line.startswith("ray::") or ("spawn_main" in line and "resource_tracker" not in line)
+    return line.startswith(("ray::_run_in_ray", "ray::IDLE")) or (
+        "spawn_main" in line and "resource_tracker" not in line
+    )
 
 
 def files(folder: Path) -> dict[str, str]:
