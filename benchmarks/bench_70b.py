@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a new folder")
     parser.add_argument("--size", choices=SIZES, default="70b")
     parser.add_argument("--memory", default="2GB")
-    parser.add_argument("--twin-memory", default="6GB", help="for the plan of the twin: its matrices are held whole")
+    parser.add_argument("--twin-memory", default="20GB", help="for the plan of the twin: its matrices are held whole")
     options = parser.parse_args()
     size = SIZES[options.size]
     for name in ("base", "a", "b"):

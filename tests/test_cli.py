@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from twinmerge.cli import FORMS, main
+from twinmerge.tensors.checkpoint import Checkpoint
 
 RECIPE = """
 base: base

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from twinmerge import __version__
 from twinmerge.errors import DataError
 from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
 from twinmerge.runtime.predict import features_of
@@ -67,7 +66,7 @@ def build(
     needs = Needs.of(plan)
     executor = needs.within(executor or make_executor("threads"), memory_bytes)
     rows = router_rows(plan)
-    settings = [__version__, recipe.model_dump(mode="json", exclude={"root"})]
+    settings = [versions(), recipe.model_dump(mode="json", exclude={"root"})]
     with resumable_folder(out, fingerprint_of(settings, plan.files), overwrite=overwrite, resume=resume) as staged:
         require_space(staged.work, needs.disk_bytes - _size_of(staged.work))
         shutil.rmtree(staged.folder)  # an interrupted run's; it is written anew from the parts

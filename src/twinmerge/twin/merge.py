@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge import __version__
 from twinmerge.errors import CheckpointError, MismatchError, RecipeError
 from twinmerge.merging.methods import Stats, run_prepass
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, sha256_of
@@ -315,7 +314,7 @@ def _fingerprint(plan: MergePlan) -> str:
         if isinstance(plan.merge.recipe, MergeRecipe)
         else repr(plan.merge.recipe)
     )
-    return fingerprint_of([__version__, recipe, plan.merge.seed], files)
+    return fingerprint_of([importlib.metadata.version("twinmerge"), recipe, plan.merge.seed], files)
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:
