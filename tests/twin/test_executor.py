@@ -169,35 +169,6 @@ def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path, address
         list(Ray(1, address).map(Square(tmp_path), [1]))
 
 
-@ignore_ray
-def test_a_cluster_that_runs_already_is_used(tmp_path: Path) -> None:
-    import ray
-
-    with subprocess.Popen(
-        [sys.executable, "-c", RAY_HEAD, str(tmp_path / "address")], stdin=subprocess.PIPE, text=True
-    ) as head:
-        for _ in range(600):
-            if (tmp_path / "address").exists() and (tmp_path / "address").read_text().endswith("\n"):
-                break
-            time.sleep(0.1)
-        address = (tmp_path / "address").read_text().strip()
-        marks = tmp_path / "marks"
-        marks.mkdir()
-        assert [r for _, (r, _) in sorted(Ray(2, address).map(Square(marks), range(4)))] == [0, 1, 4, 9]
-        assert not ray.is_initialized()
-        head.communicate("")
-
-
-RAY_HEAD = """
-import sys
-from pathlib import Path
-import ray
-context = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-Path(sys.argv[1]).write_text(context.address_info["gcs_address"] + "\\n")
-sys.stdin.read()
-"""
-
-
 def test_ray_that_is_not_installed_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtraError, match=r"install it with: pip install 'twinmerge\[ray\]'") as caught:
