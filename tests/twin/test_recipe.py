@@ -98,6 +98,10 @@ def test_recipe_does_not_change() -> None:
             "exclusive: {compression: magnitude}\n",
             ":5: exclusive: compression magnitude takes density, found none",
         ),
+        (
+            "exclusive: {compression: random, density: 0.1, dtype: float8_e4m3fn}\n",
+            ":5: exclusive: dtype float8_e4m3fn is for factors, compression svd, found random",
+        ),
         ("exclusive: {compression: random, rank: 3}\n", ":5: exclusive: compression random takes density, found rank"),
         ("exclusive: {embeddings: no}\n", ":5: exclusive.embeddings: input should be .* found False"),
         ("shared: {scaling: 0.3}\n", ":5: key 'shared.method' is missing"),

@@ -256,6 +256,40 @@ def test_everything_is_stored_in_the_dtype_of_the_base(tmp_path: Path, dtype: to
             assert error < 3 * torch.finfo(dtype).eps  # the difference is from the shared tensor as it is stored
 
 
+def test_eight_bits_hold_factors_and_sixteen_the_vectors(family: Get, tmp_path: Path) -> None:
+    plan = family("bert").plan(exclusive={"rank": 4, "dtype": "float8_e4m3fn"})
+    exact, _ = written(family("bert").plan(exclusive={"rank": 4}), tmp_path / "exact")
+    artifact, report = written(plan, tmp_path / "eight")
+    for expert in EXPERTS:
+        folder = artifact.path / "experts" / expert
+        pairs = Checkpoint.open(folder / "adapter_model.safetensors").specs
+        assert {spec.dtype for spec in pairs.values()} == {torch.float8_e4m3fn}
+        assert {s.dtype for s in Checkpoint.open(folder / "exclusive.safetensors").specs.values()} == {torch.float16}
+        parts, of_exact = artifact.exclusive(expert), exact.exclusive(expert)
+        for name, part in parts.items():
+            if isinstance(part, LowRank):
+                assert part.up.dtype == plan.base.specs[name].dtype
+                found, wanted = part.dense(), of_exact[name].dense()  # type: ignore[union-attr]
+                assert (found - wanted).norm() < 0.05 * wanted.norm()  # entries keep 4 bits, see tensors/eight_bit.py
+        kept = sum(dense(p, artifact.shared.read(n)).double().square().sum() for n, p in parts.items())
+        assert report.experts[expert]["energy_kept"] == pytest.approx(
+            float(kept) / report.experts[expert]["energy"], rel=1e-6
+        )
+
+
+def test_budget_counts_eight_bits(family: Get, tmp_path: Path) -> None:
+    settings = {"budget": 2.0, "embeddings": "exclusive"}
+    plan = family("bert").plan(exclusive={**settings, "dtype": "float8_e4m3fn"})
+    artifact, _ = written(plan, tmp_path / "eight")
+    wide, _ = written(family("bert").plan(exclusive=settings), tmp_path / "wide")
+
+    def ranks(of: TwinArtifact) -> int:
+        return sum(part.rank for e in EXPERTS for part in of.exclusive(e).values() if isinstance(part, LowRank))
+
+    assert artifact.bytes_per_part()["exclusive"] <= 2.0 * plan.base.nbytes
+    assert ranks(artifact) > 2 * ranks(wide)
+
+
 def test_large_models_are_written_in_several_files(
     family: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

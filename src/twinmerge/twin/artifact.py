@@ -8,10 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
 from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
+from twinmerge.tensors.eight_bit import EIGHT_BITS, SCALE, from_eight_bits
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.tensors.staging import JOURNAL
@@ -90,7 +92,9 @@ class TwinArtifact:
         folder = self.path / "experts" / expert
         parts: dict[str, Exclusive] = {}
         if (folder / "adapter_model.safetensors").exists():
-            parts.update(_read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds))
+            parts.update(
+                _read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds, self.shared)
+            )
         if (folder / "exclusive.safetensors").exists():
             parts.update(_read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared))
         return parts
@@ -172,7 +176,7 @@ def write_exclusive(
 
     Args:
         folder: `experts/NAME`, created if it is not there.
-        parts: parameter name -> exclusive knowledge; rank 0 is left out.
+        parts: parameter name -> exclusive knowledge; rank 0 is left out; pairs of 8 bits are all or none.
         kinds: parameter name -> what its layer is.
         shapes: parameter name -> its shape in the model.
     """
@@ -218,7 +222,7 @@ def to_peft(name: str, part: LowRank, kind: Kind, shape: tuple[int, ...]) -> dic
 
 
 def adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind], base: str = "../..") -> dict[str, Any]:
-    """A LoraConfig whose every pair has scale 1 (alpha = rank), ranks differing by module.
+    """A LoraConfig whose every pair has scale 1 (alpha = rank), or that of 8 bits; ranks differ by module.
 
     Args:
         parts: parameter name -> pair, of rank 1 at least.
@@ -228,13 +232,14 @@ def adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind], base
     ranks = {name.removesuffix(".weight"): part.rank for name, part in parts.items()}
     common = max(ranks.values())
     pattern = {module.replace(".", r"\."): rank for module, rank in ranks.items() if rank != common}
+    scale = SCALE if any(part.up.dtype == EIGHT_BITS for part in parts.values()) else 1
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "r": common,
-        "lora_alpha": common,
+        "lora_alpha": scale * common,
         "rank_pattern": pattern,
-        "alpha_pattern": pattern,
+        "alpha_pattern": {module: scale * rank for module, rank in pattern.items()},
         "target_modules": sorted(ranks),
         "fan_in_fan_out": any(kinds[name] == "conv1d" for name in parts),
         "lora_dropout": 0.0,
@@ -244,7 +249,7 @@ def adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind], base
     }
 
 
-def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> dict[str, Exclusive]:
+def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind], shared: Checkpoint) -> dict[str, Exclusive]:
     parts: dict[str, Exclusive] = {}
     for stored in checkpoint.specs:
         module, _, leaf = stored.removeprefix(PEFT_PREFIX).partition(".lora_")
@@ -253,7 +258,8 @@ def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> dict[str
         name = f"{module}.weight"
         other = stored.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         a, b = checkpoint.read(stored).flatten(1), checkpoint.read(other).flatten(1)
-        parts[name] = LowRank(a.T.contiguous(), b.T.contiguous()) if kinds[name] in TRANSPOSED else LowRank(b, a)
+        stored_pair = LowRank(a.T.contiguous(), b.T.contiguous()) if kinds[name] in TRANSPOSED else LowRank(b, a)
+        parts[name] = _widened(stored_pair, shared.specs[name].dtype)
     return parts
 
 
@@ -264,13 +270,19 @@ def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Exc
         if stored in shared.specs:
             parts[stored] = checkpoint.read(stored)
         elif leaf == "up":
-            parts[name] = LowRank(checkpoint.read(stored), checkpoint.read(f"{name}.down"))
+            pair = LowRank(checkpoint.read(stored), checkpoint.read(f"{name}.down"))
+            parts[name] = _widened(pair, shared.specs[name].dtype)
         elif leaf == "indices":
             shape = shared.specs[name].shape
             parts[name] = Sparse(
                 checkpoint.read(stored), checkpoint.read(f"{name}.values"), (shape[0], math.prod(shape[1:]))
             )
     return parts
+
+
+def _widened(stored: LowRank, dtype: torch.dtype) -> LowRank:
+    """Factors as the runtime takes them: 8 bits are for the disk only."""
+    return from_eight_bits(stored, dtype) if stored.up.dtype == EIGHT_BITS else stored
 
 
 def total_norms(parts: Mapping[str, Exclusive], rescaled: float = 1.0) -> float:
@@ -283,7 +295,8 @@ def total_norms(parts: Mapping[str, Exclusive], rescaled: float = 1.0) -> float:
     total = 0.0
     for part in parts.values():
         if isinstance(part, LowRank):
-            up, down = part.up.double(), part.down.double()
+            pair = _widened(part, torch.float64)
+            up, down = pair.up.double(), pair.down.double()
             total += float(((up.T @ up) * (down @ down.T)).sum())
         elif isinstance(part, Sparse):
             total += float((part.values.double() * rescaled).square().sum())

@@ -70,8 +70,10 @@ class Plan:
         )
 
     def stored_dtype(self, task: "TensorTask") -> torch.dtype:
-        """What a parameter's exclusive parts are stored in."""
+        """What a parameter's exclusive parts are stored in; 8 bits are for factors only."""
         chosen = self.recipe.exclusive.dtype
+        if chosen == "float8_e4m3fn" and task.kind not in MATRICES:
+            return torch.float16
         return task.spec.dtype if chosen is None else getattr(torch, chosen)
 
     @property

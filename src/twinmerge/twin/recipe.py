@@ -40,7 +40,8 @@ class ExclusiveSettings(Strict):
         density: fraction of entries kept by `magnitude` and `random`, (0, 1].
         embeddings: compress the embeddings' differences too, or leave them to the shared expert.
         compression: `svd` (factors), `magnitude` (largest entries) or `random` (rescaled random entries).
-        dtype: what exclusive parts are stored in; null is the base's. 16 bits double the ranks that a budget holds.
+        dtype: what exclusive parts are stored in; null is the base's. 16 bits double the ranks that a budget holds,
+            float8_e4m3fn doubles them again (factors only; 1-D parts are then stored in float16).
     """
 
     rank: Annotated[int, Field(ge=0, strict=True)] | None = None
@@ -49,7 +50,7 @@ class ExclusiveSettings(Strict):
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     embeddings: Literal["exclusive", "shared"] = "shared"
     compression: Literal["svd", "magnitude", "random"] = "svd"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn"] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -66,6 +67,8 @@ class ExclusiveSettings(Strict):
         wanted = "one of rank, energy, budget" if self.compression == "svd" else "density"
         if len(given) != 1 or (given == ["density"]) == (self.compression == "svd"):
             raise ValueError(f"compression {self.compression} takes {wanted}, found {' and '.join(given) or 'none'}")
+        if self.dtype == "float8_e4m3fn" and self.compression != "svd":
+            raise ValueError(f"dtype float8_e4m3fn is for factors, compression svd, found {self.compression}")
         return self
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twinmerge.merging.methods import METHODS, SharedParams, Stats, merge_tensor, run_prepass
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
+from twinmerge.tensors.eight_bit import EIGHT_BITS, to_eight_bits
 from twinmerge.tensors.low_rank import LowRank, compress_product
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.tensors.state_dict import require_finite
@@ -316,7 +317,8 @@ def _write_head(plan: Plan, name: str, folder: Path) -> None:
 
 def _pack(expert: str, part: LowRank | Sparse, dtype: torch.dtype) -> dict[str, Tensor]:
     if isinstance(part, LowRank):
-        return {f"{expert}.up": part.up.to(dtype), f"{expert}.down": part.down.to(dtype)}
+        part = to_eight_bits(part, f"a pair of expert {expert!r}") if dtype == EIGHT_BITS else part.to(dtype)
+        return {f"{expert}.up": part.up, f"{expert}.down": part.down}
     return {f"{expert}.indices": part.indices, f"{expert}.values": part.values.to(dtype)}
 
 
