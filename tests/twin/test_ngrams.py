@@ -85,7 +85,7 @@ def test_two_experts() -> None:
 def test_both_together_are_better_than_either() -> None:
     hard = {"ids": sentences(own=0.15)}
     tokens = fit_router(None, RouterSettings(features="tokens"), seed=0, **hard)
-    hidden = fit_router(features(), RouterSettings(), seed=0)
+    hidden = fit_router(features(), RouterSettings(features="all"), seed=0)
     both = fit_router(features(), RouterSettings(features="all+tokens"), seed=0, **hard)
     assert accuracy(both, 0.15) > max(accuracy(tokens, 0.15), accuracy(hidden, 0.15)) + 0.02
 

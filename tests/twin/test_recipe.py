@@ -35,7 +35,7 @@ def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     assert recipe == Recipe(base="base", experts=SOURCES, root=tmp_path)
     assert recipe.shared == TaskArithmeticParams(scaling=0.3)
     assert recipe.exclusive.budget == DEFAULT_BUDGET
-    assert (recipe.router.method, recipe.router.features, recipe.seed) == ("linear", "all", 0)
+    assert (recipe.router.method, recipe.router.features, recipe.seed) == ("linear", "all+tokens", 0)
 
 
 def test_every_section_is_read(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_recipe_does_not_change() -> None:
         ("shared: {method: ties, scaling: fast}\n", r":5: shared.scaling: .* found 'fast' \(and 1 more\)"),
         ("shared: ties\n", ":5: shared: input should be a valid dictionary .* found 'ties'"),
         ("router: {features: layer}\n", ":5: router.features: must be last, all, .* found 'layer'"),
-        ("router: {one_pass: true}\n", ":5: router: one_pass needs features of layers below the last, .* found all"),
+        ("router: {one_pass: true}\n", ":5: router: one_pass needs features of layers below the last, .* found all\\+tokens"),
         ("router: {method: svm}\n", ":5: router.method: input should be 'linear', .* found 'svm'"),
         ("router: {fallback: 0.2}\n", ":5: router.fallback: input should be greater than 0.5, found 0.2"),
         ("router: 3\n", ":5: router: .* found 3"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from twinmerge.errors import DataError
 from twinmerge.tensors.checkpoint import sha256_of
+from twinmerge.twin import router as module
 from twinmerge.twin.recipe import RouterSettings
 from twinmerge.twin.router import HEADS, Router, Routing, calibration_error, fit_router, group_gates
 
@@ -32,7 +33,7 @@ def clusters(
 
 
 def fitted(features: Features | None = None, seed: int = 0, **given: object) -> Router:
-    return fit_router(features or clusters(), RouterSettings(**{"method": "linear", **given}), seed=seed)
+    return fit_router(features or clusters(), RouterSettings(**{"method": "linear", "features": "all", **given}), seed=seed)
 
 
 def truth(features: Features) -> tuple[Tensor, Tensor]:
@@ -140,6 +141,28 @@ def test_neighbours_head_counts_votes_by_similarity() -> None:
 def test_more_neighbours_than_inputs_asks_all_of_them() -> None:
     router = fitted(clusters(rows=5), method="knn", neighbours=100)
     assert int(router.head.neighbours) == 12
+
+
+def test_linear_head_learns_from_held_out_inputs_once_they_have_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[tuple[int, float]] = []
+    regression = module._logistic_regression
+
+    def watched(features: Tensor, labels: Tensor, experts: int, strength: float, *start: Tensor) -> tuple[Tensor, Tensor]:
+        fits.append((len(features), strength))
+        return regression(features, labels, experts, strength, *start)
+
+    monkeypatch.setattr(module, "_logistic_regression", watched)
+    router = fitted(held_out=0.2)
+    rows = 60 * len(EXPERTS)
+    assert [count for count, _ in fits] == [rows * 4 // 5] * 4 + [rows]
+    assert isinstance(router.head, module.LinearHead)
+    assert fits[-1][1] == router.head.strength
+    assert router.report["held_out"] == rows // 5
+
+
+def test_what_the_settings_look_at_must_be_given() -> None:
+    with pytest.raises(ValueError, match="features all.tokens need hidden states and ids"):
+        fit_router(clusters(), RouterSettings(features="all+tokens"), seed=0)
 
 
 def test_mlp_takes_the_epoch_with_the_lowest_held_out_loss() -> None:
@@ -267,7 +290,7 @@ def test_router_without_fallback_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_golden_bytes_of_a_router(tmp_path: Path) -> None:
-    router = Router(HEADS["centroid"](2, 2), ["a", "b"], 2, RouterSettings(method="centroid"))
+    router = Router(HEADS["centroid"](2, 2), ["a", "b"], 2, RouterSettings(method="centroid", features="all"))
     router.report = {"accuracy": 1.0}
     router.save(tmp_path / "router")
     assert sha256_of(tmp_path / "router" / "router.safetensors").startswith("29b95ad714d66b3c")

@@ -101,10 +101,7 @@ class _Contestant:
         with tempfile.TemporaryDirectory() as folder:
             artifact = self._write(Path(folder))
             backbone = load_backbone(artifact.path)
-            parts = {
-                name: {key: part.to(backbone.dtype) for key, part in artifact.exclusive(name).items()}
-                for name in artifact.expert_names
-            }
+            parts = {name: artifact.exclusive(name) for name in artifact.expert_names}
             model = at.model(backbone, parts, artifact.kinds)
             nbytes = {"shared": at.plan.base.nbytes, "exclusive": _exclusive_bytes(artifact.path)}
         router, routing = self._twin_routing()

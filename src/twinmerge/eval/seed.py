@@ -67,10 +67,11 @@ class SeedRun:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.suite.precision == "bfloat16")
 
     def model(self, backbone: Any, exclusive: dict[str, Any] | None = None, kinds: Any = None) -> TwinModel:
-        """A backbone with every expert's head in front."""
+        """A backbone with every expert's head in front; exclusive parts are computed in its dtype."""
+        parts = exclusive or {name: {} for name in self.tasks}
         return TwinModel(
             backbone,
-            exclusive or {name: {} for name in self.tasks},
+            {name: {key: part.to(backbone.dtype) for key, part in of.items()} for name, of in parts.items()},
             kinds=kinds or {},
             heads=self.heads,
             tokenizer=load_tokenizer(self.plan.base.path),

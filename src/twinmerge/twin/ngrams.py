@@ -67,6 +67,7 @@ class NgramHead(nn.Module):
     def __init__(self, experts: int, ngrams: int = 0) -> None:
         """Make an untrained head for so many n-grams."""
         super().__init__()
+        self.inverse_penalty = _INVERSE_PENALTIES[0]
         self.register_buffer("keys", torch.zeros(ngrams, dtype=torch.int64))
         self.register_buffer("idf", torch.zeros(ngrams))
         self.register_buffer("weight", torch.zeros(ngrams, experts, dtype=torch.float16))
@@ -99,26 +100,38 @@ class NgramHead(nn.Module):
         Raises:
             DataError: if no two inputs have an n-gram in common.
         """
-        from sklearn.linear_model import LogisticRegression
-
         self._choose_ngrams(ids)
         if not len(self.keys):
             raise DataError("router.features asks for tokens, but no token occurs in two inputs of the router data")
-        experts = len(self.bias)
-        rows, best_loss = self._sparse(ids), float("inf")
+        best_loss = float("inf")
         for inverse_penalty in _INVERSE_PENALTIES:
-            found = LogisticRegression(C=inverse_penalty, max_iter=300).fit(rows, labels.numpy())
-            coefficients, bias = found.coef_, found.intercept_
-            if experts == 2:  # scikit-learn keeps one row for two classes
-                coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.append(-bias, bias) / 2
-            candidate = NgramHead(experts, len(self.keys))
+            candidate = NgramHead(len(self.bias), len(self.keys))
             candidate.keys, candidate.idf = self.keys, self.idf
-            candidate.weight = torch.from_numpy(coefficients.T.copy()).half()
-            candidate.bias = torch.from_numpy(bias).float()
+            candidate._regress(ids, labels, inverse_penalty)
             loss = float(nn.functional.cross_entropy(candidate(held_out[0])[0], held_out[1]))
             if loss < best_loss:
-                best_loss, best = loss, candidate
+                best_loss, best, self.inverse_penalty = loss, candidate, inverse_penalty
         self.weight, self.bias = best.weight, best.bias
+
+    def refit(self, ids: Tensor, labels: Tensor) -> None:
+        """Choose n-grams and fit once more, at the regularisation that `fit` chose.
+
+        Args:
+            ids: (row, seq), held-out inputs among them.
+            labels: (row,) the expert's index.
+        """
+        self._choose_ngrams(ids)
+        self._regress(ids, labels, self.inverse_penalty)
+
+    def _regress(self, ids: Tensor, labels: Tensor, inverse_penalty: float) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        found = LogisticRegression(C=inverse_penalty, max_iter=300).fit(self._sparse(ids), labels.numpy())
+        coefficients, bias = found.coef_, found.intercept_
+        if len(self.bias) == 2:  # scikit-learn keeps one row for two classes
+            coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.append(-bias, bias) / 2
+        self.weight = torch.from_numpy(coefficients.T.copy()).half()
+        self.bias = torch.from_numpy(bias).float()
 
     def _choose_ngrams(self, ids: Tensor) -> None:
         """Keep n-grams of at least two inputs, the most frequent ones if they are very many."""

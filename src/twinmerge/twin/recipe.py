@@ -94,7 +94,7 @@ class RouterSettings(Strict):
     """
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
-    features: str = "all"
+    features: str = "all+tokens"
     one_pass: bool = False
     samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 1000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2

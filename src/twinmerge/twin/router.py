@@ -55,6 +55,9 @@ class RouterHead(nn.Module, ABC):
     def fit(self, features: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor], settings: RouterSettings) -> None:
         """Learn from router data; `held_out` only selects."""
 
+    def refit(self, features: Tensor, labels: Tensor) -> None:
+        """Learn once more from all router data, as `fit` chose; a head that would have to choose again stays."""
+
 
 class MLPHead(RouterHead):
     """The paper's network: two hidden layers of twice the feature size, batch norm, dropout 0.5 (METHOD §4)."""
@@ -101,6 +104,7 @@ class LinearHead(RouterHead):
         """Make an untrained head."""
         super().__init__()
         self.layer = nn.Linear(feature_size, experts)
+        self.strength = _REGULARISATIONS[0]
 
     def forward(self, features: Tensor) -> Tensor:
         """(batch, feature) -> (batch, expert)."""
@@ -117,9 +121,17 @@ class LinearHead(RouterHead):
             weight, bias = _logistic_regression(features, labels, experts, strength, weight, bias)
             loss = float(nn.functional.cross_entropy(held_out[0] @ weight.T + bias, held_out[1]))
             if loss < best_loss:
-                best_loss = loss
+                best_loss, self.strength = loss, strength
                 self.layer.weight.copy_(weight)
                 self.layer.bias.copy_(bias)
+
+    @torch.no_grad()
+    def refit(self, features: Tensor, labels: Tensor) -> None:
+        """Fit at the chosen regularisation, from where the last fit ended."""
+        start = self.layer.weight.detach(), self.layer.bias.detach()
+        weight, bias = _logistic_regression(features, labels, len(start[1]), self.strength, *start)
+        self.layer.weight.copy_(weight)
+        self.layer.bias.copy_(bias)
 
 
 def _logistic_regression(
@@ -338,7 +350,8 @@ def fit_router(
 ) -> Router:
     """Fit a router on inputs that belong to known experts.
 
-    Held-out inputs select and calibrate; no label of any task and no test row is seen.
+    Held-out inputs select and calibrate; then linear heads learn from them too, at what was selected. No label of any
+    task and no test row is seen.
 
     Args:
         features: (rows, feature) by expert, in any order: the gate's columns are the sorted names; the same number of
@@ -348,14 +361,18 @@ def fit_router(
         ids: (rows, seq) tokens of the same rows, as `ngrams.token_ids` gives them; needed if `settings.tokens`.
 
     Returns:
-        A router in eval mode, with `report`: held-out accuracy, calibration error (ECE, 15 bins), temperature, rows,
-        and of a cascade the share of held-out inputs that take full features.
+        A router in eval mode, with `report`: accuracy and calibration error (ECE, 15 bins) on inputs while they were
+        held out, temperature, rows, and of a cascade the share of held-out inputs that take full features.
 
     Raises:
         DataError: if an expert has too few inputs to hold any out, or they have no n-gram in common.
+        ValueError: if what the settings look at is not given.
     """
     given = {"features": features if settings.hidden else None, "ids": ids if settings.tokens else None}
     data = {what: values for what, values in given.items() if values is not None}
+    if ("features" in data, "ids" in data) != (settings.hidden is not None, settings.tokens):
+        wanted = [what for what, asked in (("hidden states", settings.hidden), ("ids", settings.tokens)) if asked]
+        raise ValueError(f"features {settings.features} need {' and '.join(wanted)}")
     rows_of = {name: len(values) for name, values in next(iter(data.values())).items()}
     names = sorted(rows_of)
     count = min(settings.samples_per_expert, *rows_of.values())
@@ -384,7 +401,13 @@ def fit_router(
     router.eval()
     _calibrate(router, held_out.get("features"), held_out.get("ids"), y_held)
     router.report.update(inputs_per_expert=count, held_out=len(y_held), feature_size=size)
-    return router
+    everything = torch.cat([y, y_held])
+    if head is not None:
+        both = torch.cat([training["features"], held_out["features"]]).float()
+        head.refit(router._standardise(both), everything)
+    if router.ngrams is not None:
+        router.ngrams.refit(join_ids([training["ids"], held_out["ids"]]), everything)
+    return router.eval()
 
 
 def _joined(what: str, parts: Sequence[Tensor]) -> Tensor:
