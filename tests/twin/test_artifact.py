@@ -74,9 +74,9 @@ def make_twin(folder: Path, experts: Mapping[str, Mapping[str, Exclusive]]) -> P
         (folder / "experts" / expert / "head").mkdir()
         save_tensors({"classifier.weight": counted(2, 3)}, folder / "experts" / expert / "head" / "model.safetensors")
         (folder / "experts" / expert / "head" / "config.json").write_text('{"id2label": {"0": "no", "1": "yes"}}')
-    Router(HEADS["centroid"](3, len(experts)), list(experts), 3, RouterSettings(method="centroid", features="all")).save(
-        folder / "router"
-    )
+    Router(
+        HEADS["centroid"](3, len(experts)), list(experts), 3, RouterSettings(method="centroid", features="all")
+    ).save(folder / "router")
     manifest = {
         "recipe": {"max_length": None},
         "experts": {expert: {} for expert in experts},

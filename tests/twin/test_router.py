@@ -33,7 +33,9 @@ def clusters(
 
 
 def fitted(features: Features | None = None, seed: int = 0, **given: object) -> Router:
-    return fit_router(features or clusters(), RouterSettings(**{"method": "linear", "features": "all", **given}), seed=seed)
+    return fit_router(
+        features or clusters(), RouterSettings(**{"method": "linear", "features": "all", **given}), seed=seed
+    )
 
 
 def truth(features: Features) -> tuple[Tensor, Tensor]:
@@ -147,7 +149,9 @@ def test_linear_head_learns_from_held_out_inputs_once_they_have_selected(monkeyp
     fits: list[tuple[int, float]] = []
     regression = module._logistic_regression
 
-    def watched(features: Tensor, labels: Tensor, experts: int, strength: float, *start: Tensor) -> tuple[Tensor, Tensor]:
+    def watched(
+        features: Tensor, labels: Tensor, experts: int, strength: float, *start: Tensor
+    ) -> tuple[Tensor, Tensor]:
         fits.append((len(features), strength))
         return regression(features, labels, experts, strength, *start)
 

@@ -74,7 +74,10 @@ def run_suite(
             spec = suite.contestants[name]
             if spec.seeds is not None and seed not in spec.seeds:
                 continue
-            result, answers = _resume(runs, name, seed, spec) or _store(runs, *run_contestant(at, name, spec), spec)
+            mark = _fingerprint(suite, spec)
+            result, answers = _resume(runs, name, seed, spec, mark) or _store(
+                runs, *run_contestant(at, name, spec), mark
+            )
             results.append(result)
             predictions.append(answers)
         if suite.router_ablation and seed == suite.seeds[0]:
@@ -85,17 +88,21 @@ def run_suite(
     return _assemble(suite, seeds, results, predictions, routers)
 
 
-def _fingerprint(spec: ContestantSpec) -> str:
-    return hashlib.sha256(spec.model_dump_json(exclude={"title", "seeds"}).encode()).hexdigest()[:16]
+def _fingerprint(suite: Suite, spec: ContestantSpec) -> str:
+    """Of everything in a suite file that a run depends on: all but titles, seeds, and who else runs."""
+    around = suite.model_dump_json(exclude={"base_title", "contestants", "router_ablation", "seeds", "sources"})
+    return hashlib.sha256((around + spec.model_dump_json(exclude={"title", "seeds"})).encode()).hexdigest()[:16]
 
 
-def _resume(runs: Path, name: str, seed: int, spec: ContestantSpec) -> tuple[ContestantResult, Predictions] | None:
+def _resume(
+    runs: Path, name: str, seed: int, spec: ContestantSpec, mark: str
+) -> tuple[ContestantResult, Predictions] | None:
     """A finished run with the same settings."""
     path = runs / f"{name}.seed-{seed}.json"
     if not path.exists():
         return None
     stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["fingerprint"] != _fingerprint(spec):
+    if stored["fingerprint"] != mark:
         return None
     result = ContestantResult.model_validate_json(json.dumps(stored["result"]))
     answers = read_predictions(runs / f"{name}.seed-{seed}.predictions.json.gz")
@@ -103,13 +110,13 @@ def _resume(runs: Path, name: str, seed: int, spec: ContestantSpec) -> tuple[Con
 
 
 def _store(
-    runs: Path, result: ContestantResult, answers: Predictions, spec: ContestantSpec
+    runs: Path, result: ContestantResult, answers: Predictions, mark: str
 ) -> tuple[ContestantResult, Predictions]:
     """Keep a finished run; the JSON last, so that half a run is never resumed."""
     write_predictions(answers, runs)
     path = runs / f"{result.name}.seed-{result.seed}.json"
     temporary = path.with_suffix(".tmp")
-    content = {"fingerprint": _fingerprint(spec), "result": json.loads(result.model_dump_json())}
+    content = {"fingerprint": mark, "result": json.loads(result.model_dump_json())}
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     return result, answers

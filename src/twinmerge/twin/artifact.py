@@ -92,9 +92,7 @@ class TwinArtifact:
         folder = self.path / "experts" / expert
         parts: dict[str, Exclusive] = {}
         if (folder / "adapter_model.safetensors").exists():
-            parts.update(
-                _read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds, self.shared)
-            )
+            parts.update(_read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds, self.shared))
         if (folder / "exclusive.safetensors").exists():
             parts.update(_read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared))
         return parts
