@@ -12,8 +12,8 @@ import torch
 
 from twinmerge.errors import DataError
 from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
-from twinmerge.runtime.predict import features_of, ids_of
 from twinmerge.runtime.rows import Row, read_rows
+from twinmerge.runtime.tokens import features_of, ids_of
 from twinmerge.tensors.checkpoint import staged_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import Plan, make_plan
