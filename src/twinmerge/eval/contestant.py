@@ -17,9 +17,8 @@ from twinmerge.eval.results import (
     Kind,
     Predictions,
     TaskPredictions,
-    normalized_interval,
-    score_tasks,
 )
+from twinmerge.eval.scores import normalized_interval, score_tasks
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec
 from twinmerge.eval.tasks import Task
