@@ -334,11 +334,15 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _print_twin(artifact: Any, as_json: bool) -> None:
     """A twin for people, or its manifest with bytes per part."""
-    manifest, parts = artifact.manifest, artifact.bytes_per_part()
+    manifest, parts, own = artifact.manifest, artifact.bytes_per_part(), artifact.bytes_per_expert()
     ratio = parts["exclusive"] / manifest["base"]["bytes"]
     if as_json:
         summary = {key: manifest[key] for key in ("format_version", "created", "recipe", "versions", "base", "experts")}
         summary["changes"] = manifest.get("changes", [])
+        summary["experts"] = {
+            name: {**entry, "exclusive_bytes": own[name]["exclusive"], "head_bytes": own[name]["heads"]}
+            for name, entry in manifest["experts"].items()
+        }
         summary |= {
             "router": manifest["router"],
             "bytes": parts,
@@ -351,11 +355,18 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
     from rich.table import Table
 
     experts = Table(title=f"{artifact.path}: a twin of {len(manifest['experts'])} experts", title_justify="left")
-    for column in ("expert", "mean rank", "largest rank", "energy kept", "source"):
-        experts.add_column(column, justify="left" if column in ("expert", "source") else "right", overflow="fold")
+    for column in ("expert", "mean rank", "max rank", "energy kept", "exclusive bytes", "head bytes"):
+        experts.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
     for name, entry in manifest["experts"].items():
-        row = (f"{entry['rank_mean']:.1f}", str(entry["rank_max"]), f"{entry['energy_kept']:.1%}", entry["source"])
-        experts.add_row(name, *row)
+        ranks = f"{entry['rank_mean']:.1f}", str(entry["rank_max"])
+        sizes = f"{own[name]['exclusive']:,}", f"{own[name]['heads']:,}"
+        experts.add_row(name, *ranks, f"{entry['energy_kept']:.1%}", *sizes)
+    inputs = Table(title="built from", title_justify="left")
+    for column in ("input", "sha256", "licence", "source"):
+        inputs.add_column(column, overflow="fold")
+    for name, entry in {"base": manifest["base"], **manifest["experts"]}.items():
+        hashes = ", ".join(file["sha256"][:12] for file in entry["files"].values())
+        inputs.add_row(name, hashes, entry.get("licence") or "none named", entry["source"])
     router, recipe = manifest["router"], manifest["recipe"]
     console = Console()
     console.print(experts)
@@ -367,9 +378,7 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
         f"{router['temperature']:.3f}, {router['inputs_per_expert']} inputs per expert",
         highlight=False,
     )
-    inputs = {"base": manifest["base"], **manifest["experts"]}
-    licences = ", ".join(f"{name} {entry.get('licence') or 'none named'}" for name, entry in inputs.items())
-    console.print(f"licences: {licences}", highlight=False)
+    console.print(inputs)
     for change in manifest.get("changes", []):
         console.print(f"{change['at']}: {change['change']} {change['expert']}", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
