@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -222,12 +222,15 @@ def _said_what_is_kept(output: _Output, target: Path) -> Iterator[None]:
 
 def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Rows by the window; the row that makes a window full is its last, so that none is read ahead."""
-    stream = iter(rows)
-    while first := list(islice(stream, 1)):
-        window, characters = first, len(first[0]["text"])
-        while len(window) < WINDOW_ROWS and characters < WINDOW_CHARACTERS and (more := list(islice(stream, 1))):
-            window += more
-            characters += len(more[0]["text"]) + len(more[0].get("text_pair", ""))
+    window: list[Row] = []
+    characters = 0
+    for row in rows:
+        window.append(row)
+        characters += len(row["text"]) + len(row.get("text_pair", ""))
+        if len(window) >= WINDOW_ROWS or characters >= WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
         yield window
 
 
