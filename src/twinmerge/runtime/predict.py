@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ from twinmerge.runtime.build import versions
 from twinmerge.runtime.model import Mode, TwinModel
 from twinmerge.runtime.rows import STANDARD, Row, RowReader, count_lines, open_rows, refuse_taken
 from twinmerge.runtime.tokens import Encoded, encode, pad
-from twinmerge.tensors.growing import growing_file
+from twinmerge.tensors.growing import GrowingFile, growing_file
 from twinmerge.twin.artifact import MANIFEST, TwinArtifact
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 2048, 1 << 24
@@ -152,16 +152,6 @@ def predict_file(
     return {"rows": note["rows"], "resumed": before["rows"], "experts": dict(sorted(note["experts"].items()))}
 
 
-class _Output(Protocol):
-    """Where windows of answers go."""
-
-    complete: bool
-    note: Mapping[str, Any] | None
-
-    def append(self, content: bytes, note: Mapping[str, Any]) -> None:
-        """Take a window."""
-
-
 class _StandardOutput:
     complete = False
 
@@ -172,6 +162,10 @@ class _StandardOutput:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
         self.note = note
+
+
+_Output = GrowingFile | _StandardOutput
+"""Where windows of answers go."""
 
 
 @contextmanager
@@ -217,7 +211,7 @@ def _said_what_is_kept(output: _Output, target: Path) -> Iterator[None]:
         if output.note is None or target == STANDARD:
             raise
         kept = f"the answers of {output.note['rows']:,} rows are kept: go on with --resume"
-        raise type(error)(f"{error or 'interrupted'}; {kept}") from error
+        raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from error
 
 
 def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
