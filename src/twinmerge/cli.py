@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from twinmerge import __version__
 from twinmerge.errors import TwinMergeError
@@ -309,9 +309,9 @@ def _predict(options: argparse.Namespace) -> None:
         )
     counts = ", ".join(f"{name} {count}" for name, count in found["experts"].items())
     resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
-    stream = sys.stderr if options.output == STANDARD else sys.stdout
     sentence = f"{found['rows']} rows{resumed}: {counts}"
-    _print_result({"output": str(options.output), **found}, options.json, sentence, stream)
+    result = {"output": str(options.output), **found}
+    _print_result(result, options.json, sentence, to_stderr=options.output == STANDARD)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -385,8 +385,9 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
     console.print(f"built {manifest['created']} with seed {recipe['seed']}; {versions}", highlight=False)
 
 
-def _print_result(result: dict[str, Any], as_json: bool, sentence: str, stream: TextIO | None = None) -> None:
-    (stream or sys.stdout).write((json.dumps(result) if as_json else sentence) + "\n")
+def _print_result(result: dict[str, Any], as_json: bool, sentence: str, *, to_stderr: bool = False) -> None:
+    stream = sys.stderr if to_stderr else sys.stdout
+    stream.write((json.dumps(result) if as_json else sentence) + "\n")
 
 
 @contextmanager
