@@ -146,7 +146,7 @@ def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
         family = tiny.make_family(root, tiny.bert(), tiny.transformers.BertForSequenceClassification)
-        build(family.recipe(exclusive={"rank": 4}), root / "twin")
+        build(family.recipe(exclusive={"rank": 4}, router={"features": "tokens"}), root / "twin")
         for count in counts:
             write_rows(root / "rows.jsonl", count)
             found.append(peak(root, count))

@@ -1,6 +1,7 @@
 """The program, run in process on tiny models: what it prints, what it writes, what it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -96,6 +97,18 @@ def test_predict_says_as_json_what_it_did_and_writes_to_standard_output(
     printed = capsys.readouterr()
     assert printed.out == (tmp_path / "y.jsonl").read_text()
     assert json.loads(printed.err) == {**said, "output": "-"}
+
+
+def test_predict_shows_rows_a_second_and_time_on_a_terminal(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 9)
+    predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--batch-size", "1", "--expert", "ag"]
+    assert main([*predict, "--output", str(tmp_path / "y.jsonl")]) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert re.search(r"predicting .* 9/9 +[\d,.]+/s +\d:\d\d:\d\d", shown)
 
 
 def test_predict_goes_on_after_a_bad_row(
