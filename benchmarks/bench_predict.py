@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests import tiny
-from twinmerge.runtime.batches import DEFAULTS, BatchLimits
+from twinmerge.runtime.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.runtime.build import build
 from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.predict import WINDOW_ROWS, predict
 from twinmerge.runtime.rows import Row, read_rows
+from twinmerge.runtime.tokens import encode
 
 SEED, FIXED = 0, 32
 LIMITS = (BatchLimits(32, 2048), BatchLimits(64, 2048), DEFAULTS.limits, BatchLimits(64, 8192), BatchLimits(128, 8192))
 Answers = list[dict[str, Any]]
+Split = Callable[[Sequence[int]], list[list[int]]]
 
 
 def main() -> None:
@@ -49,9 +52,10 @@ def main() -> None:
     parser.add_argument("--twin", type=Path, help="folder of a twin of classifiers")
     parser.add_argument("--rows", type=Path, nargs="+", help="JSON lines of all its tasks")
     parser.add_argument("--count", type=int, default=512, help="rows taken of all files together")
+    parser.add_argument("--limits", type=limits_of, nargs="+", default=LIMITS, help="rows and tokens, such as 64x4096")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=11, help="0 counts tokens only")
     parser.add_argument(
         "--memory", type=int, nargs="+", default=[], help="numbers of rows whose peak memory is measured"
     )
@@ -61,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     found: dict[str, Any] = {}
     if options.twin:
-        found["rows_per_second"] = speed(options)
+        found["speed"] = speed(options)
     if options.memory:
         found["memory"] = memory(options.memory)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
@@ -82,23 +86,50 @@ def main() -> None:
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Rows a second of `predict` at several limits, and of fixed batches in the order of the file."""
     model, rows = TwinModel.from_pretrained(options.twin), mixed(options.rows, options.count)
-    contestants: dict[str, Callable[[], Answers]] = {f"as they come, {FIXED} rows": lambda: unsorted(model, rows)}
-    for limits in LIMITS:
+    splits: dict[str, Split] = {f"as they come, {FIXED} rows": in_order}
+    for limits in options.limits:
         mark = " (default)" if limits == DEFAULTS.limits else ""
-        name = f"sorted, {limits.rows} rows, {limits.tokens} tokens{mark}"
-        contestants[name] = lambda limits=limits: list(predict(model, rows, limits=limits))  # type: ignore[misc]
-    alone = [answer for row in rows for answer in predict(model, [row], limits=BatchLimits(1))]
-    for name, run in contestants.items():
-        require_same(name, run(), alone)
-    print(f"{len(rows)} rows: all contestants answer as row by row", flush=True)
+        splits[f"sorted, {limits.rows} rows, {limits.tokens} tokens{mark}"] = partial(batches, limits=limits)
+    lengths = [len(one["input_ids"]) for one in encode(model, rows)]
+    print(f"{len(rows)} rows, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)} a row", flush=True)
+    work = {name: computed(split(lengths), lengths) / sum(lengths) for name, split in splits.items()}
+    for name, tokens in work.items():
+        print(f"{name:42} {tokens:6.3f} tokens computed for a real one", flush=True)
+    alone = [answer for row in rows for answer in predict(model, [row])] if options.repeats else []
+    for name, split in splits.items() if options.repeats else ():
+        require_same(name, answers(model, rows, split), alone)
+        print(f"{name:42} answers as row by row", flush=True)
     clock = time.perf_counter if options.clock == "wall" else time.process_time
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in splits}
     for _ in range(options.repeats):
-        for name, run in contestants.items():
+        for name, split in splits.items():
             started = clock()
-            run()
+            answers(model, rows, split)
             seconds[name].append(clock() - started)
-    return dict(summaries(seconds, len(rows)))
+    figures = dict(summaries(seconds, len(rows))) if options.repeats else {}
+    return {name: {"tokens_per_real_token": tokens, **figures.get(name, {})} for name, tokens in work.items()}
+
+
+def in_order(lengths: Sequence[int]) -> list[list[int]]:
+    """`FIXED` rows at a time, whatever their lengths."""
+    return [list(range(start, min(start + FIXED, len(lengths)))) for start in range(0, len(lengths), FIXED)]
+
+
+def computed(parts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    """Tokens of all batches, padding included."""
+    return sum(len(part) * max(lengths[index] for index in part) for part in parts)
+
+
+def answers(model: TwinModel, rows: Sequence[Row], split: Split) -> Answers:
+    """`predict` with its windows split into batches in another way."""
+    with patch("twinmerge.runtime.predict.batches", lambda lengths, _: split(lengths)):
+        return list(predict(model, rows))
+
+
+def limits_of(text: str) -> BatchLimits:
+    """Such as 64x4096: rows and tokens."""
+    rows, tokens = map(int, text.split("x"))
+    return BatchLimits(rows, tokens)
 
 
 def mixed(files: Sequence[Path], count: int) -> list[Row]:
@@ -106,16 +137,6 @@ def mixed(files: Sequence[Path], count: int) -> list[Row]:
     rows = [row for file in files for row in read_rows(file, labelled=False)]
     texts = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
     return random.Random(SEED).sample(texts, min(count, len(texts)))
-
-
-def unsorted(model: TwinModel, rows: Sequence[Row]) -> Answers:
-    """`predict` on `FIXED` rows at a time, whatever their lengths."""
-
-    def in_order(lengths: Sequence[int], _: BatchLimits) -> list[list[int]]:
-        return [list(range(start, min(start + FIXED, len(lengths)))) for start in range(0, len(lengths), FIXED)]
-
-    with patch("twinmerge.runtime.predict.batches", in_order):
-        return list(predict(model, rows))
 
 
 def require_same(name: str, found: Answers, expected: Answers) -> None:
