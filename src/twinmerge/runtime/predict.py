@@ -249,7 +249,8 @@ def _answer(
     for chosen in batches([len(one["input_ids"]) + new for one in encoded], settings.limits):
         picked = [encoded[index] for index in chosen]
         with _in_mode(model, "merge" if kept else "factors"):
-            yield chosen, _continued(model, picked, settings) if new else _labelled(model, picked, settings)
+            found = _continued(model, picked, settings) if new else _labelled(model, picked, settings)
+        yield chosen, found
 
 
 def _labelled(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings) -> list[Answer]:
