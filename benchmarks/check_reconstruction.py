@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.runtime.model import load_backbone
-from twinmerge.runtime.predict import tokenize
+from twinmerge.runtime.tokens import tokenize
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.recipe import ExclusiveSettings
 from twinmerge.twin.weights import silent, write_weights

@@ -62,8 +62,7 @@ def main() -> int:
     say("3/4  four inputs, no task given")
     questions, answers = results / "demo-questions.jsonl", results / "demo-answers.jsonl"
     questions.write_text(QUESTIONS, encoding="utf-8")
-    answers.unlink(missing_ok=True)
-    twinmerge("predict", twin, "--input", questions, "--output", answers)
+    twinmerge("predict", twin, "--input", questions, "--output", answers, "--overwrite")
     sys.stdout.write(answers.read_text(encoding="utf-8"))
 
     say("4/4  the twin against its rivals, on test rows that nothing was chosen on")

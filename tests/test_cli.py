@@ -1,6 +1,7 @@
 """The program, run in process on tiny models: what it prints, what it writes, what it refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tiny.Family:
     root = tmp_path_factory.mktemp("family")
     made = tiny.make_family(root, tiny.bert(), tiny.transformers.BertForSequenceClassification)
     (root / "recipe.yaml").write_text(RECIPE)
+    (root / "bad.jsonl").write_text('{"text": "w5"}\n{"text": "w6", "score": NaN}\n')
     return made
 
 
@@ -40,6 +42,9 @@ def test_inspect_shows_experts_bytes_and_router(twin: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     for word in ("trec", "sms", "ag", "energy kept", "exclusive", "held-out accuracy", "calibration error", "seed 0"):
         assert word in printed
+    manifest = json.loads((twin / "twin.json").read_text())
+    for entry in (manifest["base"], *manifest["experts"].values()):
+        assert entry["files"]["model.safetensors"]["sha256"][:12] in printed
 
 
 def test_inspect_as_json_adds_up_to_the_folder(twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +52,11 @@ def test_inspect_as_json_adds_up_to_the_folder(twin: Path, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert sum(found["bytes"].values()) == sum(p.stat().st_size for p in twin.rglob("*") if p.is_file())
     assert set(found["experts"]) == {"trec", "sms", "ag"}
+    for name, entry in found["experts"].items():
+        files = [path for path in (twin / "experts" / name).rglob("*") if path.is_file()]
+        assert entry["exclusive_bytes"] + entry["head_bytes"] == sum(path.stat().st_size for path in files)
+        assert {"rank_mean", "rank_max", "energy_kept", "source", "licence", "files"} <= set(entry)
+    assert {"accuracy", "calibration_error", "temperature"} <= set(found["router"])
 
 
 def test_verify_counts_files(twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +77,67 @@ def test_predict_answers_in_input_order_and_keeps_fields(
     assert [a["text"] for a in answers] == [row["text"] for row in rows]
     assert all(sum(a["gate"].values()) == pytest.approx(1, abs=1e-4) or a["fallback"] for a in answers)
     assert all(a["label"].startswith("LABEL_") and 0 <= a["score"] <= 1 for a in answers)
-    assert "10 rows" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "10 rows" in printed.out
+    assert printed.err == ""  # no terminal
+
+
+def test_predict_says_as_json_what_it_did_and_writes_to_standard_output(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 3)
+    predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--json", "--expert", "ag"]
+    assert main([*predict, "--output", str(tmp_path / "y.jsonl")]) == 0
+    said = {"output": str(tmp_path / "y.jsonl"), "rows": 3, "resumed": 0, "experts": {"ag": 3}}
+    assert json.loads(capsys.readouterr().out) == said
+    with (tmp_path / "x.jsonl").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        arguments = ["predict", str(twin), "--input", "-", "--output", "-", "--json", "--expert", "ag"]
+        assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / "y.jsonl").read_text()
+    assert json.loads(printed.err) == {**said, "output": "-"}
+
+
+def test_predict_shows_rows_a_second_and_time_on_a_terminal(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 9)
+    predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--batch-size", "1", "--expert", "ag"]
+    assert main([*predict, "--output", str(tmp_path / "y.jsonl")]) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert re.search(r"predicting .* 9/9 +[\d,.]+/s +\d:\d\d:\d\d", shown)
+
+
+def test_predict_goes_on_after_a_bad_row(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twinmerge.runtime.predict.WINDOW_ROWS", 2)
+    (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 3 + "w7\n")
+    predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "y.jsonl")]
+    assert main(predict) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "x.jsonl:4: not JSON" in line
+    assert line.endswith("the answers of 2 rows are kept: go on with --resume")
+    (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 5)
+    assert main([*predict, "--resume"]) == 0
+    assert "5 rows, 2 of them by the run before" in capsys.readouterr().out
+    assert main([*predict, "--overwrite"]) == 0
+
+
+def test_interrupted_prediction_says_what_is_kept(
+    twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt("interrupted; the answers of 9 rows are kept: go on with --resume")
+
+    monkeypatch.setattr("twinmerge.runtime.predict.predict_file", interrupt)
+    assert main(["predict", str(twin), "--input", "x", "--output", str(tmp_path / "y.jsonl")]) == 130
+    assert capsys.readouterr().err == (
+        "twinmerge: error: interrupted; the answers of 9 rows are kept: go on with --resume\n"
+    )
 
 
 def test_experts_come_and_go(
@@ -155,6 +225,19 @@ contestants:
         (["predict", "{root}/twin", "--input", "{root}/no.jsonl", "--output", "{root}/new"], "cannot read rows"),
         (["predict", "{root}/twin", "--input", "{root}/ag.jsonl", "--output", "{root}/sms.jsonl"], "exists already"),
         (
+            ["predict", "{root}/twin", "--input", "{root}/ag.jsonl", "--output", "{root}/no/y"],
+            "no is no folder; make it",
+        ),
+        (
+            ["predict", "{root}/twin", "--input", "{root}/ag.jsonl", "--output", "-", "--resume"],
+            "standard output keeps",
+        ),
+        (
+            ["predict", "{root}/twin", "--input", "{root}/bad.jsonl", "--output", "{root}/new"],
+            "bad.jsonl:2: not JSON: NaN",
+        ),
+        (["predict", "{root}/ag", "--input", "{root}/ag.jsonl", "--output", "{root}/new"], "is no twin"),
+        (
             ["predict", "{root}/twin", "--input", "{root}/ag.jsonl", "--output", "{root}/new", "--expert", "spam"],
             "unknown expert 'spam'; this twin has ag, sms, trec",
         ),
@@ -183,7 +266,14 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["bild"], ["predict", "twin"], ["predict", "t", "--batch-size", "0"], ["add", "t", "--expert", "x"]],
+    [
+        [],
+        ["bild"],
+        ["predict", "twin"],
+        ["predict", "t", "--input", "-", "--output", "-", "--batch-size", "0"],
+        ["predict", "t", "--input", "-", "--output", "-", "--batch-tokens", "x"],
+        ["add", "t", "--expert", "x"],
+    ],
 )
 def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -12,6 +12,7 @@ from typing import Any
 
 from twinmerge import __version__
 from twinmerge.errors import TwinMergeError
+from twinmerge.runtime.batches import BatchLimits, PredictSettings
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 FORMS = ("dense", "peft", "stacked-lora")
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        _complain("interrupted; nothing half-made was left")
+    except KeyboardInterrupt as error:
+        _complain(str(error) or "interrupted; nothing half-made was left")
         return EXIT_INTERRUPTED
     return 0
 
@@ -108,10 +109,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     predict = _command(commands, "predict", _predict, "answer rows of text, each by its own mix of experts")
     predict.add_argument("twin", type=Path, help="folder of a twin")
-    predict.add_argument("--input", type=Path, required=True, help='JSON lines: {"text": ...}, perhaps "text_pair"')
-    predict.add_argument("--output", type=Path, required=True, help="JSON lines in input order; must not exist")
+    predict.add_argument(
+        "--input", type=Path, required=True, help='JSON lines: {"text": ...}, perhaps "text_pair"; - is standard input'
+    )
+    predict.add_argument(
+        "--output", type=Path, required=True, help="JSON lines in input order, must not exist; - is standard output"
+    )
+    predict.add_argument(
+        "--overwrite", action="store_true", help="replace the output, and what an interrupted run left of it"
+    )
+    predict.add_argument("--resume", action="store_true", help="go on with what an interrupted run left")
     predict.add_argument("--expert", help="use this expert alone instead of the router")
-    predict.add_argument("--batch-size", type=_positive, default=32, help="rows a batch (default: %(default)s)")
+    predict.add_argument(
+        "--batch-size", type=_positive, default=BatchLimits.rows, help="rows a batch, at most (default: %(default)s)"
+    )
+    predict.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=BatchLimits.tokens,
+        help="rows times tokens of a batch, padding included, at most (default: %(default)s)",
+    )
+    predict.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=PredictSettings.max_new_tokens,
+        help="of a causal LM's continuation (default: %(default)s)",
+    )
     predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
     evaluate = _command(
@@ -267,35 +290,28 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from twinmerge.errors import GateError, OutputExistsError
-    from twinmerge.runtime.model import TwinModel
-    from twinmerge.runtime.predict import predict
-    from twinmerge.runtime.rows import iter_rows
+    from twinmerge.runtime.predict import predict_file
+    from twinmerge.runtime.rows import STANDARD
 
-    if options.output.exists():
-        raise OutputExistsError(f"--output {options.output} exists already; remove it or name another file")
-    total = sum(1 for _ in iter_rows(options.input, labelled=False))
-    model = TwinModel.from_pretrained(options.twin, device=options.device)
-    if options.expert is not None and options.expert not in model.expert_names:
-        raise GateError(f"--expert: unknown expert {options.expert!r}; this twin has {', '.join(model.expert_names)}")
-    partial = options.output.with_name(f".{options.output.name}.partial")
-    experts: dict[str, int] = {}
-    with _progress() as progress:
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                rows = iter_rows(options.input, labelled=False)
-                answers = predict(model, rows, expert=options.expert, batch_size=options.batch_size)
-                for done, answer in enumerate(answers, start=1):
-                    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-                    experts[answer["expert"]] = experts.get(answer["expert"], 0) + 1
-                    progress("predicting", done, total)
-            partial.replace(options.output)
-        finally:
-            partial.unlink(missing_ok=True)
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(experts.items()))
-    _print_result(
-        {"output": str(options.output), "rows": total, "experts": experts}, options.json, f"{total} rows: {counts}"
+    settings = PredictSettings(
+        options.expert, BatchLimits(options.batch_size, options.batch_tokens), options.max_new_tokens
     )
+    with _progress(quiet=True) as progress:
+        found = predict_file(
+            options.twin,
+            options.input,
+            options.output,
+            settings,
+            device=options.device,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            progress=lambda done, total: progress("predicting", done, total),
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in found["experts"].items())
+    resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
+    sentence = f"{found['rows']} rows{resumed}: {counts}"
+    result = {"output": str(options.output), **found}
+    _print_result(result, options.json, sentence, to_stderr=options.output == STANDARD)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -318,11 +334,15 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _print_twin(artifact: Any, as_json: bool) -> None:
     """A twin for people, or its manifest with bytes per part."""
-    manifest, parts = artifact.manifest, artifact.bytes_per_part()
+    manifest, parts, own = artifact.manifest, artifact.bytes_per_part(), artifact.bytes_per_expert()
     ratio = parts["exclusive"] / manifest["base"]["bytes"]
     if as_json:
         summary = {key: manifest[key] for key in ("format_version", "created", "recipe", "versions", "base", "experts")}
         summary["changes"] = manifest.get("changes", [])
+        summary["experts"] = {
+            name: {**entry, "exclusive_bytes": own[name]["exclusive"], "head_bytes": own[name]["heads"]}
+            for name, entry in manifest["experts"].items()
+        }
         summary |= {
             "router": manifest["router"],
             "bytes": parts,
@@ -335,11 +355,18 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
     from rich.table import Table
 
     experts = Table(title=f"{artifact.path}: a twin of {len(manifest['experts'])} experts", title_justify="left")
-    for column in ("expert", "mean rank", "largest rank", "energy kept", "source"):
-        experts.add_column(column, justify="left" if column in ("expert", "source") else "right", overflow="fold")
+    for column in ("expert", "mean rank", "max rank", "energy kept", "exclusive bytes", "head bytes"):
+        experts.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
     for name, entry in manifest["experts"].items():
-        row = (f"{entry['rank_mean']:.1f}", str(entry["rank_max"]), f"{entry['energy_kept']:.1%}", entry["source"])
-        experts.add_row(name, *row)
+        ranks = f"{entry['rank_mean']:.1f}", str(entry["rank_max"])
+        sizes = f"{own[name]['exclusive']:,}", f"{own[name]['heads']:,}"
+        experts.add_row(name, *ranks, f"{entry['energy_kept']:.1%}", *sizes)
+    inputs = Table(title="built from", title_justify="left")
+    for column in ("input", "sha256", "licence", "source"):
+        inputs.add_column(column, overflow="fold")
+    for name, entry in {"base": manifest["base"], **manifest["experts"]}.items():
+        hashes = ", ".join(file["sha256"][:12] for file in entry["files"].values())
+        inputs.add_row(name, hashes, entry.get("licence") or "none named", entry["source"])
     router, recipe = manifest["router"], manifest["recipe"]
     console = Console()
     console.print(experts)
@@ -351,22 +378,21 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
         f"{router['temperature']:.3f}, {router['inputs_per_expert']} inputs per expert",
         highlight=False,
     )
-    inputs = {"base": manifest["base"], **manifest["experts"]}
-    licences = ", ".join(f"{name} {entry.get('licence') or 'none named'}" for name, entry in inputs.items())
-    console.print(f"licences: {licences}", highlight=False)
+    console.print(inputs)
     for change in manifest.get("changes", []):
         console.print(f"{change['at']}: {change['change']} {change['expert']}", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     console.print(f"built {manifest['created']} with seed {recipe['seed']}; {versions}", highlight=False)
 
 
-def _print_result(result: dict[str, Any], as_json: bool, sentence: str) -> None:
-    sys.stdout.write((json.dumps(result) if as_json else sentence) + "\n")
+def _print_result(result: dict[str, Any], as_json: bool, sentence: str, *, to_stderr: bool = False) -> None:
+    stream = sys.stderr if to_stderr else sys.stdout
+    stream.write((json.dumps(result) if as_json else sentence) + "\n")
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
-    """Bars on stderr with rate and time left; one line per finished stage where stderr is no terminal."""
+def _progress(*, quiet: bool = False) -> Iterator[Any]:
+    """Bars on stderr with rate and time left; where it is no terminal, one line per finished stage unless `quiet`."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -381,13 +407,13 @@ def _progress() -> Iterator[Any]:
     stages: dict[str, Any] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int | None) -> None:
             if stage not in stages:
                 stages[stage] = bars.add_task(stage, total=total, rate="")
             task = bars._tasks[stages[stage]]
             bars.update(stages[stage], completed=done, rate=f"{task.speed:,.1f}/s" if task.speed else "")
-            if done >= total:
-                if bars.disable:
+            if total is not None and done >= total:
+                if bars.disable and not quiet:
                     console.print(f"{stage}: {total}", highlight=False)
                 del stages[stage]
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from twinmerge.eval.metrics import ReliabilityBin, mask_misrouted
+from twinmerge.eval.metrics import MISROUTED, ReliabilityBin, mask_misrouted
 from twinmerge.eval.results import (
     Comparison,
     ContestantResult,
@@ -13,11 +13,8 @@ from twinmerge.eval.results import (
     SuiteResult,
     Table,
     TaskPredictions,
-    compare,
-    normalized_interval,
-    score_tasks,
-    summarize,
 )
+from twinmerge.eval.scores import compare, normalized_interval, score_tasks, summarize
 
 TASKS = {
     "trec": ("accuracy", 6, 0.92),
@@ -216,3 +213,30 @@ def _scaling_table() -> Table:
         rows=[["1/T", 1, 0.314159, 92.9], ["0.3", 1, 0.33, 92.7], ["auto", 1, 0.29, 93.1], ["auto", 4, None, 99.5]],
         note="Residual energy is the share of the squared difference that truncation throws away.",
     )
+
+
+# --- predictions by hand
+
+
+def task(labels: str, expert: str, oracle_head: str, routed: str | None = None, **changes: str) -> TaskPredictions:
+    """Predictions of one task, one letter a row; `-` is misrouted."""
+
+    def split(letters: str) -> list[str]:
+        return [MISROUTED if letter == "-" else letter for letter in letters]
+
+    return TaskPredictions(
+        metric=changes.get("metric", "accuracy"),
+        positive_label=changes.get("positive_label"),
+        labels=split(labels),
+        expert=split(expert),
+        oracle_head=split(oracle_head),
+        routed=None if routed is None else split(routed),
+    )
+
+
+def run(seed: int = 0, contestant: str = "twin", **tasks: TaskPredictions) -> Predictions:
+    return Predictions(contestant=contestant, seed=seed, tasks=tasks)
+
+
+def named(predictions: list[Predictions], name: str) -> list[Predictions]:
+    return [one for one in predictions if one.contestant == name]

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinmerge.errors import CheckpointError, OutputExistsError
+from twinmerge.tensors import lock
 from twinmerge.tensors import staging as module
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
 from twinmerge.tensors.staging import resumable_folder
@@ -126,7 +127,7 @@ def test_one_folder_is_not_written_twice_at_a_time(tmp_path: Path) -> None:
 def test_a_lock_file_removed_meanwhile_is_taken_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
 ) -> None:
-    flock, calls = module.fcntl.flock, []
+    flock, calls = lock.fcntl.flock, []
 
     def lose_the_file(descriptor: int, operation: int) -> None:
         flock(descriptor, operation)
@@ -136,6 +137,6 @@ def test_a_lock_file_removed_meanwhile_is_taken_anew(
             if replaced:
                 (tmp_path / ".out.lock").touch()
 
-    monkeypatch.setattr(module.fcntl, "flock", lose_the_file)
+    monkeypatch.setattr(lock.fcntl, "flock", lose_the_file)
     with resumable_folder(tmp_path / "out", "f"):
         assert len(calls) == 2

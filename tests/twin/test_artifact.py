@@ -196,6 +196,11 @@ def test_bytes_reported_are_the_bytes_on_disk(twin: Path) -> None:
     assert parts["other"] == on_disk["config.json"] + on_disk["twin.json"]
     assert parts["heads"] == heads > 0
     assert parts["router"] == sum(size for name, size in on_disk.items() if name.startswith("router/")) > 0
+    own = TwinArtifact.open(twin).bytes_per_expert()
+    assert tuple(own) == TwinArtifact.open(twin).expert_names
+    assert {key: sum(sizes[key] for sizes in own.values()) for key in ("exclusive", "heads")} == {
+        key: parts[key] for key in ("exclusive", "heads")
+    }
 
 
 def test_norms_are_those_of_the_dense_parts() -> None:

@@ -17,16 +17,15 @@ from twinmerge.eval.results import (
     Kind,
     Predictions,
     TaskPredictions,
-    normalized_interval,
-    score_tasks,
 )
-from twinmerge.eval.seed import BATCH, SeedRun
+from twinmerge.eval.scores import normalized_interval, score_tasks
+from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec
 from twinmerge.eval.tasks import Task
 from twinmerge.merging.methods import SharedParams
 from twinmerge.runtime.model import TwinModel, backbone_from, load_backbone
-from twinmerge.runtime.predict import batches, tokenize
 from twinmerge.runtime.rows import Row
+from twinmerge.runtime.tokens import tokenize, tokenized_batches
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.recipe import ExclusiveSettings
 from twinmerge.twin.router import Router, Routing, group_gates
@@ -203,8 +202,7 @@ class _Contestant:
 
         rows = [*fit, *test]
         pooled = torch.zeros(len(rows), model.backbone.config.hidden_size)
-        for chosen in batches(rows, BATCH):
-            inputs = tokenize(model, [rows[i] for i in chosen])
+        for chosen, inputs in tokenized_batches(model, rows):
             with self.at.autocast():
                 states = model.encode(None if gate is None else gate[chosen], **inputs)[0]
             mask = inputs["attention_mask"].unsqueeze(-1)

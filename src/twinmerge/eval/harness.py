@@ -23,11 +23,10 @@ from twinmerge.eval.results import (
     Predictions,
     RouterResult,
     SuiteResult,
-    compare,
     read_predictions,
-    summarize,
     write_predictions,
 )
+from twinmerge.eval.scores import compare, summarize
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
 from twinmerge.twin.recipe import RouterSettings

@@ -13,14 +13,12 @@ from twinmerge.eval.tasks import Task
 from twinmerge.merging.methods import SharedParams
 from twinmerge.runtime.build import open_plan, router_features, router_rows
 from twinmerge.runtime.model import TwinModel, backbone_from, load_backbone, load_head, load_tokenizer
-from twinmerge.runtime.predict import batches, ids_of, tokenize
 from twinmerge.runtime.rows import Row
+from twinmerge.runtime.tokens import ids_of, tokenized_batches
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
 from twinmerge.twin.router import Router, Routing, fit_router
 from twinmerge.twin.weights import Progress, merged_tensors
-
-BATCH = 64
 
 
 class SeedRun:
@@ -144,8 +142,7 @@ class SeedRun:
         """The label that each row's head gives, in the order of the rows."""
         labels = [""] * len(rows)
         done = 0
-        for chosen in batches(rows, BATCH):
-            inputs = tokenize(model, [rows[i] for i in chosen])
+        for chosen, inputs in tokenized_batches(model, rows):
             with self.autocast():
                 outputs = model.encode(None if gates is None else gates[chosen], **inputs)
                 answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)

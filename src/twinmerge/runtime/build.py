@@ -12,8 +12,8 @@ import torch
 
 from twinmerge.errors import DataError
 from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
-from twinmerge.runtime.predict import features_of, ids_of
 from twinmerge.runtime.rows import Row, read_rows
+from twinmerge.runtime.tokens import features_of, ids_of
 from twinmerge.tensors.checkpoint import staged_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import Plan, make_plan
@@ -48,6 +48,7 @@ def build(
     with staged_folder(out, overwrite=overwrite) as folder:
         plan = open_plan(recipe)
         rows = router_rows(plan)
+        require_heads(plan)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             report = write_weights(plan, folder, Path(work), progress)
         router = fit_on_shared(folder, plan, rows, progress)
@@ -103,6 +104,19 @@ def router_rows(plan: Plan) -> dict[str, list[Row]]:
     return rows
 
 
+def require_heads(plan: Plan) -> None:
+    """Refuse heads that cannot answer, before any work.
+
+    Raises:
+        CheckpointError: if one holds NaN or Inf.
+        MismatchError: if one is not what its class needs.
+    """
+    for expert in plan.experts.values():
+        head = expert.read_head()
+        if head:
+            load_head(expert.config, head)
+
+
 def router_features(
     model: TwinModel, rows: Mapping[str, Sequence[Row]], spec: str, progress: Progress = silent
 ) -> dict[str, torch.Tensor]:
@@ -121,12 +135,8 @@ def router_features(
 
 
 def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
-    """Fit the router on the shared expert as it lies on disk; heads that cannot answer are refused here."""
+    """Fit the router on the shared expert as it lies on disk."""
     recipe = plan.recipe
-    for expert in plan.experts.values():
-        head = expert.read_head()
-        if head:
-            load_head(expert.config, head)
     model = TwinModel(
         load_backbone(folder),
         {n: {} for n in plan.expert_names},

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
-from twinmerge.runtime.build import fit_on_shared, model_card, router_rows, versions, with_provenance
+from twinmerge.runtime.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
 from twinmerge.tensors.staging import resumable_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
@@ -103,6 +103,7 @@ def _change(
         recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
         plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
         rows = router_rows(plan)
+        require_heads(plan)
         artifact.verify()
         known = _take_over(artifact, staging, name, link=target == folder)
         report = None

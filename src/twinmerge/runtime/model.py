@@ -27,7 +27,7 @@ from twinmerge.twin.ngrams import token_ids
 from twinmerge.twin.plan import Kind
 from twinmerge.twin.router import Router, Routing
 
-Mode = Literal["auto", "all", "gather", "merge"]
+Mode = Literal["auto", "factors", "all", "gather", "merge"]
 _NEW_TOKENS = 20
 """What transformers' generate makes when nobody says how many."""
 
@@ -90,7 +90,8 @@ class TwinModel(nn.Module):
             max_length: tokens an input is cut at.
             mode: how gated layers compute, the same result each way. `all`: the ranks of all experts in use for every
                 row; `gather`: each row's own ranks; `merge`: merged weights, one set for every different gate;
-                `auto`: the cheapest by the cost models of `gating` and `merged`.
+                `auto`: the cheapest by the cost models of `gating` and `merged`; `factors`: the same, but never merged
+                weights, so that what was asked before changes no bit.
             drop_below: gates of the router under this are dropped (`gating.keep_large` says what that can change); a
                 caller's gates are used as they are.
             merge_bytes: what merged weights may take (`merged.MergeCache`).
@@ -210,8 +211,12 @@ class TwinModel(nn.Module):
 
     def route(self, **inputs: Any) -> Tensor:
         """The gate only, (batch, expert): rows sum to 1, zeros for an input left to the shared expert."""
-        with torch.inference_mode():
-            return self._routing(inputs).gate
+        return self.routing(**inputs).gate
+
+    @torch.inference_mode()
+    def routing(self, **inputs: Any) -> Routing:
+        """Gate, scores of the experts and fall-back flags of every row."""
+        return self._routing(inputs)
 
     @torch.inference_mode()
     def encode(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:

@@ -1,14 +1,20 @@
 """Knows how rows of text are read from JSON lines, and says where one is wrong."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from twinmerge.errors import DataError
+from twinmerge.tensors.growing import sha256_of_first
 
 Row = dict[str, Any]
 """One input: `text`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""
+STANDARD = Path("-")
+"""Standard input or output."""
 
 
 def read_rows(path: Path, *, labelled: bool) -> list[Row]:
@@ -30,15 +36,105 @@ def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
     Raises:
         DataError: if the file is missing or empty, or at the first bad line.
     """
+    with open_rows(path) as file:
+        yield from RowReader(file, str(path), labelled=labelled)
+
+
+@contextmanager
+def open_rows(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of rows, `-` for standard input.
+
+    Raises:
+        DataError: if it cannot be opened.
+    """
+    if path == STANDARD:
+        yield sys.stdin.buffer
+        return
     try:
-        with path.open("rb") as file:
-            number = 0
-            for number, line in enumerate(file, start=1):
-                yield _parse(line, f"{path}:{number}", labelled=labelled)
+        file = path.open("rb")
     except OSError as error:
         raise DataError(f"cannot read rows from {path}: {error.strerror}") from error
-    if number == 0:
-        raise DataError(f"{path} holds no rows")
+    with file:
+        yield file
+
+
+def count_lines(path: Path) -> int | None:
+    """Lines of a file, fast and in little memory; None of what can be read only once."""
+    if not path.is_file():
+        return None
+    count, end = 0, b"\n"
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            count += chunk.count(b"\n")
+            end = chunk[-1:]
+    return count + (end != b"\n")
+
+
+class RowReader:
+    """Rows of an open file, one by one, and how far it has been read.
+
+    Attributes:
+        rows: rows read.
+        bytes: bytes read.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, *, labelled: bool = False, taken: Collection[str] = ()) -> None:
+        """Start at the beginning.
+
+        Args:
+            file: binary, one JSON object a line.
+            name: of the file, for messages.
+            labelled: as in `iter_rows`.
+            taken: fields that a row may not have, since an answer has them.
+        """
+        self.rows = self.bytes = 0
+        self._file, self._name, self._labelled, self._taken = file, name, labelled, taken
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes read."""
+        return self._digest.hexdigest()
+
+    def skip(self, rows: int, size_bytes: int, sha256: str) -> None:
+        """Go on where another reader of the same file was.
+
+        Raises:
+            DataError: if the file does not begin with those bytes.
+        """
+        self._digest = sha256_of_first(self._file, size_bytes)
+        self.rows, self.bytes = rows, size_bytes
+        if self.sha256 != sha256:
+            raise DataError(
+                f"the first {rows:,} rows of {self._name} are not those that the interrupted run read; give that file"
+            )
+
+    def __iter__(self) -> Iterator[Row]:
+        """Read on.
+
+        Raises:
+            DataError: at the first bad line, or if there is none at all.
+        """
+        for line in self._file:
+            row = _parse(line, f"{self._name}:{self.rows + 1}", labelled=self._labelled)
+            refuse_taken(row, self._taken, f"{self._name}:{self.rows + 1}")
+            self._digest.update(line)
+            self.bytes += len(line)
+            self.rows += 1
+            yield row
+        if self.rows == 0:
+            raise DataError(f"{self._name} holds no rows")
+
+
+def refuse_taken(row: Row, taken: Collection[str], where: str) -> None:
+    """Refuse a row whose fields would be lost among those of its answer.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for field in row:
+        if field in taken:
+            raise DataError(f"{where}: the answer has a field {field!r} of its own; rename the row's")
 
 
 def _parse(line: bytes, where: str, *, labelled: bool) -> Row:

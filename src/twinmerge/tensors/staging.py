@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from twinmerge.errors import OutputExistsError
 from twinmerge.tensors.checkpoint import publish, require_free
+from twinmerge.tensors.lock import only_process
 
 JOURNAL = ".journal"
 
@@ -54,7 +53,7 @@ def resumable_folder(
     require_free(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.partial")
-    with _only_process(target):
+    with only_process(target):
         finished = _take_up(folder, fingerprint) if resume else {}
         if not finished:
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,32 +79,3 @@ def _take_up(folder: Path, fingerprint: str) -> dict[str, str]:
             f"{folder} was left by a run with another recipe or other inputs; run without --resume to start anew"
         )
     return dict(json.loads(line) for line in lines if line.endswith("\n"))
-
-
-@contextmanager
-def _only_process(target: Path) -> Iterator[None]:
-    """Hold the lock of a target; it goes with the process, however that ends."""
-    path = target.with_name(f".{target.name}.lock")
-    descriptor = _lock(path)
-    while descriptor is None:  # the last holder removed the file between our opening and our locking it
-        descriptor = _lock(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(path: Path) -> int | None:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(path.stat(), os.fstat(descriptor)):
-            return descriptor
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputExistsError(f"another process holds {path}; wait for it to end") from error
-    except FileNotFoundError:
-        pass
-    os.close(descriptor)
-    return None

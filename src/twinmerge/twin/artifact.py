@@ -117,6 +117,14 @@ class TwinArtifact:
         parts["other"] += (self.path / MANIFEST).stat().st_size
         return parts
 
+    def bytes_per_expert(self) -> dict[str, dict[str, int]]:
+        """Bytes on disk of every expert's `exclusive` and `heads`; they sum to the parts of `bytes_per_part`."""
+        experts = {name: {"exclusive": 0, "heads": 0} for name in self.expert_names}
+        for name, entry in self.manifest["files"].items():
+            if name.startswith("experts/"):
+                experts[name.split("/")[1]][_part_of(name)] += entry["bytes"]
+        return experts
+
     def verify(self) -> int:
         """Check the hash of every file.
 

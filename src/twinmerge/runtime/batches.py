@@ -1,0 +1,60 @@
+"""Knows how rows are answered: by whom, and which of them share a batch; imports nothing heavy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """What one batch may hold.
+
+    Attributes:
+        rows: inputs, at most.
+        tokens: rows times the longest one's tokens, padding included, at most; a longer input is a batch of its own.
+    """
+
+    rows: int = 64
+    tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class PredictSettings:
+    """How rows are answered.
+
+    Attributes:
+        expert: use this expert alone, not the router.
+        limits: of a batch.
+        max_new_tokens: of a causal LM's continuation.
+    """
+
+    expert: str | None = None
+    limits: BatchLimits = BatchLimits()
+    max_new_tokens: int = 64
+
+
+DEFAULTS = PredictSettings()
+
+
+def batches(lengths: Sequence[int], limits: BatchLimits) -> list[list[int]]:
+    """Inputs in batches of like length, longest first.
+
+    Args:
+        lengths: tokens of every input.
+        limits: what a batch may hold.
+
+    Returns:
+        Indices of `lengths`, each once.
+
+    Example:
+        >>> batches([3, 9, 4, 2], BatchLimits(rows=2, tokens=10))
+        [[1], [2, 0], [3]]
+    """
+    found: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if found and len(found[-1]) < limits.rows and (len(found[-1]) + 1) * longest <= limits.tokens:
+            found[-1].append(index)
+        else:
+            found.append([index])
+            longest = lengths[index]
+    return found
