@@ -32,6 +32,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from transformers import BertForSequenceClassification
+
 from tests import tiny
 from twinmerge.runtime.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.runtime.build import build
@@ -135,7 +137,7 @@ def limits_of(text: str) -> BatchLimits:
 def mixed(files: Sequence[Path], count: int) -> list[Row]:
     """Texts of all files, drawn in a fixed order; fields that answers have are left out."""
     rows = [row for file in files for row in read_rows(file, labelled=False)]
-    texts = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
+    texts: list[Row] = [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
     return random.Random(SEED).sample(texts, min(count, len(texts)))
 
 
@@ -166,7 +168,7 @@ def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory() as work:
         root = Path(work)
-        family = tiny.make_family(root, tiny.bert(), tiny.transformers.BertForSequenceClassification)
+        family = tiny.make_family(root, tiny.bert(), BertForSequenceClassification)
         build(family.recipe(exclusive={"rank": 4}, router={"features": "tokens"}), root / "twin")
         for count in counts:
             write_rows(root / "rows.jsonl", count)

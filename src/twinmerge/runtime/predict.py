@@ -275,7 +275,7 @@ def _continued(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSe
     else:
         names, fallback = [settings.expert] * len(encoded), [False] * len(encoded)
         gate = model.one_hot(names)
-    inputs = pad(model, encoded, side="left")
+    inputs: dict[str, Any] = pad(model, encoded, side="left")
     written = model.generate(
         **inputs,
         gate=gate,
