@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
 import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,6 @@ from twinmerge.errors import CheckpointError, OutputExistsError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""Linux: paths start from the working directory; both names stay."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -217,50 +212,8 @@ def save_checkpoint(
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _fsync(folder / INDEX)
-        _fsync(folder)
-
-
-@contextmanager
-def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Fill a folder that appears under its name only when it is complete and on disk.
-
-    Args:
-        target: the folder to write; its parents are created.
-        overwrite: replace an existing folder once the new one is complete.
-
-    Yields:
-        An empty folder beside `target`; removed, and `target` left as it was, on any exception.
-
-    Raises:
-        OutputExistsError: before any work, if `target` exists and may not be replaced.
-    """
-    target = target.resolve()
-    require_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tag = f"{os.getpid()}-{secrets.token_hex(4)}"
-    staging = target.with_name(f".{target.name}.tmp-{tag}")
-    staging.mkdir()
-    try:
-        yield staging
-        publish(staging, target, overwrite)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def publish(staging: Path, target: Path, overwrite: bool) -> None:
-    """Bring a complete folder to the disk, then give it the name of its target, in whose place it comes whole.
-
-    Raises:
-        OutputExistsError: if the target has come to exist and may not be replaced.
-    """
-    for folder, _, files in os.walk(staging):
-        for file in files:
-            _fsync(Path(folder, file))
-        _fsync(Path(folder))
-    require_free(target, overwrite)
-    _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"))
+        fsync(folder / INDEX)
+        fsync(folder)
 
 
 def lay_out(
@@ -284,6 +237,15 @@ def lay_out(
     data = 8 + len(encoded)
     offsets = {name: data + header[name]["data_offsets"][0] for name in layout}
     return len(encoded).to_bytes(8, "little") + encoded, offsets, data + end
+
+
+def fsync(path: Path) -> None:
+    """Bring a file or the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
@@ -439,52 +401,7 @@ def _write_file(
             opened.flush()
             os.fsync(opened.fileno())
         staging.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
-
-
-def require_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists and may not be replaced.
-
-    Raises:
-        OutputExistsError: saying what is there.
-    """
-    if target.exists() and not (overwrite and target.is_dir()):
-        hint = "choose another path, or overwrite it" if target.is_dir() else "it is a file; choose another path"
-        raise OutputExistsError(f"{target} exists already; {hint}")
-
-
-def _put_in_place(staging: Path, target: Path, old: Path) -> None:
-    if target.exists() and _exchange(staging, target):
-        _fsync(target.parent)
-        shutil.rmtree(staging, ignore_errors=True)
-        return
-    replaced = target.exists()
-    if replaced:
-        target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        if replaced:
-            old.rename(target)
-        raise
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders swap names in one step, so that neither name is ever free; not every system can."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    return rename is not None and not rename(
-        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
-    )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

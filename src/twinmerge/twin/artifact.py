@@ -14,7 +14,6 @@ from twinmerge.errors import ArtifactError
 from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.tensors.staging import JOURNAL
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import TRANSPOSED, Kind
 from twinmerge.twin.router import Router
@@ -159,7 +158,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str
     """
     files = {
         name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in sorted(_files(folder) - {MANIFEST, JOURNAL})
+        for name in sorted(_files(folder) - {MANIFEST})
     }
     content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

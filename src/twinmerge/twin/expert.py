@@ -53,6 +53,18 @@ class Expert:
         )
         return task_vector(base, tensor)
 
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` of the expert's own value, flattened, in its stored dtype.
+
+        Raises:
+            CheckpointError: if they hold NaN or Inf.
+        """
+        stored = self.stored[name]
+        tensor = self.checkpoint.read_flat(stored, start, stop)
+        file = self.checkpoint.specs[stored].file
+        require_finite(tensor, f"expert {self.name!r}: {stored!r} in {file} (from entry {start:,})")
+        return tensor
+
     def factors(self, name: str) -> LowRank | None:
         """Factors of the task vector of a 2-D parameter, None if there is none in factored form."""
         return None

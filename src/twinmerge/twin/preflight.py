@@ -14,6 +14,7 @@ from twinmerge.tensors.state_dict import require_finite
 RELATED_COSINE = 0.5
 _ENTRIES_COMPARED, _MATRICES_COMPARED = 1 << 17, 12
 
+VOCABULARY_FILES = "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"
 HARMLESS = frozenset(
     (
         *("_name_or_path", "_attn_implementation", "architectures", "bos_token_id", "classifier_dropout", "dtype"),
@@ -92,7 +93,7 @@ def compare_vocabularies(reference: Path, name: str, other: Path, allow: Allow) 
     Raises:
         MismatchError: naming the file and the first token.
     """
-    for file in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"):
+    for file in VOCABULARY_FILES:
         ours, theirs = reference / file, other / file
         if not ours.is_file() or not theirs.is_file() or sha256_of(ours) == sha256_of(theirs):
             continue
