@@ -2,11 +2,15 @@
 
 import multiprocessing
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,8 +19,10 @@ import torch
 
 from tests.tiny import Family
 from tests.workers import Square
+from twinmerge.cli import main
 from twinmerge.errors import MismatchError, MissingExtraError, RecipeError, WorkerError
 from twinmerge.tensors.checkpoint import sha256_of
+from twinmerge.twin import executor as executor_module
 from twinmerge.twin.executor import NAMES, RETRIES, Executor, Processes, Ray, Serial, Threads, make_executor
 from twinmerge.twin.merge import merge_models
 from twinmerge.twin.merge_recipe import load_merge
@@ -24,6 +30,8 @@ from twinmerge.twin.weights import write_weights
 
 Get = Callable[[str], Family]
 EXECUTORS: list[Executor] = [Serial(), Threads(2), Processes(2), Ray(2)]
+TOKEN = secrets.token_hex(32)
+"""Of the clusters that these tests start; a process keeps to the first one that Ray sees."""
 ignore_ray = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
 
@@ -31,6 +39,8 @@ ignore_ray = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depr
 def workers_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
 
 
 @ignore_ray
@@ -59,11 +69,11 @@ def test_a_worker_that_dies_is_retried_but_not_for_ever(tmp_path: Path, executor
 # ---- weights
 
 
-def kill_one_worker(told: list[int]) -> Callable[..., None]:
-    """Progress that kills a worker, once, when the first tensor is done."""
+def kill_one_worker(told: list[int], head: psutil.Process | None = None) -> Callable[..., None]:
+    """Progress that kills a worker, once, when the first tensor is done; of this process, or of a cluster's head."""
 
     def progress(stage: str, done: int, total: int) -> None:
-        workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
+        workers = [p for p in (head or psutil.Process()).children(recursive=True) if is_worker(p)]
         if done and workers and not told:
             workers[0].kill()
             told.append(workers[0].pid)
@@ -102,20 +112,63 @@ def test_a_twins_weights_have_the_same_bits_from_each_though_a_worker_is_killed(
     assert bool(told) == (executor in EXECUTORS[2:])
 
 
+def merge_recipe(family: Get, folder: Path) -> Path:
+    root = family("llama").root
+    experts = "{" + ", ".join(f"{name}: {root / name}" for name in ("ag", "sms")) + "}"
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"base: {root / 'base'}\nexperts: {experts}\nshared: {{method: dare_ties}}\n")
+    return recipe
+
+
 @ignore_ray
 @pytest.mark.parametrize("executor", EXECUTORS, ids=lambda e: type(e).__name__)
 def test_a_merge_has_the_same_bits_from_each_though_a_worker_is_killed(
     family: Get, tmp_path: Path, executor: Executor
 ) -> None:
-    root = family("llama").root
-    recipe = tmp_path / "recipe.yaml"
-    experts = "{" + ", ".join(f"{name}: {root / name}" for name in ("ag", "sms")) + "}"
-    recipe.write_text(f"base: {root / 'base'}\nexperts: {experts}\nshared: {{method: dare_ties}}\n")
+    recipe = merge_recipe(family, tmp_path)
     merge_models(load_merge(recipe), tmp_path / "calm", executor=Serial())
     told: list[int] = []
     merge_models(load_merge(recipe), tmp_path / "other", executor=executor, progress=kill_one_worker(told))
     assert files(tmp_path / "calm") == files(tmp_path / "other")
     assert bool(told) == (executor in EXECUTORS[2:])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray cluster of its own on this machine: its address, and the process that everything of it descends from."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
+    options = ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen([*command, *options], env=environment, stdout=quiet, stderr=quiet) as head:
+        while head.poll() is None:
+            with suppress(RecipeError):
+                executor_module._require_answer(f"127.0.0.1:{port}")
+                break
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}", psutil.Process(head.pid)
+        head.terminate()
+
+
+@ignore_ray
+def test_a_cluster_that_runs_already_merges_to_the_same_bits_though_a_worker_is_killed(
+    family: Get, tmp_path: Path, cluster: tuple[str, psutil.Process]
+) -> None:
+    address, head = cluster
+    recipe = merge_recipe(family, tmp_path)
+    merge_models(load_merge(recipe), tmp_path / "calm", executor=Serial())
+    command = ["merge", str(recipe), "--out", str(tmp_path / "cli"), "--executor", "ray", "--ray-address", address]
+    assert main(command) == 0
+    told: list[int] = []
+    executor = make_executor("ray", 2, address)
+    merge_models(load_merge(recipe), tmp_path / "killed", executor=executor, progress=kill_one_worker(told, head))
+    assert told
+    assert files(tmp_path / "calm") == files(tmp_path / "cli") == files(tmp_path / "killed")
+    executor_module._require_answer(address)  # it goes on when we are done
 
 
 PROGRAM = """
@@ -166,10 +219,31 @@ def test_options_that_do_not_belong_together_are_refused(arguments: Any, words: 
         make_executor(*arguments)
 
 
+def test_a_worker_process_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In process, as coverage sees no other."""
+    told: list[object] = []
+    parent = SimpleNamespace(join=lambda: told.append("parent ended"))
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(os, "_exit", told.append)
+    executor_module._end_with_parent()
+    assert told == ["parent ended", 1]
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", "ray://127.0.0.1:9"])
 def test_an_address_without_a_cluster_is_refused_at_once(tmp_path: Path, address: str) -> None:
     with pytest.raises(RecipeError, match="--ray-address must be HOST:PORT of a Ray cluster, found"):
         list(Ray(1, address).map(Square(tmp_path), [1]))
+
+
+def test_a_cluster_that_does_not_take_us_in_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no")
+
+    ray = SimpleNamespace(init=refuse)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(executor_module, "_require_answer", len)
+    with pytest.raises(RecipeError, match="^--ray-address head:1: no; where .* a token, Ray takes it from RAY_AUTH_"):
+        list(Ray(1, "head:1").map(Square(tmp_path), [1]))
 
 
 def test_ray_that_is_not_installed_names_the_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,13 +255,11 @@ def test_ray_that_is_not_installed_names_the_install_line(tmp_path: Path, monkey
 
 def test_what_runs_in_a_worker_process_is_what_it_was_started_with(tmp_path: Path) -> None:
     """In process, as coverage sees no other; the thread that watches the parent has none to watch here."""
-    from twinmerge.twin import executor as module
-
     threads = torch.get_num_threads()
     try:
         assert multiprocessing.parent_process() is None
-        module._start_process(Square(tmp_path))
-        assert module._run_in_process(3) == (9, 1)
-        assert module._run_in_ray(Square(tmp_path), 4) == (16, 1)
+        executor_module._start_process(Square(tmp_path))
+        assert executor_module._run_in_process(3) == (9, 1)
+        assert executor_module._run_in_ray(Square(tmp_path), 4) == (16, 1)
     finally:
         torch.set_num_threads(threads)

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from twinmerge.errors import DataError
-from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
+from twinmerge.runtime.model import (
+    TwinModel,
+    by_class,
+    load_backbone,
+    load_head,
+    load_tokenizer,
+    parameter_kinds,
+    require_shapes_of_class,
+)
 from twinmerge.runtime.predict import features_of, ids_of
 from twinmerge.runtime.rows import Row, read_rows
 from twinmerge.tensors.staging import fingerprint_of, require_free, require_space, resumable_folder
@@ -121,7 +129,10 @@ def with_provenance(
 
 def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:  # noqa: B008 - frozen
     """Find, open and match a recipe's files; what each layer is comes from the base's class."""
-    return make_plan(recipe, parameter_kinds(recipe.locate(recipe.base, "base")), allow=allow)
+    kinds = parameter_kinds(recipe.locate(recipe.base, "base"))
+    plan = make_plan(recipe, kinds, allow=allow, by_class=by_class)
+    require_shapes_of_class(plan.base)
+    return plan
 
 
 def router_rows(plan: Plan) -> dict[str, list[Row]]:

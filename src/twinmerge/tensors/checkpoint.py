@@ -8,13 +8,12 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twinmerge.errors import CheckpointError, OutputExistsError
@@ -93,7 +92,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds both {single.name} and {index.name}; one of them is stale, remove it")
         specs = _read_shards(index) if index.exists() else _read_header(single)
         config = path / "config.json"
-        return cls(path, specs, _read_json(config) if config.exists() else {}, stem)
+        return cls(path, specs, read_json(config) if config.exists() else {}, stem)
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +105,8 @@ class Checkpoint:
         Raises:
             CheckpointError: if there is no such tensor, or its file can no longer be read.
         """
-        return self._read(name, lambda opened: opened.get_tensor(name))
+        spec = self._spec(name)
+        return self.read_flat(name, 0, spec.numel).view(spec.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
         """Read rows `start` (included) to `stop` (excluded) of one tensor, nothing else of it.
@@ -118,7 +118,8 @@ class Checkpoint:
         shape = self._spec(name).shape
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no rows {start}:{stop}")
-        return self._read(name, lambda opened: opened.get_slice(name)[start:stop])
+        row = math.prod(shape[1:])
+        return self.read_flat(name, start * row, stop * row).view(stop - start, *shape[1:])
 
     def read_flat(self, name: str, start: int, stop: int) -> Shaped[Tensor, " entries"]:
         """Read entries `start` (included) to `stop` (excluded) of one flattened tensor, nothing else of it.
@@ -147,18 +148,26 @@ class Checkpoint:
             raise CheckpointError(f"{spec.file}: tensor {name!r} cannot be read: the file has become shorter")
         return tensor
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names; those that `names` does not say keep theirs.
+
+        Raises:
+            CheckpointError: if two get one name.
+        """
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in self.specs.items():
+            new = names.get(name, name)
+            if new in specs:
+                raise CheckpointError(
+                    f"{self.path}: two tensors are called {new!r}, {name!r} is one; the other is stale"
+                )
+            specs[new] = replace(spec, name=new)
+        return replace(self, specs=specs)
+
     def _spec(self, name: str) -> TensorSpec:
         if name not in self.specs:
             raise CheckpointError(f"{self.path} has no tensor {name!r} among its {len(self.specs)}")
         return self.specs[name]
-
-    def _read(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
-        file = self._spec(name).file
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return take(opened)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
 
 
 def save_tensors(
@@ -254,6 +263,39 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: if it holds none, or one with a key twice.
+    """
+    try:
+        content = _parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _parse_json(raw: bytes) -> Any:
+    """As `json.loads`, but everything wrong is a ValueError, a key that stands twice too."""
+    try:
+        return json.loads(raw, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
+
+
 def _find_stem(folder: Path) -> str:
     """`model` if there is one, else the only set of safetensors files in the folder."""
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
@@ -279,25 +321,16 @@ def _explain_no_weights(folder: Path) -> str:
     return f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds {', '.join(names[:5]) or 'nothing'}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
-
-
 def _read_shards(index: Path) -> dict[str, TensorSpec]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} must hold a 'weight_map' of tensor names to file names")
     specs: dict[str, TensorSpec] = {}
+    present = {entry.name for entry in index.parent.iterdir()}
     for file in sorted({str(file) for file in weight_map.values()}):
-        shard = index.parent / file
-        if Path(file).name != file or not shard.is_file():
+        if file not in present:
             raise CheckpointError(f"{index} names shard {file!r}, which is not in the folder; is the copy complete?")
+        shard = index.parent / file
         for name, spec in _read_header(shard).items():
             if name in specs:
                 raise CheckpointError(f"tensor {name!r} is in two shards, {specs[name].file.name} and {file}")
@@ -313,21 +346,26 @@ def _read_shards(index: Path) -> dict[str, TensorSpec]:
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
-    size = path.stat().st_size
-    with path.open("rb") as opened:
-        start = opened.read(23)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: its {size} bytes end inside the header")
-        opened.seek(8)
-        header = opened.read(length)
     try:
-        entries = dict(json.loads(header))
-        entries.pop("__metadata__", None)
+        size = path.stat().st_size
+        with path.open("rb") as opened:
+            start = opened.read(23)
+            if start.startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: its {size} bytes end inside the header"
+                )
+            opened.seek(8)
+            header = opened.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries = _parse_json(header)
+        _require_texts(entries.pop("__metadata__", {}))
         specs = {name: _parse_entry(name, entry, path, 8 + length) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header cannot be understood ({error})") from error
     data = size - 8 - length
     for name, spec in specs.items():
@@ -345,14 +383,31 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     for spec in sorted(specs.values(), key=lambda spec: (spec.offset, spec.nbytes)):
         if spec.offset < end:
             raise CheckpointError(f"{path}: the data of tensor {spec.name!r} overlaps another's; the file is damaged")
+        if spec.offset > end:
+            raise _unowned(path, end, spec.offset)
         end = spec.offset + spec.nbytes
+    if end < size:
+        raise _unowned(path, end, size)
     return specs
 
 
+def _unowned(path: Path, start: int, stop: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds {stop - start:,} bytes that belong to no tensor, from byte {start}; the file is damaged, "
+        "download it again"
+    )
+
+
+def _require_texts(metadata: Mapping[str, Any]) -> None:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not all texts")
+
+
 def _parse_entry(name: str, entry: Mapping[str, Any], path: Path, data_start: int) -> TensorSpec:
+    name.encode()  # half a character, which JSON can escape, is in no text
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end - begin)):
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end - begin)):
         raise ValueError(f"{name!r} has shape {shape} from byte {begin} to {end}")
     return TensorSpec(name, shape, _dtype(entry["dtype"], path), path, end - begin, data_start + begin)
 

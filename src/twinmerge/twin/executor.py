@@ -171,7 +171,13 @@ class Ray:
         here = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
         if self.address:
             _require_answer(self.address)
-        ray.init(self.address, log_to_driver=False, logging_level="ERROR", **here)
+        try:
+            ray.init(self.address, log_to_driver=False, logging_level="ERROR", **here)
+        except ConnectionError as error:
+            raise RecipeError(
+                f"--ray-address {self.address}: {error}; where the cluster asks for a token, Ray takes it from "
+                "RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token"
+            ) from error
         try:
             run = ray.remote(_run_in_ray).options(num_cpus=1, max_retries=RETRIES)
             shared = ray.put(task)

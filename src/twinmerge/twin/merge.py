@@ -17,11 +17,18 @@ from twinmerge.errors import CheckpointError, MismatchError, RecipeError
 from twinmerge.merging.methods import Stats, run_prepass
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, sha256_of
 from twinmerge.tensors.staging import fingerprint_of, require_space, resumable_folder
-from twinmerge.tensors.state_dict import require_finite
 from twinmerge.tensors.writer import CheckpointWriter
 from twinmerge.twin.executor import MEMORY_BYTES, OWN_BYTES, Executor, make_executor
 from twinmerge.twin.merge_recipe import MergeRecipe, StaticMerge, depths, layer_count, load_merge
-from twinmerge.twin.preflight import Allow, compare_configs, compare_tensors, compare_vocabularies, require_related
+from twinmerge.twin.preflight import (
+    Allow,
+    compare_configs,
+    compare_tensors,
+    compare_vocabularies,
+    plausible_bound,
+    require_plausible,
+    require_related,
+)
 from twinmerge.twin.provenance import describe_input
 from twinmerge.twin.rules import Chunk, task_vectors
 from twinmerge.twin.weights import Progress, copy_side_files, silent
@@ -31,8 +38,6 @@ _CHUNK_ENTRIES = 1 << 16
 """Entries in work at a time: what they need stays in the cache."""
 _BYTES_PER_ENTRY = 16
 """Of one model while a chunk is merged: as stored, in float32 and in float64."""
-_IMPLAUSIBLE = 1e4
-"""How many times larger than the reference's largest value (or 1) no value of a fine-tune is."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +228,14 @@ def read_chunks(plan: MergePlan, name: str, entries: int, *, whole: bool = False
     for start, stop in _stretches(spec.numel, entries):
         reference = plan.base or plan.reference
         first = reference.read_flat(name, start, stop)
-        limit = _require_plausible(first, reference, name, "base" if plan.base else "reference", None, start)
+        whose = "base" if plan.base else "reference"
+        largest = require_plausible(first, f"{whose}: {name!r} in {reference.specs[name].file}", start)
+        bound = None if plan.allow.unrelated else plausible_bound(largest)
         experts = {}
         for expert, checkpoint in plan.experts.items():
             tensor = first if checkpoint is reference else checkpoint.read_flat(name, start, stop)
             if checkpoint is not reference:
-                bound = None if plan.allow.unrelated else _IMPLAUSIBLE * max(limit, 1.0)
-                _require_plausible(tensor, checkpoint, name, f"expert {expert!r}", bound, start)
+                require_plausible(tensor, f"expert {expert!r}: {name!r} in {checkpoint.specs[name].file}", start, bound)
             experts[expert] = tensor.view(spec.shape) if whole else tensor
         base = (first.view(spec.shape) if whole else first) if plan.base else None
         yield Chunk(name, start, base, experts)
@@ -237,23 +243,6 @@ def read_chunks(plan: MergePlan, name: str, entries: int, *, whole: bool = False
 
 def _stretches(numel: int, entries: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + entries, numel)) for start in range(0, numel, entries))
-
-
-def _require_plausible(
-    tensor: Tensor, checkpoint: Checkpoint, name: str, whose: str, bound: float | None, start: int
-) -> float:
-    """The largest magnitude, finite and within `bound`."""
-    low, high = (float(value) for value in torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float()))
-    largest = max(-low, high)
-    where = f"{whose}: {name!r} in {checkpoint.specs[name].file}"
-    if not largest < float("inf"):
-        require_finite(tensor, f"{where} (from entry {start:,})")
-    if bound is not None and largest > bound:
-        raise CheckpointError(
-            f"{where} holds {largest:.3g}, more than {bound:.3g}, {_IMPLAUSIBLE:,.0f} times the largest value of the "
-            "base; the file is damaged or no fine-tune of it; --allow-unrelated merges it all the same"
-        )
-    return largest
 
 
 def _is_finite(tensor: Tensor) -> bool:

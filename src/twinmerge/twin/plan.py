@@ -1,7 +1,7 @@
 """Knows what a build will do before it does it: one task per parameter, checked on headers only."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -104,11 +104,17 @@ class Plan:
         return len(self.experts) / len(self.recipe.experts)
 
 
+def as_stored(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint under the names that its files hold."""
+    return checkpoint
+
+
 def make_plan(
     recipe: Recipe,
     kinds: Mapping[str, Kind],
     only: str | None = None,
     allow: Allow = Allow(),  # noqa: B008 - frozen
+    by_class: Callable[[Checkpoint], Checkpoint] = as_stored,
 ) -> Plan:
     """Find, open and match every file of a recipe, and refuse what cannot become a twin.
 
@@ -117,22 +123,23 @@ def make_plan(
         kinds: base parameter name -> what its layer is (from the model's class; this module knows no models).
         only: the one expert of the recipe that is opened and planned for; None plans for all.
         allow: differences between base and experts that are not refused.
+        by_class: gives a full model under the names of its class's parameters, where its files hold others.
 
     Raises:
         RecipeError: if a path is missing or a budget cannot hold the dense parts.
         MismatchError: if an expert does not fit the base.
         CheckpointError: if a file cannot be read.
     """
-    base = Checkpoint.open(recipe.locate(recipe.base, "base"))
+    base = by_class(Checkpoint.open(recipe.locate(recipe.base, "base")))
     unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
     if unknown:
         raise MismatchError(
             f"base {base.path}: {len(unknown)} tensors are not named as the parameters of its class are, first "
-            f"{unknown[0]!r}; save it again with that class (what transformers renames on loading does not work yet)"
+            f"{unknown[0]!r}; save it again with that class (what is split or joined on loading does not work)"
         )
     transposed = {name for name, kind in kinds.items() if kind in TRANSPOSED}
     experts = {
-        name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed)
+        name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed, by_class)
         for name, source in recipe.experts.items()
         if only in (None, name)
     }

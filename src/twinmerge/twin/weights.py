@@ -22,7 +22,7 @@ from twinmerge.twin.exclusive import Exclusive, Key, best_scaling, choose_ranks,
 from twinmerge.twin.executor import Executor, make_executor
 from twinmerge.twin.needs import streams
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
-from twinmerge.twin.preflight import require_related
+from twinmerge.twin.preflight import plausible_bound, require_plausible, require_related
 from twinmerge.twin.rules import Chunk, RegistryRule, task_vectors
 
 Progress = Callable[[str, int, int], None]
@@ -96,7 +96,8 @@ def _all_task_vectors(plan: Plan) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
             yield from task_vectors(partial(_chunks, plan, task))
         else:
             base = plan.base.read(task.name)
-            yield task.name, {e: plan.experts[e].task_vector(task.name, base) for e in task.experts}
+            bound = _bound(plan, task, base)
+            yield task.name, {e: plan.experts[e].task_vector(task.name, base, bound) for e in task.experts}
 
 
 def _chunks(plan: Plan, task: TensorTask) -> Iterator[Chunk]:
@@ -104,10 +105,15 @@ def _chunks(plan: Plan, task: TensorTask) -> Iterator[Chunk]:
     for start in range(0, task.spec.numel, _CHUNK_ENTRIES):
         stop = min(start + _CHUNK_ENTRIES, task.spec.numel)
         base = plan.base.read_flat(task.name, start, stop)
-        require_finite(base, f"base: {task.name!r} in {task.spec.file} (from entry {start:,})")
-        yield Chunk(
-            task.name, start, base, {n: plan.experts[n].read_flat(task.name, start, stop) for n in task.experts}
-        )
+        bound = _bound(plan, task, base, start)
+        experts = {name: plan.experts[name].read_flat(task.name, start, stop, bound) for name in task.experts}
+        yield Chunk(task.name, start, base, experts)
+
+
+def _bound(plan: Plan, task: TensorTask, base: Tensor, start: int = 0) -> float | None:
+    """The largest magnitude that is plausible in a fine-tune, where the base has these values, which must be finite."""
+    largest = require_plausible(base, f"base: {task.name!r} in {task.spec.file}", start)
+    return None if plan.allow.unrelated else plausible_bound(largest)
 
 
 def write_weights(
@@ -213,6 +219,7 @@ def decompose_tensor(
     spectra: dict[str, Tensor] = {}
     if task.exclusive:
         base = plan.base.read(task.name)
+        bound = _bound(plan, task, base)
         factored = _factored_differences(task, plan, scaling) if stored is None else None
         for name in task.experts:
             compressed: LowRank | Sparse
@@ -220,7 +227,7 @@ def decompose_tensor(
                 compressed, values = factored[name]
                 energies[name] = float(values.double().square().sum())
             else:
-                difference = plan.experts[name].task_vector(task.name, base).add_(base).sub_(shared)
+                difference = plan.experts[name].task_vector(task.name, base, bound).add_(base).sub_(shared)
                 energies[name] = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
                 if task.kind not in MATRICES:
                     tensors[f"{name}.dense"] = difference.to(plan.stored_dtype(task))
@@ -251,8 +258,8 @@ def _merge(task: TensorTask, plan: Plan, stats: Stats | None) -> tuple[Tensor, f
     base = plan.base.read(task.name)
     if not task.experts:
         return base, None
-    require_finite(base, f"base: {task.name!r} in {task.spec.file}")
-    vectors = {name: plan.experts[name].task_vector(task.name, base) for name in task.experts}
+    bound = _bound(plan, task, base)
+    vectors = {name: plan.experts[name].task_vector(task.name, base, bound) for name in task.experts}
     params = plan.recipe.shared
     scaling = getattr(params, "scaling", None)
     if scaling == "auto":
