@@ -162,12 +162,15 @@ def random_bert(folder: Path) -> Path:
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
-    BertModel(BertConfig(vocab_size=64, **sizes)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=64, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512
+    )
+    BertModel(config).save_pretrained(folder)
     vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"word{number}": number + 2 for number in range(60)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    make: Any = PreTrainedTokenizerFast  # it has no types
+    make(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return folder.resolve()
 
 
