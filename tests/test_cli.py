@@ -9,6 +9,7 @@ import pytest
 
 from tests import tiny
 from twinmerge.cli import FORMS, main
+from twinmerge.tensors.checkpoint import Checkpoint
 
 RECIPE = """
 base: base
@@ -306,3 +307,22 @@ def test_interruption_leaves_nothing(
     assert main(["build", str(root / "recipe.yaml"), "--out", str(root / "new")]) == 130
     assert sorted(path.name for path in root.iterdir()) == before
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_plan_of_a_twin_says_what_the_build_needs(
+    family: tiny.Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(family.root / "recipe.yaml"), "--json", "--executor", "serial"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    base = Checkpoint.open(family.base)
+    assert (found["tensors"], found["layers"], found["vocabulary"]) == (len(base.specs), 2, tiny.VOCABULARY)
+    assert found["tokenizer"] == "tokenizer.json"
+    assert found["experts"]["sms"]["head"] == "BertForSequenceClassification"
+    assert found["read_bytes"] > 3 * base.nbytes
+    assert found["workers"] == 1
+    assert "grows with the power" in found["estimate_basis"]
+    assert main(["build", str(family.root / "recipe.yaml"), "--out", str(tmp_path / "twin")]) == 0
+    assert sum(p.stat().st_size for p in (tmp_path / "twin").rglob("*.safetensors")) < found["disk_bytes"] * 1.5
+    capsys.readouterr()
+    assert main(["plan", str(family.root / "recipe.yaml"), "--memory", "1MB"]) == 2
+    assert "--memory must be at least" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from twinmerge.runtime.model import parameter_kinds
+from twinmerge.runtime.model import by_class, parameter_kinds
 from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe
 
@@ -48,7 +48,7 @@ class Family:
     def plan(self, **settings: Any) -> Plan:
         """The recipe's plan; everything whole unless settings say otherwise."""
         settings.setdefault("exclusive", {"rank": 64, "embeddings": "exclusive"})
-        return make_plan(self.recipe(**settings), kinds_of(self.base))
+        return make_plan(self.recipe(**settings), kinds_of(self.base), by_class=by_class)
 
 
 def kinds_of(folder: Path) -> dict[str, Kind]:

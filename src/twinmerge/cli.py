@@ -16,6 +16,8 @@ from twinmerge.runtime.batches import BatchLimits, PredictSettings
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 FORMS = ("dense", "peft", "stacked-lora")
+EXECUTORS = ("serial", "threads", "processes", "ray")
+SEED_HELP = "of DARE in mergekit's recipes (default: %(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,26 +60,24 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("recipe", type=Path, help="YAML file: base, experts, shared, exclusive, router")
     build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
     build.add_argument("--overwrite", action="store_true", help="replace the folder, once the new twin is complete")
+    _add_work_options(build)
 
     merge = _command(commands, "merge", _merge, "merge models into one plain model folder (our recipes and mergekit's)")
     merge.add_argument("recipe", type=Path, help="YAML file: base, experts, shared; or mergekit's keys")
     merge.add_argument("--out", type=Path, required=True, help="folder of the model, must not exist")
     merge.add_argument("--overwrite", action="store_true", help="replace the folder, once the new model is complete")
     merge.add_argument(
-        "--resume", action="store_true", help="go on with what an interrupted run left, verified by hash"
-    )
-    merge.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
-    merge.add_argument(
         "--hash-inputs", action="store_true", help="record the SHA-256 of every input file, another pass over them"
     )
-    _add_merge_options(merge)
+    merge.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    _add_work_options(merge)
 
     plan = _command(
-        commands, "plan", _plan, "check the recipe of a merge before it runs: what is read, written, needed"
+        commands, "plan", _plan, "check a recipe before it runs: what is read, written, needed, and for how long"
     )
-    plan.add_argument("recipe", type=Path, help="YAML file of `twinmerge merge`")
-    plan.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
-    _add_merge_options(plan)
+    plan.add_argument("recipe", type=Path, help="YAML file of `twinmerge build` or `twinmerge merge`")
+    plan.add_argument("--seed", type=int, default=0, help=SEED_HELP)
+    _add_plan_options(plan)
 
     inspect = _command(commands, "inspect", _inspect, "show experts, ranks, energy kept, bytes, router and provenance")
     inspect.add_argument("twin", type=Path, help="folder of a twin")
@@ -147,11 +147,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_merge_options(command: argparse.ArgumentParser) -> None:
+def _add_work_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--memory", type=_bytes, default="2GB", help="what the process may take (default: %(default)s)"
+        "--resume", action="store_true", help="go on with what an interrupted run left, verified by hash"
     )
-    command.add_argument("--seed", type=int, default=0, help="of DARE in mergekit's recipes (default: %(default)s)")
+    _add_plan_options(command)
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        type=_bytes,
+        default="2GB",
+        help="what a process may take; each worker of processes and ray is one (default: %(default)s)",
+    )
+    command.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="threads",
+        help="where tensors are worked on; the result has the same bits (default: %(default)s)",
+    )
+    command.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
+    command.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="of a Ray cluster that sees the same files (default: start one here)"
+    )
     command.add_argument(
         "--allow-unrelated", action="store_true", help="merge models that are no fine-tunes of the base"
     )
@@ -196,7 +215,17 @@ def _build(options: argparse.Namespace) -> None:
     from twinmerge.runtime.build import build
 
     with _progress() as progress:
-        artifact = build(options.recipe, options.out, overwrite=options.overwrite, progress=progress)
+        artifact = build(
+            options.recipe,
+            options.out,
+            allow=_allowed(options),
+            overwrite=options.overwrite,
+            resume=options.resume,
+            memory_bytes=options.memory,
+            executor=_executor(options),
+            progress=progress,
+        )
+    _print_notes(artifact.manifest["notes"])
     _print_twin(artifact, options.json)
 
 
@@ -212,25 +241,31 @@ def _merge(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             resume=options.resume,
             memory_bytes=options.memory,
-            workers=options.workers,
+            executor=_executor(options),
             hash_inputs=options.hash_inputs,
             progress=progress,
         )
-    for note in manifest["notes"]:
-        sys.stderr.write(f"twinmerge: note: {note}\n")
+    _print_notes(manifest["notes"])
     size = sum(file["bytes"] for file in manifest["files"].values())
     sentence = f"{options.out}: {manifest['tensors']} tensors, {size:,} bytes, {manifest['recipe']['method']}"
     _print_result({"model": str(options.out), **manifest}, options.json, sentence)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from twinmerge.twin.estimate import describe
+    from twinmerge.twin.estimate import describe, describe_twin
     from twinmerge.twin.merge import plan_merge
-    from twinmerge.twin.merge_recipe import load_merge
+    from twinmerge.twin.merge_recipe import is_twin, load_merge
 
-    plan = plan_merge(load_merge(options.recipe, options.seed), _allowed(options))
-    workers = options.workers or len(os.sched_getaffinity(0))
-    found = describe(plan, options.memory, workers, options.recipe.resolve().parent)
+    executor, folder = _executor(options), options.recipe.resolve().parent
+    if is_twin(options.recipe):
+        from twinmerge.runtime.build import open_plan
+        from twinmerge.twin.recipe import Recipe
+
+        plan = open_plan(Recipe.load(options.recipe), _allowed(options))
+        found = describe_twin(plan, options.memory, executor, folder)
+    else:
+        merge = plan_merge(load_merge(options.recipe, options.seed), _allowed(options))
+        found = describe(merge, options.memory, executor, folder)
     if options.json:
         sys.stdout.write(json.dumps(found, indent=1) + "\n")
         return
@@ -428,6 +463,17 @@ def _allowed(options: argparse.Namespace) -> Any:
     from twinmerge.twin.preflight import Allow
 
     return Allow(options.allow_unrelated, options.allow_config_differences, options.allow_vocabulary_differences)
+
+
+def _executor(options: argparse.Namespace) -> Any:
+    from twinmerge.twin.executor import make_executor
+
+    return make_executor(options.executor, options.workers, options.ray_address)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        sys.stderr.write(f"twinmerge: note: {note}\n")
 
 
 def _bytes(text: str) -> int:

@@ -2,6 +2,7 @@
 
 TwinMergeError                 exit 1: the work failed
 ├── MissingExtraError          exit 1: an optional dependency is not installed
+├── WorkerError                exit 1: worker processes died again and again
 └── InputError                 exit 2: what the caller gave cannot be used
     ├── RecipeError            a recipe or its parameters
     ├── CheckpointError        a file of weights
@@ -26,6 +27,10 @@ class TwinMergeError(Exception):
 
 class MissingExtraError(TwinMergeError):
     """An optional dependency is needed and not installed; the message names the install line."""
+
+
+class WorkerError(TwinMergeError):
+    """Worker processes died again and again; what they should have done is not to blame for sure."""
 
 
 class InputError(TwinMergeError):

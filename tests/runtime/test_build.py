@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from twinmerge.runtime.build import build, router_features, router_rows
 from twinmerge.runtime.model import TwinModel, load_backbone, load_tokenizer
 from twinmerge.tensors.checkpoint import Checkpoint, sha256_of
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.preflight import Allow
 from twinmerge.twin.provenance import describe_input
 
 Get = Callable[[str], Family]
@@ -66,6 +70,7 @@ def test_manifest_says_what_was_built_from_what(bert: Family, tmp_path: Path) ->
         "experts",
         "tensors",
         "router",
+        "notes",
         "files",
     ]
     assert artifact.expert_names == GATE_ORDER
@@ -215,6 +220,148 @@ def test_folder_that_exists_is_replaced_whole_when_asked(bert: Family, tmp_path:
     with pytest.raises(InputError, match=r"experts\.sms\.model"):
         build(bert.root / "recipe.yaml", out, overwrite=True)
     TwinArtifact.open(out).verify()  # what was there is there
+
+
+# ---- crashes
+
+
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from twinmerge.runtime import build as module
+from twinmerge.runtime.build import build
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.executor import Threads
+import peft, sklearn.linear_model, transformers
+
+recipe, out, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+os.fsync = lambda _: None
+
+def child(seconds=None):
+    # A fork of a process that has imported everything and computed nothing yet; killed after so many seconds.
+    pid = os.fork()
+    if not pid:
+        try:
+            build(recipe, out, resume=True, executor=Threads(2))
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\\n")
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+start = time.perf_counter()
+assert child() == 0
+length = time.perf_counter() - start
+out.rename(out.with_name("calm"))
+moments = random.Random(0)
+for number in range(times):
+    child(moments.uniform(0, 1.1 * length))
+    complete = out.exists()
+    if complete:
+        TwinArtifact.open(out).verify()
+    left = (out.parent / f".{out.name}.partial").exists()
+    assert complete or child() == 0
+    out.rename(out.with_name(str(number)))
+    print(complete, left)
+"""
+
+
+def test_no_moment_of_a_kill_leaves_a_wrong_twin_and_resuming_gives_the_same_bits(bert: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(bert, exclusive={"budget": 2.0}, shared={"method": "ties"})
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(recipe), str(tmp_path / "twin"), "20"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 20
+    assert "False True" in done.stdout  # some were killed at work
+    calm = hashes(tmp_path / "calm")
+    for number in range(20):
+        assert hashes(tmp_path / str(number)) == calm
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_finished_parameters_are_verified_and_not_computed_again(
+    bert: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = bert.root / "recipe.yaml"
+    build(recipe, tmp_path / "calm")
+    kept = tmp_path / "kept"
+
+    def crash(*_: Any) -> None:
+        shutil.copytree(tmp_path / ".twin.partial", kept)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_on_shared", crash)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, tmp_path / "twin")
+    kept.rename(tmp_path / ".twin.partial")
+    parts = sorted((tmp_path / ".twin.partial" / "work").iterdir())
+    parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"x")
+    parts[1].unlink()
+    told: list[tuple[str, int, int]] = []
+    build(recipe, tmp_path / "twin", resume=True, progress=lambda *step: told.append(step))
+    assert told[0] == ("decomposing", len(parts) - 2, len(parts))
+    assert hashes(tmp_path / "twin") == hashes(tmp_path / "calm")
+
+
+def test_work_of_other_inputs_is_not_gone_on_with(bert: Family, tmp_path: Path) -> None:
+    (tmp_path / ".twin.partial").mkdir()
+    (tmp_path / ".twin.partial" / "journal").write_text('["fingerprint", "another"]\n')
+    with pytest.raises(OutputExistsError, match="left by a run with another recipe or other inputs"):
+        build(bert.root / "recipe.yaml", tmp_path / "twin", resume=True)
+
+
+def test_two_builds_into_one_folder_do_not_race(bert: Family, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        if stage == "writing experts" and not refused:
+            with pytest.raises(OutputExistsError, match="another process holds") as caught:
+                build(bert.root / "recipe.yaml", tmp_path / "twin", resume=True)
+            refused.append(str(caught.value))
+
+    build(bert.root / "recipe.yaml", tmp_path / "twin", progress=meanwhile)
+    assert refused
+    TwinArtifact.open(tmp_path / "twin").verify()
+
+
+def test_failed_build_leaves_no_empty_parents(bert: Family, tmp_path: Path) -> None:
+    rewrite(bert.root / "sms" / "model.safetensors", nan_in("classifier.bias"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match="NaN"):
+        build(bert.root / "recipe.yaml", tmp_path / "a" / "b" / "twin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_full_disk_and_little_memory_are_said_before_any_work(
+    bert: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"--memory must be at least 451 MB for '.*', found 1$"):
+        build(bert.root / "recipe.yaml", tmp_path / "twin", memory_bytes=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(OSError, match="GB are needed"):
+        build(bert.root / "recipe.yaml", tmp_path / "a" / "twin")
+    assert [path.name for path in tmp_path.iterdir()] == ["bert"]
+
+
+def test_differences_that_are_allowed_are_noted(bert: Family, tmp_path: Path) -> None:
+    other_config("sms", layer_norm_eps=1e-3)(bert)
+    replace_tensors("trec", unrelated)(bert)
+    recipe = bert.root / "recipe.yaml"
+    with pytest.raises(InputError, match=r"'sms' is another model: layer_norm_eps is 1e-12 in base and 0\.001 in sms"):
+        build(recipe, tmp_path / "twin")
+    with pytest.raises(InputError, match="'trec' is no fine-tune of this base: .* or --allow-unrelated"):
+        build(recipe, tmp_path / "twin", allow=Allow(config=True))
+    notes = build(recipe, tmp_path / "twin", allow=Allow(config=True, unrelated=True)).manifest["notes"]
+    assert notes == ["'sms': layer_norm_eps is 1e-12 in base and 0.001 in sms"]
 
 
 # ---- bad input: one clear line, exit 2, nothing written

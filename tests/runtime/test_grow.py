@@ -155,8 +155,12 @@ def test_experts_without_heads_can_be_exchanged(family: Get, tmp_path: Path) -> 
 def test_sparse_knowledge_can_be_added(source: Path, tmp_path: Path) -> None:
     recipe = Family(source).recipe(exclusive={"compression": "magnitude", "density": 0.1})
     build(recipe, tmp_path / "twin")
-    artifact = grow.add(tmp_path / "twin", "news", **new_expert(source, tmp_path))
+    new = new_expert(source, tmp_path)
+    artifact = grow.add(tmp_path / "twin", "news", **new)
     assert 0 < artifact.manifest["experts"]["news"]["energy_kept"] < 1
+    without_pooler(source, tmp_path / "twin", new)
+    with pytest.raises(MismatchError, match="expert 'news' lacks 'pooler.dense.weight', which expert 'ag' has"):
+        grow.replace(tmp_path / "twin", "news", **new)
 
 
 # ---- the recipe and the manifest

@@ -1,6 +1,5 @@
 """Checkpoints: what is written is read back to the bit, and damage is named."""
 
-import ctypes
 import json
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from twinmerge.tensors.checkpoint import (
     save_checkpoint,
     save_tensors,
     sha256_of,
-    staged_folder,
 )
 
 DTYPES = [
@@ -401,104 +399,7 @@ def test_file_that_is_cut_after_opening_is_named(sharded: Path) -> None:
         checkpoint.read("a")
 
 
-# ---- staged folders
-
-
-def test_staged_folder_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    target = tmp_path / "made" / "on the way" / "twin"
-    with staged_folder(target) as folder:
-        (folder / "experts").mkdir()
-        (folder / "experts" / "x").write_text("1")
-        assert not target.exists()
-        assert folder.parent == target.parent
-    assert (target / "experts" / "x").read_text() == "1"
-    assert names_in(target.parent) == ["twin"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_exception_removes_the_staged_folder_and_keeps_the_target(
-    tmp_path: Path, error: type[BaseException], overwrite: bool
-) -> None:
-    target = tmp_path / "twin"
-    if overwrite:
-        target.mkdir()
-        (target / "old").touch()
-
-    def fail_half_way() -> None:
-        with staged_folder(target, overwrite=overwrite) as folder:
-            (folder / "new").touch()
-            raise error
-
-    with pytest.raises(error):
-        fail_half_way()
-    assert names_in(tmp_path) == (["twin"] if overwrite else [])
-    assert not overwrite or names_in(target) == ["old"]
-
-
-def test_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(OutputExistsError, match="exists already; choose another path, or overwrite it"):
-        staged_folder(tmp_path).__enter__()
-    assert names_in(tmp_path) == []
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-def test_overwriting_replaces_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
-    if not exchange:
-        monkeypatch.setattr(module, "_exchange", lambda *_: False)
-    target = tmp_path / "twin"
-    target.mkdir()
-    (target / "old").touch()
-    with staged_folder(target, overwrite=True) as folder:
-        (folder / "new").touch()
-        assert names_in(target) == ["old"]
-    assert names_in(target) == ["new"]
-    assert names_in(tmp_path) == ["twin"]
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "renameat2"), reason="the system cannot exchange two names")
-def test_the_name_of_a_folder_that_is_replaced_is_never_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("the name was free for a moment"))
-    (tmp_path / "twin").mkdir()
-    with staged_folder(tmp_path / "twin", overwrite=True) as folder:
-        (folder / "new").touch()
-    assert names_in(tmp_path / "twin") == ["new"]
-
-
-def test_a_file_is_never_overwritten_by_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(OutputExistsError, match="it is a file"):
-        staged_folder(tmp_path / "notes", overwrite=True).__enter__()
-
-
-def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    target = tmp_path / "twin"
-    with pytest.raises(OutputExistsError), staged_folder(target):
-        target.mkdir()
-    assert names_in(tmp_path) == ["twin"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_failing_rename_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
-) -> None:
-    target = tmp_path / "twin"
-    if overwrite:
-        target.mkdir()
-        (target / "old").touch()
-    rename = Path.rename
-
-    def fail_for_staging(self: Path, to: Path) -> Path:
-        if ".tmp-" in self.name:
-            raise OSError("disk on fire")
-        return rename(self, to)
-
-    monkeypatch.setattr(module, "_exchange", lambda *_: False)
-    monkeypatch.setattr(Path, "rename", fail_for_staging)
-    with pytest.raises(OSError, match="on fire"), staged_folder(target, overwrite=overwrite):
-        pass
-    assert names_in(tmp_path) == (["twin"] if overwrite else [])
-    assert not overwrite or names_in(target) == ["old"]
+# ---- hashes
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:

@@ -17,13 +17,14 @@ from tests.tiny import Family, rewrite
 from twinmerge.errors import CheckpointError, MismatchError
 from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.twin.expert import AdapterExpert, Expert, open_expert
+from twinmerge.twin.plan import as_stored
 
 Get = Callable[[str], Family]
 EMBEDDINGS = {"embeddings.word_embeddings.weight"}
 
 
 def opened(folder: Path, base: Path, transposed: set[str] | None = None) -> Expert:
-    return open_expert(folder.name, folder, Checkpoint.open(base), transposed or EMBEDDINGS)
+    return open_expert(folder.name, folder, Checkpoint.open(base), transposed or EMBEDDINGS, as_stored)
 
 
 def copied(family: Family, name: str, folder: Path) -> Path:
@@ -277,7 +278,10 @@ def test_adapter_that_is_no_plain_low_rank_difference_is_refused(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", r"adapter_config\.json is not JSON: "), ("[]", r"adapter_config\.json must hold a JSON object, found list")],
+    [
+        ("{", r"adapter_config\.json is not valid JSON: "),
+        ("[]", r"adapter_config\.json must hold a JSON object, found list"),
+    ],
 )
 def test_damaged_adapter_config_is_named(
     adapters: tuple[Family, dict[str, PreTrainedModel]], tmp_path: Path, content: str, message: str

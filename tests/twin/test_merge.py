@@ -24,8 +24,10 @@ from twinmerge.cli import main
 from twinmerge.errors import CheckpointError, InputError, MismatchError, OutputExistsError, RecipeError
 from twinmerge.merging.methods import METHODS
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
+from twinmerge.tensors.staging import JOURNAL, RESULT
 from twinmerge.twin import merge as module
 from twinmerge.twin.estimate import describe
+from twinmerge.twin.executor import Serial, Threads
 from twinmerge.twin.merge import MANIFEST, merge_models, plan_merge
 from twinmerge.twin.merge_recipe import depths, load_merge
 from twinmerge.twin.preflight import Allow
@@ -124,9 +126,9 @@ def test_every_method_of_the_registry_has_the_same_bits_in_any_chunks(
     models: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = ours(models, f"{{method: {method}}}")
-    merge_models(path, models / "whole", workers=1)
+    merge_models(path, models / "whole", executor=Threads(1))
     monkeypatch.setattr(module, "_CHUNK_ENTRIES", 5)
-    merge_models(path, models / "parts", workers=3)
+    merge_models(path, models / "parts", executor=Threads(3))
     assert all(torch.equal(tensor, read(models / "parts")[name]) for name, tensor in read(models / "whole").items())
 
 
@@ -441,7 +443,7 @@ def test_allowed_differences_are_noted(models: Path) -> None:
 
 def test_too_little_memory_says_how_much_is_needed(models: Path) -> None:
     with pytest.raises(RecipeError, match=r"--memory must be at least 450 MB here, found 1"):
-        merge_models(ours(models), models / "out", memory_bytes=10**6, workers=1)
+        merge_models(ours(models), models / "out", memory_bytes=10**6, executor=Serial())
 
 
 def test_a_value_that_is_not_finite_in_a_vector_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,7 +466,7 @@ def test_bare_files_are_merged_too(models: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(OSError, match="GB are needed"):
         merge_models(ours(models), models / "out")
     assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "recipe.yaml"]
@@ -483,11 +485,12 @@ def test_an_existing_folder_is_refused_or_replaced_whole(models: Path) -> None:
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
+from twinmerge.twin.executor import Serial
 from twinmerge.twin.merge import merge_models
 def progress(stage, done, total):
     if done == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-merge_models(Path(sys.argv[1]), Path(sys.argv[2]), workers=1, progress=progress)
+merge_models(Path(sys.argv[1]), Path(sys.argv[2]), executor=Serial(), progress=progress)
 """
 
 
@@ -500,9 +503,9 @@ def test_a_killed_merge_is_resumed_to_the_same_bits(models: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert not (models / "out").exists()
     work = models / ".out.partial"
-    journal = (work / ".journal").read_text().splitlines()
-    (work / ".journal").write_text("\n".join(journal[:3]) + '\n["cut o')
-    with (work / "model.safetensors").open("r+b") as file:  # damage after the crash: found by its hash
+    journal = (work / JOURNAL).read_text().splitlines()
+    (work / JOURNAL).write_text("\n".join(journal[:3]) + '\n["cut o')
+    with (work / RESULT / "model.safetensors").open("r+b") as file:  # damage after the crash: found by its hash
         file.seek(-1, os.SEEK_END)
         file.write(b"\xff")
     seen: list[int] = []
@@ -517,12 +520,14 @@ def test_a_killed_merge_is_resumed_to_the_same_bits(models: Path) -> None:
 def test_no_moment_of_a_kill_leaves_a_wrong_model(models: Path) -> None:
     path = ours(models, "{method: dare_linear}")
     start = time.perf_counter()
-    merge_models(path, models / "calm", workers=2)
+    merge_models(path, models / "calm", executor=Threads(2))
     calm, length = (models / "calm" / "model.safetensors").read_bytes(), time.perf_counter() - start
     moments, out = random.Random(0), models / "out"
     context = multiprocessing.get_context("fork")
     for _ in range(20):
-        process = context.Process(target=merge_models, args=(path, out), kwargs={"workers": 2, "resume": True})
+        process = context.Process(
+            target=merge_models, args=(path, out), kwargs={"executor": Threads(2), "resume": True}
+        )
         process.start()
         time.sleep(moments.uniform(0, 1.5 * length))
         process.kill()
@@ -559,7 +564,7 @@ def test_plan_says_what_the_merge_needs(models: Path, capsys: pytest.CaptureFixt
 def test_plan_of_a_model_without_floats_takes_no_time(tmp_path: Path) -> None:
     for name in ("base", "a", "b"):
         write(tmp_path / name, {"ids": torch.arange(3)})
-    assert describe(plan_merge(load_merge(ours(tmp_path))), 10**9, 1, tmp_path)["estimated_s"] == 0.0
+    assert describe(plan_merge(load_merge(ours(tmp_path))), 10**9, Serial(), tmp_path)["estimated_s"] == 0.0
 
 
 def test_merge_and_plan_print_for_people(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,14 @@ import torch
 
 from twinmerge.errors import CheckpointError, MismatchError
 from twinmerge.tensors.checkpoint import Checkpoint, save_tensors
-from twinmerge.twin.preflight import Allow, compare_configs, compare_vocabularies, require_related
+from twinmerge.twin.preflight import (
+    Allow,
+    compare_configs,
+    compare_vocabularies,
+    plausible_bound,
+    require_plausible,
+    require_related,
+)
 
 
 @pytest.fixture
@@ -45,6 +52,8 @@ def test_other_vocabulary_files_must_be_equal(folders: tuple[Path, Path]) -> Non
 def test_a_tokenizer_that_is_no_json_is_named(folders: tuple[Path, Path]) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer.json is not valid JSON"):
         differences(folders, "tokenizer.json", "{", "{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is no tokenizer of a known form"):
+        differences(folders, "tokenizer.json", '{"model": {"vocab": 3}}', "{}")
 
 
 def opened(folder: Path, value: float, config: str | None = None) -> Checkpoint:
@@ -60,6 +69,25 @@ def test_harmless_keys_and_absent_configs_are_no_difference(folders: tuple[Path,
     assert list(compare_configs(base, "a", expert, Allow())) == []
     (folders[1] / "config.json").unlink()
     assert list(compare_configs(base, "a", Checkpoint.open(folders[1]), Allow())) == []
+
+
+def test_rope_and_keys_left_out_may_be_written_in_two_ways(folders: tuple[Path, Path]) -> None:
+    older = opened(folders[0], 1.0, '{"rope_theta": 10000.0, "rope_scaling": null, "mlp_bias": false}')
+    newer = opened(folders[1], 1.0, '{"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}')
+    assert list(compare_configs(older, "a", newer, Allow())) == []
+    scaled = opened(folders[1], 1.0, '{"rope_parameters": {"rope_theta": 10000.0, "rope_type": "yarn", "factor": 4}}')
+    with pytest.raises(MismatchError, match="rope_scaling is None in base and {.*'yarn'.*} in a"):
+        list(compare_configs(older, "a", scaled, Allow()))
+
+
+def test_values_out_of_all_proportion_are_refused() -> None:
+    bound = plausible_bound(0.5)
+    assert require_plausible(torch.tensor([-3.0, 1.0]), "x", bound=bound) == 3.0
+    assert require_plausible(torch.zeros(0), "x", bound=bound) == 0.0
+    with pytest.raises(CheckpointError, match=r"^x holds 2e\+04, more than 1e\+04, 10,000 times the largest value"):
+        require_plausible(torch.tensor([2e4]), "x", bound=bound)
+    with pytest.raises(CheckpointError, match=r"^x \(from entry 5\) has 1 NaN or Inf"):
+        require_plausible(torch.tensor([float("nan")]), "x", 5)
 
 
 def test_nothing_to_compare_is_related(folders: tuple[Path, Path]) -> None:

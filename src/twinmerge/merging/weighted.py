@@ -24,7 +24,7 @@ def weighted_average(
     Raises:
         RecipeError: if the weights to divide by sum to zero.
     """
-    total = _total(weights) if normalize else 1.0
+    total = total_weight(weights) if normalize else 1.0
     merged = _zeros(models)
     for name in sorted(models):
         merged.add_(models[name].double(), alpha=weights[name] / total)
@@ -45,7 +45,7 @@ def weighted_task_arithmetic(
         RecipeError: if the weights to divide by sum to zero.
     """
     if normalize:
-        scaling /= _total(weights)
+        scaling /= total_weight(weights)
     wide, change = base.double(), _zeros(experts)
     for name in sorted(experts):
         change.add_(experts[name].double().sub_(wide), alpha=weights[name])
@@ -125,7 +125,7 @@ def weighted_dare(
     change = _zeros(experts)
     for name in sorted(experts):
         change.add_(kept(name).double(), alpha=factors[name])
-    return change.mul_(scaling / _total(weights) if normalize else scaling).add_(base.double())
+    return change.mul_(scaling / total_weight(weights) if normalize else scaling).add_(base.double())
 
 
 def _elect(
@@ -150,7 +150,12 @@ def _zeros(models: Mapping[str, Tensor]) -> Tensor:
     return torch.zeros(len(next(iter(models.values()))), dtype=torch.float64)
 
 
-def _total(weights: Mapping[str, float]) -> float:
+def total_weight(weights: Mapping[str, float]) -> float:
+    """What normalised weights are divided by.
+
+    Raises:
+        RecipeError: if they sum to zero.
+    """
     total = sum(weights.values())
     if abs(total) < 1e-8:
         given = ", ".join(f"{name} {weight:g}" for name, weight in sorted(weights.items()))

@@ -3,7 +3,7 @@
 import datetime
 import importlib.metadata
 import random
-import tempfile
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,23 @@ from typing import Any
 import torch
 
 from twinmerge.errors import DataError
-from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
+from twinmerge.runtime.model import (
+    TwinModel,
+    by_class,
+    load_backbone,
+    load_head,
+    load_tokenizer,
+    parameter_kinds,
+    require_shapes_of_class,
+)
 from twinmerge.runtime.rows import Row, read_rows
 from twinmerge.runtime.tokens import features_of, ids_of
-from twinmerge.tensors.checkpoint import staged_folder
+from twinmerge.tensors.staging import fingerprint_of, require_free, require_space, resumable_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.executor import MEMORY_BYTES, Executor, make_executor
+from twinmerge.twin.needs import Needs
 from twinmerge.twin.plan import Plan, make_plan
+from twinmerge.twin.preflight import Allow
 from twinmerge.twin.provenance import describe_input
 from twinmerge.twin.recipe import Recipe
 from twinmerge.twin.router import Router, fit_router
@@ -24,7 +35,15 @@ from twinmerge.twin.weights import Progress, silent, write_weights
 
 
 def build(
-    recipe: Recipe | Path | str, out: Path | str, *, overwrite: bool = False, progress: Progress = silent
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    allow: Allow = Allow(),  # noqa: B008 - frozen
+    overwrite: bool = False,
+    resume: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    executor: Executor | None = None,
+    progress: Progress = silent,
 ) -> TwinArtifact:
     """Build a twin: merge the shared expert, compress the exclusive knowledge, fit the router.
 
@@ -33,7 +52,12 @@ def build(
     Args:
         recipe: a recipe, or the path of its YAML file.
         out: the twin's folder.
+        allow: differences between base and experts that are not refused.
         overwrite: replace a folder that exists; refused otherwise.
+        resume: go on with what an interrupted run left; its finished parameters are verified first.
+        memory_bytes: what a process may take while weights are merged and decomposed; each worker of `processes` and
+            `ray` is one. The router needs the shared expert in memory on top.
+        executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
         progress: called with (stage, done, total).
 
     Returns:
@@ -45,12 +69,27 @@ def build(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     out = Path(out)
-    with staged_folder(out, overwrite=overwrite) as folder:
-        plan = open_plan(recipe)
-        rows = router_rows(plan)
-        require_heads(plan)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            report = write_weights(plan, folder, Path(work), progress)
+    require_free(out.resolve(), overwrite)
+    plan = open_plan(recipe, allow)
+    needs = Needs.of(plan)
+    executor = needs.within(executor or make_executor("threads"), memory_bytes)
+    rows = router_rows(plan)
+    require_heads(plan)
+    settings = [versions(), recipe.model_dump(mode="json", exclude={"root"})]
+    with resumable_folder(out, fingerprint_of(settings, plan.files), overwrite=overwrite, resume=resume) as staged:
+        require_space(staged.work, needs.disk_bytes - _size_of(staged.work))
+        shutil.rmtree(staged.folder)  # an interrupted run's; it is written anew from the parts
+        staged.folder.mkdir()
+        folder = staged.folder
+        report = write_weights(
+            plan,
+            folder,
+            staged.work,
+            progress,
+            executor=executor,
+            finished=staged.finished,
+            record=staged.record,
+        )
         router = fit_on_shared(folder, plan, rows, progress)
         router.save(folder / "router")
         manifest = {
@@ -62,10 +101,15 @@ def build(
             "experts": with_provenance(plan, report.experts, progress),
             "tensors": report.tensors,
             "router": router.report,
+            "notes": list(plan.notes),
         }
         (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
         write_manifest(folder, manifest)
     return TwinArtifact.open(out)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def versions() -> dict[str, str]:
@@ -84,9 +128,12 @@ def with_provenance(
     return described
 
 
-def open_plan(recipe: Recipe) -> Plan:
+def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:  # noqa: B008 - frozen
     """Find, open and match a recipe's files; what each layer is comes from the base's class."""
-    return make_plan(recipe, parameter_kinds(recipe.locate(recipe.base, "base")))
+    kinds = parameter_kinds(recipe.locate(recipe.base, "base"))
+    plan = make_plan(recipe, kinds, allow=allow, by_class=by_class)
+    require_shapes_of_class(plan.base)
+    return plan
 
 
 def router_rows(plan: Plan) -> dict[str, list[Row]]:

@@ -11,7 +11,7 @@ import torch
 from twinmerge.errors import GateError
 from twinmerge.runtime.build import versions
 from twinmerge.runtime.model import TwinModel, quiet
-from twinmerge.tensors.checkpoint import staged_folder
+from twinmerge.tensors.staging import resumable_folder
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.export import export_peft, export_stacked
 from twinmerge.twin.weights import Progress, copy_side_files, silent
@@ -51,7 +51,8 @@ def export(
     """
     artifact = TwinArtifact.open(twin)
     weights = _gate(artifact, to, gate, expert)
-    with staged_folder(Path(out), overwrite=overwrite) as folder:
+    with resumable_folder(Path(out), to, overwrite=overwrite) as staged:
+        folder = staged.folder
         if to == "dense":
             held = _export_dense(artifact, folder, weights)
         else:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
 from twinmerge.runtime.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
+from twinmerge.runtime.model import by_class
 from twinmerge.tensors.staging import resumable_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
@@ -179,7 +180,7 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
     Raises:
         MismatchError: if the base is another than the twin's, or the expert has other parameters or no head.
     """
-    plan = make_plan(recipe, artifact.kinds, only=name)
+    plan = make_plan(recipe, artifact.kinds, only=name, by_class=by_class)
     base = artifact.manifest.get("base", {})
     if "files" in base:
         require_unchanged(base, plan.base, "base")
@@ -188,14 +189,13 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
     if bool(with_head) != bool(plan.experts[name].head):
         has, lacks = (name, others[0]) if not with_head else (with_head[0], name)
         raise MismatchError(f"expert {has!r} has a head of its own, expert {lacks!r} has none; give all or none")
-    if recipe.exclusive.compression == "svd":
-        tensors = artifact.manifest["tensors"]
-        for task in plan.tasks:
-            ranked = [other for other in others if other in tensors[task.name]["ranks"]]
-            compressed = task.kind in MATRICES and task.exclusive
-            if bool(ranked) != compressed:
-                has, lacks = (ranked[0], name) if ranked else (name, others[0])
-                raise MismatchError(f"expert {lacks!r} lacks {task.name!r}, which expert {has!r} has; give all or none")
+    held = {other: artifact.compressed(other) for other in others}
+    for task in plan.tasks:
+        having = [other for other in others if task.name in held[other]]
+        compressed = task.kind in MATRICES and task.exclusive
+        if bool(having) != compressed:
+            has, lacks = (having[0], name) if having else (name, others[0])
+            raise MismatchError(f"expert {lacks!r} lacks {task.name!r}, which expert {has!r} has; give all or none")
     return plan
 
 

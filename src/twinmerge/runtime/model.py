@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
@@ -21,6 +23,7 @@ from twinmerge.errors import ArtifactError, GateError, MismatchError
 from twinmerge.runtime.gating import GateContext, GateSlot, keep_large
 from twinmerge.runtime.layers import LAYERS, GatedLayer, GatedLinear, join_banks, join_readers
 from twinmerge.runtime.merged import MergeCache
+from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.ngrams import token_ids
@@ -489,14 +492,51 @@ def parameter_kinds(folder: Path) -> dict[str, Kind]:
     Raises:
         MismatchError: if the folder's class is unknown to transformers.
     """
-    config = load_config(folder)
-    with torch.device("meta"):
-        model = model_class(config, folder)(config)
+    model = _without_weights(folder)
     kinds: dict[str, Kind] = dict.fromkeys(model.state_dict(), "static")
     for module_name, module in model.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
             kinds[f"{module_name}.{leaf}" if module_name else leaf] = layer_kind(module, leaf)
     return kinds
+
+
+def by_class(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint under the names of its class's parameters; transformers renames some classes' on loading.
+
+    What it splits or joins keeps the stored names. A folder of no known class is given as it is.
+    """
+    if not checkpoint.config:
+        return checkpoint
+    architectures = load_config(checkpoint.path).architectures or [""]
+    if not hasattr(transformers, architectures[0]):
+        return checkpoint
+    model = _without_weights(checkpoint.path)
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    found = {name: rename_source_key(name, renamings, converters) for name in checkpoint.specs}
+    return checkpoint.renamed({name: new for name, (new, converted) in found.items() if converted is None})
+
+
+def require_shapes_of_class(checkpoint: Checkpoint) -> None:
+    """Refuse a base that transformers would not load, such as an embedding with other rows than config.json says.
+
+    Raises:
+        MismatchError: naming the first tensor.
+    """
+    for name, tensor in _without_weights(checkpoint.path).state_dict().items():
+        if name in checkpoint.specs and checkpoint.specs[name].shape != tensor.shape:
+            raise MismatchError(
+                f"base {checkpoint.path}: {name!r} has shape {list(checkpoint.specs[name].shape)}, by config.json it "
+                f"must be {list(tensor.shape)}; one of them is wrong"
+            )
+
+
+def _without_weights(folder: Path) -> PreTrainedModel:
+    """A folder's model on the meta device."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        return model_class(config, folder)(config)
 
 
 def load_config(folder: Path) -> PretrainedConfig:

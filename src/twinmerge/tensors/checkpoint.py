@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import os
 import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twinmerge.errors import CheckpointError, OutputExistsError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-"""Linux: paths start from the working directory; both names stay."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -98,7 +92,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} holds both {single.name} and {index.name}; one of them is stale, remove it")
         specs = _read_shards(index) if index.exists() else _read_header(single)
         config = path / "config.json"
-        return cls(path, specs, _read_json(config) if config.exists() else {}, stem)
+        return cls(path, specs, read_json(config) if config.exists() else {}, stem)
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +105,8 @@ class Checkpoint:
         Raises:
             CheckpointError: if there is no such tensor, or its file can no longer be read.
         """
-        return self._read(name, lambda opened: opened.get_tensor(name))
+        spec = self._spec(name)
+        return self.read_flat(name, 0, spec.numel).view(spec.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "..."]:
         """Read rows `start` (included) to `stop` (excluded) of one tensor, nothing else of it.
@@ -123,7 +118,8 @@ class Checkpoint:
         shape = self._spec(name).shape
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no rows {start}:{stop}")
-        return self._read(name, lambda opened: opened.get_slice(name)[start:stop])
+        row = math.prod(shape[1:])
+        return self.read_flat(name, start * row, stop * row).view(stop - start, *shape[1:])
 
     def read_flat(self, name: str, start: int, stop: int) -> Shaped[Tensor, " entries"]:
         """Read entries `start` (included) to `stop` (excluded) of one flattened tensor, nothing else of it.
@@ -152,18 +148,26 @@ class Checkpoint:
             raise CheckpointError(f"{spec.file}: tensor {name!r} cannot be read: the file has become shorter")
         return tensor
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names; those that `names` does not say keep theirs.
+
+        Raises:
+            CheckpointError: if two get one name.
+        """
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in self.specs.items():
+            new = names.get(name, name)
+            if new in specs:
+                raise CheckpointError(
+                    f"{self.path}: two tensors are called {new!r}, {name!r} is one; the other is stale"
+                )
+            specs[new] = replace(spec, name=new)
+        return replace(self, specs=specs)
+
     def _spec(self, name: str) -> TensorSpec:
         if name not in self.specs:
             raise CheckpointError(f"{self.path} has no tensor {name!r} among its {len(self.specs)}")
         return self.specs[name]
-
-    def _read(self, name: str, take: Callable[[Any], Tensor]) -> Tensor:
-        file = self._spec(name).file
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return take(opened)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read: {error}") from error
 
 
 def save_tensors(
@@ -217,50 +221,8 @@ def save_checkpoint(
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _fsync(folder / INDEX)
-        _fsync(folder)
-
-
-@contextmanager
-def staged_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Fill a folder that appears under its name only when it is complete and on disk.
-
-    Args:
-        target: the folder to write; its parents are created.
-        overwrite: replace an existing folder once the new one is complete.
-
-    Yields:
-        An empty folder beside `target`; removed, and `target` left as it was, on any exception.
-
-    Raises:
-        OutputExistsError: before any work, if `target` exists and may not be replaced.
-    """
-    target = target.resolve()
-    require_free(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tag = f"{os.getpid()}-{secrets.token_hex(4)}"
-    staging = target.with_name(f".{target.name}.tmp-{tag}")
-    staging.mkdir()
-    try:
-        yield staging
-        publish(staging, target, overwrite)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def publish(staging: Path, target: Path, overwrite: bool) -> None:
-    """Bring a complete folder to the disk, then give it the name of its target, in whose place it comes whole.
-
-    Raises:
-        OutputExistsError: if the target has come to exist and may not be replaced.
-    """
-    for folder, _, files in os.walk(staging):
-        for file in files:
-            _fsync(Path(folder, file))
-        _fsync(Path(folder))
-    require_free(target, overwrite)
-    _put_in_place(staging, target, old=target.with_name(f".{target.name}.old-{os.getpid()}-{secrets.token_hex(4)}"))
+        fsync(folder / INDEX)
+        fsync(folder)
 
 
 def lay_out(
@@ -286,10 +248,52 @@ def lay_out(
     return len(encoded).to_bytes(8, "little") + encoded, offsets, data + end
 
 
+def fsync(path: Path) -> None:
+    """Bring a file or the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes in hexadecimal, read in chunks."""
     with path.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: if it holds none, or one with a key twice.
+    """
+    try:
+        content = _parse_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _parse_json(raw: bytes) -> Any:
+    """As `json.loads`, but everything wrong is a ValueError, a key that stands twice too."""
+    try:
+        return json.loads(raw, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
 
 
 def _find_stem(folder: Path) -> str:
@@ -317,25 +321,16 @@ def _explain_no_weights(folder: Path) -> str:
     return f"{folder} has neither {WEIGHTS} nor {INDEX}; it holds {', '.join(names[:5]) or 'nothing'}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
-
-
 def _read_shards(index: Path) -> dict[str, TensorSpec]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} must hold a 'weight_map' of tensor names to file names")
     specs: dict[str, TensorSpec] = {}
+    present = {entry.name for entry in index.parent.iterdir()}
     for file in sorted({str(file) for file in weight_map.values()}):
-        shard = index.parent / file
-        if Path(file).name != file or not shard.is_file():
+        if file not in present:
             raise CheckpointError(f"{index} names shard {file!r}, which is not in the folder; is the copy complete?")
+        shard = index.parent / file
         for name, spec in _read_header(shard).items():
             if name in specs:
                 raise CheckpointError(f"tensor {name!r} is in two shards, {specs[name].file.name} and {file}")
@@ -351,21 +346,26 @@ def _read_shards(index: Path) -> dict[str, TensorSpec]:
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
-    size = path.stat().st_size
-    with path.open("rb") as opened:
-        start = opened.read(23)
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
-        length = int.from_bytes(start[:8], "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(f"{path} is truncated or no safetensors file: its {size} bytes end inside the header")
-        opened.seek(8)
-        header = opened.read(length)
     try:
-        entries = dict(json.loads(header))
-        entries.pop("__metadata__", None)
+        size = path.stat().st_size
+        with path.open("rb") as opened:
+            start = opened.read(23)
+            if start.startswith(b"version https://git-lfs"):
+                raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull`")
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file: its {size} bytes end inside the header"
+                )
+            opened.seek(8)
+            header = opened.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries = _parse_json(header)
+        _require_texts(entries.pop("__metadata__", {}))
         specs = {name: _parse_entry(name, entry, path, 8 + length) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is no safetensors file: its header cannot be understood ({error})") from error
     data = size - 8 - length
     for name, spec in specs.items():
@@ -383,14 +383,31 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     for spec in sorted(specs.values(), key=lambda spec: (spec.offset, spec.nbytes)):
         if spec.offset < end:
             raise CheckpointError(f"{path}: the data of tensor {spec.name!r} overlaps another's; the file is damaged")
+        if spec.offset > end:
+            raise _unowned(path, end, spec.offset)
         end = spec.offset + spec.nbytes
+    if end < size:
+        raise _unowned(path, end, size)
     return specs
 
 
+def _unowned(path: Path, start: int, stop: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds {stop - start:,} bytes that belong to no tensor, from byte {start}; the file is damaged, "
+        "download it again"
+    )
+
+
+def _require_texts(metadata: Mapping[str, Any]) -> None:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not all texts")
+
+
 def _parse_entry(name: str, entry: Mapping[str, Any], path: Path, data_start: int) -> TensorSpec:
+    name.encode()  # half a character, which JSON can escape, is in no text
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end - begin)):
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end - begin)):
         raise ValueError(f"{name!r} has shape {shape} from byte {begin} to {end}")
     return TensorSpec(name, shape, _dtype(entry["dtype"], path), path, end - begin, data_start + begin)
 
@@ -439,52 +456,7 @@ def _write_file(
             opened.flush()
             os.fsync(opened.fileno())
         staging.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
-
-
-def require_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists and may not be replaced.
-
-    Raises:
-        OutputExistsError: saying what is there.
-    """
-    if target.exists() and not (overwrite and target.is_dir()):
-        hint = "choose another path, or overwrite it" if target.is_dir() else "it is a file; choose another path"
-        raise OutputExistsError(f"{target} exists already; {hint}")
-
-
-def _put_in_place(staging: Path, target: Path, old: Path) -> None:
-    if target.exists() and _exchange(staging, target):
-        _fsync(target.parent)
-        shutil.rmtree(staging, ignore_errors=True)
-        return
-    replaced = target.exists()
-    if replaced:
-        target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        if replaced:
-            old.rename(target)
-        raise
-    _fsync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Let two folders swap names in one step, so that neither name is ever free; not every system can."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    return rename is not None and not rename(
-        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
-    )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

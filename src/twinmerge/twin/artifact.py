@@ -16,7 +16,6 @@ from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
 from twinmerge.tensors.eight_bit import EIGHT_BITS, SCALE, from_eight_bits
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.tensors.staging import JOURNAL
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import TRANSPOSED, Kind
 from twinmerge.twin.router import Router
@@ -97,6 +96,13 @@ class TwinArtifact:
             parts.update(_read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared))
         return parts
 
+    def compressed(self, expert: str) -> frozenset[str]:
+        """The matrices that an expert brought, those of rank 0 too."""
+        ranked = {name for name, entry in self.manifest["tensors"].items() if expert in entry["ranks"]}
+        file = self.path / "experts" / expert / "exclusive.safetensors"
+        stored = Checkpoint.open(file).specs if file.exists() else {}
+        return frozenset(ranked | {name.removesuffix(".indices") for name in stored if name.endswith(".indices")})
+
     def head(self, expert: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """An expert's config and head tensors, None if experts share the base's output layer."""
         folder = self.path / "experts" / expert / "head"
@@ -169,7 +175,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str
     """
     files = {
         name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in sorted(_files(folder) - {MANIFEST, JOURNAL})
+        for name in sorted(_files(folder) - {MANIFEST})
     }
     content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

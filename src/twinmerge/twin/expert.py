@@ -1,6 +1,5 @@
 """Knows how one expert's files, a full fine-tune or a LoRA adapter, answer to the base's parameter names."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -11,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import CheckpointError, MismatchError
-from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.errors import MismatchError
+from twinmerge.tensors.checkpoint import Checkpoint, read_json
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.state_dict import require_finite, task_vector
+from twinmerge.twin.preflight import require_plausible
 
 _PEFT_PREFIX = "base_model.model."
 _REFUSED = (
@@ -41,17 +41,25 @@ class Expert:
         """Whether task vectors come as factors."""
         return False
 
-    def task_vector(self, name: str, base: Tensor) -> Tensor:
+    def task_vector(self, name: str, base: Tensor, bound: float | None = None) -> Tensor:
         """Expert minus base, float32, shaped as `base`.
 
         Raises:
-            CheckpointError: if it holds NaN or Inf.
+            CheckpointError: if the expert holds NaN, Inf or a magnitude beyond `bound`.
         """
         tensor = self.checkpoint.read(self.stored[name])
-        require_finite(
-            tensor, f"expert {self.name!r}: {self.stored[name]!r} in {self.checkpoint.specs[self.stored[name]].file}"
-        )
+        require_plausible(tensor, self._where(self.stored[name]), bound=bound)
         return task_vector(base, tensor)
+
+    def read_flat(self, name: str, start: int, stop: int, bound: float | None) -> Tensor:
+        """Entries `start` to `stop` of the expert's own value, flattened, in its stored dtype.
+
+        Raises:
+            CheckpointError: if they hold NaN, Inf or a magnitude beyond `bound`.
+        """
+        tensor = self.checkpoint.read_flat(self.stored[name], start, stop)
+        require_plausible(tensor, self._where(self.stored[name]), start, bound)
+        return tensor
 
     def factors(self, name: str) -> LowRank | None:
         """Factors of the task vector of a 2-D parameter, None if there is none in factored form."""
@@ -62,8 +70,11 @@ class Expert:
         tensors = {}
         for name, stored in self.head.items():
             tensors[name] = self.checkpoint.read(stored)
-            require_finite(tensors[name], f"expert {self.name!r}: {stored!r} in {self.checkpoint.specs[stored].file}")
+            require_finite(tensors[name], self._where(stored))
         return tensors
+
+    def _where(self, stored: str) -> str:
+        return f"expert {self.name!r}: {stored!r} in {self.checkpoint.specs[stored].file}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -83,13 +94,13 @@ class AdapterExpert(Expert):
         """Whether task vectors come as factors."""
         return True
 
-    def task_vector(self, name: str, base: Tensor) -> Tensor:
+    def task_vector(self, name: str, base: Tensor, bound: float | None = None) -> Tensor:
         """Expert minus base, float32, shaped as `base`: the product of the pair, or zeros where none was trained."""
         factors = self.factors(name)
         if factors is not None:
             return factors.dense().reshape(base.shape)
         if name in self.stored:
-            return super().task_vector(name, base)
+            return super().task_vector(name, base, bound)
         return torch.zeros(base.shape, dtype=torch.float32)
 
     def factors(self, name: str) -> LowRank | None:
@@ -99,12 +110,18 @@ class AdapterExpert(Expert):
         name_a, name_b, scale, transposed = self.pairs[name]
         a, b = self.checkpoint.read(name_a), self.checkpoint.read(name_b)
         for stored, tensor in ((name_a, a), (name_b, b)):
-            require_finite(tensor, f"expert {self.name!r}: {stored!r} in {self.checkpoint.specs[stored].file}")
+            require_finite(tensor, self._where(stored))
         a, b = a.float().flatten(1), b.float().flatten(1) * scale
         return LowRank(a.T.contiguous(), b.T.contiguous()) if transposed else LowRank(b, a)
 
 
-def open_expert(name: str, folder: Path, base: Checkpoint, transposed: Collection[str]) -> Expert:
+def open_expert(
+    name: str,
+    folder: Path,
+    base: Checkpoint,
+    transposed: Collection[str],
+    by_class: Callable[[Checkpoint], Checkpoint],
+) -> Expert:
     """Open an expert and match its tensors with the base's, from headers only.
 
     Args:
@@ -112,6 +129,7 @@ def open_expert(name: str, folder: Path, base: Checkpoint, transposed: Collectio
         folder: a transformers folder, or a PEFT LoRA adapter.
         base: the base model.
         transposed: base parameters that a LoRA pair multiplies transposed (embeddings, Conv1D).
+        by_class: gives a full model under the names of its class's parameters.
 
     Raises:
         MismatchError: if a parameter is missing, extra or of another shape, or the architecture differs.
@@ -119,7 +137,7 @@ def open_expert(name: str, folder: Path, base: Checkpoint, transposed: Collectio
     """
     if (folder / "adapter_config.json").exists():
         return _open_adapter(name, folder, base, transposed)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = by_class(Checkpoint.open(folder))
     _require_same_architecture(name, checkpoint.config, base.config)
     match = _match(base, checkpoint)
     missing = [
@@ -241,7 +259,7 @@ def _head_config(
 ) -> dict[str, Any]:
     """The config of the class whose head an adapter brings: the folder's own, else the base's with class and labels."""
     if (folder / "config.json").exists():
-        return _read_json(folder / "config.json")
+        return read_json(folder / "config.json")
     stem = re.sub(r"(Model|For[A-Z]\w*)$", "", next(iter(base.get("architectures") or []), ""))
     ending = _CLASS_ENDINGS.get(settings.get("task_type") or "")
     found = (settings.get("auto_mapping") or {}).get("base_model_class") or (stem and ending and stem + ending)
@@ -254,18 +272,8 @@ def _head_config(
     return {**base, "architectures": [found], "id2label": {str(i): f"LABEL_{i}" for i in range(labels)}}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
-
-
 def _adapter_config(name: str, folder: Path) -> dict[str, Any]:
-    settings = _read_json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     refused = [key for key in _REFUSED if settings.get(key)]
     if str(settings.get("init_lora_weights", True)) not in ("True", "False", "gaussian", "orthogonal"):
         refused.append(f"init_lora_weights={settings['init_lora_weights']}")  # the base was changed too

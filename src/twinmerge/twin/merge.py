@@ -1,14 +1,10 @@
 """Knows a static merge: many models in, one plain model folder out, in memory that does not depend on their size."""
 
-import ctypes
 import datetime
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,25 +16,28 @@ from torch import Tensor
 from twinmerge.errors import CheckpointError, MismatchError, RecipeError
 from twinmerge.merging.methods import Stats, run_prepass
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, sha256_of
-from twinmerge.tensors.staging import resumable_folder
-from twinmerge.tensors.state_dict import require_finite
+from twinmerge.tensors.staging import fingerprint_of, require_space, resumable_folder
 from twinmerge.tensors.writer import CheckpointWriter
+from twinmerge.twin.executor import MEMORY_BYTES, OWN_BYTES, Executor, make_executor
 from twinmerge.twin.merge_recipe import MergeRecipe, StaticMerge, depths, layer_count, load_merge
-from twinmerge.twin.preflight import Allow, compare_configs, compare_tensors, compare_vocabularies, require_related
+from twinmerge.twin.preflight import (
+    Allow,
+    compare_configs,
+    compare_tensors,
+    compare_vocabularies,
+    plausible_bound,
+    require_plausible,
+    require_related,
+)
 from twinmerge.twin.provenance import describe_input
 from twinmerge.twin.rules import Chunk, task_vectors
 from twinmerge.twin.weights import Progress, copy_side_files, silent
 
-MEMORY_BYTES = 2 * 10**9
 MANIFEST = "merge.json"
-_OWN_BYTES = 450 * 10**6
-"""What the process takes before the first tensor: interpreter and torch."""
 _CHUNK_ENTRIES = 1 << 16
 """Entries in work at a time: what they need stays in the cache."""
 _BYTES_PER_ENTRY = 16
 """Of one model while a chunk is merged: as stored, in float32 and in float64."""
-_IMPLAUSIBLE = 1e4
-"""How many times larger than the reference's largest value (or 1) no value of a fine-tune is."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,16 @@ class MergePlan:
         """Bytes of the result's tensors."""
         return sum(spec.numel * spec.dtype.itemsize for spec in self.specs)
 
-    def chunk_entries(self, memory_bytes: int, workers: int) -> int:
-        """Entries of a tensor that each worker holds at a time.
+    def chunk_entries(self, memory_bytes: int, sharing: int) -> int:
+        """Entries of a tensor that each of the workers that share a process's memory holds at a time.
 
         Raises:
             RecipeError: if the memory does not suffice for the program itself.
         """
         models = len(self.experts) + 2
-        free = (memory_bytes - _OWN_BYTES) // (workers * models * _BYTES_PER_ENTRY)
+        free = (memory_bytes - OWN_BYTES) // (sharing * models * _BYTES_PER_ENTRY)
         if free < 1 << 12:
-            needed = _OWN_BYTES + (workers * models * _BYTES_PER_ENTRY << 12)
+            needed = OWN_BYTES + (sharing * models * _BYTES_PER_ENTRY << 12)
             raise RecipeError(f"--memory must be at least {needed / 1e6:,.0f} MB here, found {memory_bytes / 1e6:,.0f}")
         return min(_CHUNK_ENTRIES, 1 << (free.bit_length() - 1))
 
@@ -140,7 +139,7 @@ def merge_models(
     overwrite: bool = False,
     resume: bool = False,
     memory_bytes: int = MEMORY_BYTES,
-    workers: int | None = None,
+    executor: Executor | None = None,
     hash_inputs: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -152,8 +151,8 @@ def merge_models(
         allow: differences between the models that are not refused.
         overwrite: replace a folder that exists.
         resume: go on with what an interrupted run left; its finished tensors are verified first.
-        memory_bytes: what the process may take.
-        workers: tensors in work at a time; None takes the number of cores. The result has the same bits.
+        memory_bytes: what a process may take; each worker of `processes` and `ray` is one.
+        executor: where tensors are merged; None takes a thread for every core. The result has the same bits.
         hash_inputs: hash every byte of the inputs for the manifest, another pass over them; else their headers.
         progress: told after every tensor.
 
@@ -165,21 +164,21 @@ def merge_models(
     """
     merge = recipe if isinstance(recipe, StaticMerge) else load_merge(Path(recipe))
     plan = plan_merge(merge, allow)
-    workers = workers or len(os.sched_getaffinity(0))
-    entries = plan.chunk_entries(memory_bytes, workers)
+    executor = executor or make_executor("threads")
+    entries = plan.chunk_entries(memory_bytes, executor.sharing)
     _require_all_related(plan)
     with resumable_folder(out, _fingerprint(plan), overwrite=overwrite, resume=resume) as staged:
         writer = CheckpointWriter.plan(plan.specs, staged.folder, plan.reference.stem)
-        _require_space(staged.folder, writer.nbytes)
+        require_space(staged.folder, writer.nbytes)
         writer.allocate()
         finished = {name: digest for name, digest in staged.finished.items() if _is_intact(writer, name, digest)}
         stats = _whole_model_stats(plan, entries)
         largest_first = sorted((s for s in plan.specs if s.name not in finished), key=lambda spec: -spec.numel)
         task = _Task(plan, writer, stats, entries)
         progress("merging", len(finished), len(plan.specs))
-        for name, digest in _run(task, largest_first, workers):
-            finished[name] = digest
-            staged.record(name, digest)
+        for spec, digest in executor.map(task, largest_first):
+            finished[spec.name] = digest
+            staged.record(spec.name, digest)
             progress("merging", len(finished), len(plan.specs))
         writer.finish(plan.reference.stem)
         _copy_side_files(plan, staged.folder)
@@ -219,27 +218,6 @@ class _Task:
         return digest.hexdigest()
 
 
-def _run(task: _Task, specs: list[TensorSpec], workers: int) -> Iterator[tuple[str, str]]:
-    """Name and digest of every tensor as it is done; reading, computing and writing overlap across the workers."""
-    _keep_buffers()
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        futures = {pool.submit(task, spec): spec.name for spec in specs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def _keep_buffers() -> None:
-    """Let glibc keep the memory of freed buffers; else it returns each to the system and gets it back page by page."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: 0)
-    mallopt(-3, 1 << 26)  # M_MMAP_THRESHOLD
-    mallopt(-1, 1 << 26)  # M_TRIM_THRESHOLD
-
-
 def read_chunks(plan: MergePlan, name: str, entries: int, *, whole: bool = False) -> Iterator[Chunk]:
     """Go through one tensor of all models, refusing values that no fine-tune has.
 
@@ -250,13 +228,14 @@ def read_chunks(plan: MergePlan, name: str, entries: int, *, whole: bool = False
     for start, stop in _stretches(spec.numel, entries):
         reference = plan.base or plan.reference
         first = reference.read_flat(name, start, stop)
-        limit = _require_plausible(first, reference, name, "base" if plan.base else "reference", None, start)
+        whose = "base" if plan.base else "reference"
+        largest = require_plausible(first, f"{whose}: {name!r} in {reference.specs[name].file}", start)
+        bound = None if plan.allow.unrelated else plausible_bound(largest)
         experts = {}
         for expert, checkpoint in plan.experts.items():
             tensor = first if checkpoint is reference else checkpoint.read_flat(name, start, stop)
             if checkpoint is not reference:
-                bound = None if plan.allow.unrelated else _IMPLAUSIBLE * max(limit, 1.0)
-                _require_plausible(tensor, checkpoint, name, f"expert {expert!r}", bound, start)
+                require_plausible(tensor, f"expert {expert!r}: {name!r} in {checkpoint.specs[name].file}", start, bound)
             experts[expert] = tensor.view(spec.shape) if whole else tensor
         base = (first.view(spec.shape) if whole else first) if plan.base else None
         yield Chunk(name, start, base, experts)
@@ -264,23 +243,6 @@ def read_chunks(plan: MergePlan, name: str, entries: int, *, whole: bool = False
 
 def _stretches(numel: int, entries: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + entries, numel)) for start in range(0, numel, entries))
-
-
-def _require_plausible(
-    tensor: Tensor, checkpoint: Checkpoint, name: str, whose: str, bound: float | None, start: int
-) -> float:
-    """The largest magnitude, finite and within `bound`."""
-    low, high = (float(value) for value in torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float()))
-    largest = max(-low, high)
-    where = f"{whose}: {name!r} in {checkpoint.specs[name].file}"
-    if not largest < float("inf"):
-        require_finite(tensor, f"{where} (from entry {start:,})")
-    if bound is not None and largest > bound:
-        raise CheckpointError(
-            f"{where} holds {largest:.3g}, more than {bound:.3g}, {_IMPLAUSIBLE:,.0f} times the largest value of the "
-            "base; the file is damaged or no fine-tune of it; --allow-unrelated merges it all the same"
-        )
-    return largest
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -322,12 +284,6 @@ def _all_task_vectors(plan: MergePlan, entries: int) -> Iterator[tuple[str, Mapp
         yield from task_vectors(partial(read_chunks, plan, spec.name, entries))
 
 
-def _require_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(28, f"{needed / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free", str(folder.parent))
-
-
 def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
     file, offset, size = writer.places[name]
     found = hashlib.sha256()
@@ -341,14 +297,13 @@ def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
 
 def _fingerprint(plan: MergePlan) -> str:
     """What an interrupted run must have had in common with this one to be gone on with."""
-    files = sorted({spec.file for model in (plan.reference, *plan.experts.values()) for spec in model.specs.values()})
-    inputs = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = [spec.file for model in (plan.reference, *plan.experts.values()) for spec in model.specs.values()]
     recipe = (
         plan.merge.recipe.model_dump_json(warnings=False)
         if isinstance(plan.merge.recipe, MergeRecipe)
         else repr(plan.merge.recipe)
     )
-    return hashlib.sha256(json.dumps([recipe, plan.merge.seed, inputs]).encode()).hexdigest()
+    return fingerprint_of([importlib.metadata.version("twinmerge"), recipe, plan.merge.seed], files)
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:

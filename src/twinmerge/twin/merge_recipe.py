@@ -148,12 +148,26 @@ def layer_count(names: Iterable[str]) -> int:
     return max((int(match[2]) + 1 for name in names if (match := _IN_STACK.match(name))), default=0)
 
 
+def is_twin(path: Path) -> bool:
+    """Whether a recipe is a twin's: its experts have router data, or it has keys that no static merge has."""
+    data = _content(path)
+    experts = data.get("experts")
+    entries = list(experts.values()) if isinstance(experts, dict) else []
+    return bool({"exclusive", "router", "max_length"} & set(data)) or any(isinstance(e, dict) for e in entries)
+
+
 def _merge_method(path: Path) -> str | None:
+    data = _content(path)
+    return str(data["merge_method"]) if "merge_method" in data else None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A recipe as it stands there, empty if it cannot be read: `load_yaml` says what is wrong, and where."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None  # load_yaml says what is wrong, and where
-    return str(data["merge_method"]) if isinstance(data, dict) and "merge_method" in data else None
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _locate_near(recipe: Path, source: str, key: str) -> Path:

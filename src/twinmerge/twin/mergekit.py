@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from twinmerge.errors import RecipeError
+from twinmerge.merging.weighted import total_weight
 from twinmerge.twin.recipe import Strict
 from twinmerge.twin.rules import AverageRule, DareRule, Rule, SlerpRule, TaskArithmeticRule, TiesRule
 
@@ -282,6 +283,8 @@ def rule_for(recipe: AnyRecipe, name: str, depth: float, seed: int) -> Rule:
         [other] = experts
         return SlerpRule(str(recipe.base_model), other, _value(recipe, "t", None, name, depth, None))
     weights = {expert: _value(recipe, "weight", place, name, depth, None) for expert, place in experts.items()}
+    if shared.normalize:
+        total_weight(weights)
     if isinstance(shared, LinearParameters):
         return AverageRule(weights, shared.normalize)
     if isinstance(shared, TaskArithmeticParameters):

@@ -1,8 +1,9 @@
 """Knows what a build will do before it does it: one task per parameter, checked on headers only."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
 from twinmerge.twin.expert import Expert, open_expert
+from twinmerge.twin.preflight import Allow, compare_configs, compare_vocabularies
 from twinmerge.twin.recipe import Recipe
 
 Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "static"]
@@ -54,6 +56,16 @@ class Plan:
     experts: Mapping[str, Expert]
     """Those of the recipe; in a twin that grows, the new one alone."""
     tasks: tuple[TensorTask, ...]
+    allow: Allow = field(default_factory=Allow)
+    notes: tuple[str, ...] = ()
+    """Differences that were allowed."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything the result depends on beside the recipe: weights and router data."""
+        models = (self.base, *(expert.checkpoint for expert in self.experts.values()))
+        rows = (self.recipe.locate(s.router_data, "router_data") for s in self.recipe.experts.values())
+        return tuple(sorted({*(spec.file for model in models for spec in model.specs.values()), *rows}))
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -94,29 +106,42 @@ class Plan:
         return len(self.experts) / len(self.recipe.experts)
 
 
-def make_plan(recipe: Recipe, kinds: Mapping[str, Kind], only: str | None = None) -> Plan:
+def as_stored(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint under the names that its files hold."""
+    return checkpoint
+
+
+def make_plan(
+    recipe: Recipe,
+    kinds: Mapping[str, Kind],
+    only: str | None = None,
+    allow: Allow = Allow(),  # noqa: B008 - frozen
+    by_class: Callable[[Checkpoint], Checkpoint] = as_stored,
+) -> Plan:
     """Find, open and match every file of a recipe, and refuse what cannot become a twin.
 
     Args:
         recipe: what to build.
         kinds: base parameter name -> what its layer is (from the model's class; this module knows no models).
         only: the one expert of the recipe that is opened and planned for; None plans for all.
+        allow: differences between base and experts that are not refused.
+        by_class: gives a full model under the names of its class's parameters, where its files hold others.
 
     Raises:
         RecipeError: if a path is missing or a budget cannot hold the dense parts.
         MismatchError: if an expert does not fit the base.
         CheckpointError: if a file cannot be read.
     """
-    base = Checkpoint.open(recipe.locate(recipe.base, "base"))
+    base = by_class(Checkpoint.open(recipe.locate(recipe.base, "base")))
     unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
     if unknown:
         raise MismatchError(
             f"base {base.path}: {len(unknown)} tensors are not named as the parameters of its class are, first "
-            f"{unknown[0]!r}; save it again with that class (what transformers renames on loading does not work yet)"
+            f"{unknown[0]!r}; save it again with that class (what is split or joined on loading does not work)"
         )
     transposed = {name for name, kind in kinds.items() if kind in TRANSPOSED}
     experts = {
-        name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed)
+        name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed, by_class)
         for name, source in recipe.experts.items()
         if only in (None, name)
     }
@@ -127,7 +152,12 @@ def make_plan(recipe: Recipe, kinds: Mapping[str, Kind], only: str | None = None
     tasks = tuple(
         _task(name, spec, kinds.get(name, "static"), experts, recipe) for name, spec in sorted(base.specs.items())
     )
-    plan = Plan(recipe, base, experts, tasks)
+    notes: list[str] = []
+    for name, expert in experts.items():
+        path = expert.checkpoint.path
+        notes += compare_configs(base, name, expert.checkpoint, allow)
+        notes += compare_vocabularies(base.path, name, path if path.is_dir() else path.parent, allow)
+    plan = Plan(recipe, base, experts, tasks, allow, tuple(notes))
     if plan.budget_bytes is not None and plan.budget_bytes < 0:
         needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / base.nbytes / plan._share
         raise RecipeError(

@@ -1,19 +1,24 @@
 """Knows what must agree between a base and its fine-tunes before their weights may be mixed."""
 
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from twinmerge.errors import CheckpointError, MismatchError
-from twinmerge.tensors.checkpoint import Checkpoint, sha256_of
+from twinmerge.tensors.checkpoint import Checkpoint, read_json, sha256_of
 from twinmerge.tensors.state_dict import require_finite
 
 RELATED_COSINE = 0.5
+_IMPLAUSIBLE = 1e4
+"""How many times larger than the base's largest value (or 1) no value of a fine-tune is."""
 _ENTRIES_COMPARED, _MATRICES_COMPARED = 1 << 17, 12
 
+VOCABULARY_FILES = "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"
 HARMLESS = frozenset(
     (
         *("_name_or_path", "_attn_implementation", "architectures", "bos_token_id", "classifier_dropout", "dtype"),
@@ -92,7 +97,7 @@ def compare_vocabularies(reference: Path, name: str, other: Path, allow: Allow) 
     Raises:
         MismatchError: naming the file and the first token.
     """
-    for file in ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model"):
+    for file in VOCABULARY_FILES:
         ours, theirs = reference / file, other / file
         if not ours.is_file() or not theirs.is_file() or sha256_of(ours) == sha256_of(theirs):
             continue
@@ -148,15 +153,62 @@ def require_related(
     return cosine
 
 
+def plausible_bound(largest: float) -> float:
+    """What no value of a fine-tune goes beyond, where the base's go up to `largest`."""
+    return _IMPLAUSIBLE * max(largest, 1.0)
+
+
+def require_plausible(tensor: Tensor, where: str, start: int = 0, bound: float | None = None) -> float:
+    """Refuse NaN, Inf and values out of all proportion, such as a flipped bit of an exponent makes.
+
+    Args:
+        tensor: of a model, or a stretch of one.
+        where: whose, its name and its file, for the message.
+        start: which entry of the tensor the first one is.
+        bound: the largest magnitude that is plausible, None for any.
+
+    Returns:
+        The largest magnitude.
+
+    Raises:
+        CheckpointError: saying what was found where.
+    """
+    if not tensor.numel():
+        return 0.0
+    low, high = (float(value) for value in torch.aminmax(tensor if tensor.dtype.itemsize > 1 else tensor.float()))
+    largest = max(-low, high)
+    if not largest < math.inf:
+        require_finite(tensor, f"{where} (from entry {start:,})" if start else where)
+    if bound is not None and largest > bound:
+        raise CheckpointError(
+            f"{where} holds {largest:.3g}, more than {bound:.3g}, {_IMPLAUSIBLE:,.0f} times the largest value of the "
+            "base; the file is damaged or no fine-tune of it; --allow-unrelated takes it all the same"
+        )
+    return largest
+
+
 def _floats(checkpoint: Checkpoint) -> dict[str, None]:
     return {name: None for name, spec in checkpoint.specs.items() if spec.dtype.is_floating_point}
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys on which two configs disagree; a key that one of them leaves out counts as None there."""
+    """Keys on which two configs disagree; one that is left out is equal to None, False, 0 and the like."""
+    ours, theirs = _with_old_rope(ours), _with_old_rope(theirs)
     for key in sorted(set(ours) | set(theirs)):
-        if ours.get(key) != theirs.get(key):
-            yield key, ours.get(key), theirs.get(key)
+        first, second = ours.get(key), theirs.get(key)
+        if first != second and (first or second):
+            yield key, first, second
+
+
+def _with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope as older configs say it: transformers 5 writes `rope_theta` and `rope_scaling` as one `rope_parameters`."""
+    new = config.get("rope_parameters")
+    if not isinstance(new, dict) or "rope_theta" not in new:
+        return dict(config)
+    scaling = {key: value for key, value in new.items() if key != "rope_theta"}
+    scaling = {} if scaling == {"rope_type": "default"} else scaling
+    rest = {key: value for key, value in config.items() if key != "rope_parameters"}
+    return {**rest, "rope_theta": new["rope_theta"], "rope_scaling": scaling}
 
 
 def _vocabulary_difference(ours: Path, theirs: Path) -> str | None:
@@ -174,14 +226,13 @@ def _vocabulary_difference(ours: Path, theirs: Path) -> str | None:
 
 def _token_ids(file: Path) -> dict[str, int]:
     """Tokens and ids of a tokenizer.json or vocab.json."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    content = read_json(file)
     if file.name == "vocab.json":
-        return dict(content)
-    vocabulary = content.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the place
-        vocabulary = {entry[0]: place for place, entry in enumerate(vocabulary)}
-    added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-    return {**vocabulary, **added}
+        return content
+    try:
+        vocabulary = content.get("model", {}).get("vocab", {})
+        if isinstance(vocabulary, list):  # unigram: pairs of token and score, the id is the place
+            vocabulary = {entry[0]: place for place, entry in enumerate(vocabulary)}
+        return {**vocabulary, **{entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no tokenizer of a known form") from error

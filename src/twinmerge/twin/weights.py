@@ -1,5 +1,6 @@
 """Knows how weights become a twin: every parameter decomposed on its own, then ranks chosen, then files assembled."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -12,20 +13,25 @@ import torch
 from torch import Tensor
 
 from twinmerge.merging.methods import METHODS, SharedParams, Stats, merge_tensor, run_prepass
-from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
+from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
 from twinmerge.tensors.eight_bit import EIGHT_BITS, to_eight_bits
 from twinmerge.tensors.low_rank import LowRank, compress_product
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.tensors.state_dict import require_finite
 from twinmerge.twin.artifact import total_norms, write_exclusive
 from twinmerge.twin.exclusive import Exclusive, Key, best_scaling, choose_ranks, compress
+from twinmerge.twin.executor import Executor, make_executor
+from twinmerge.twin.needs import streams
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
-from twinmerge.twin.preflight import require_related
+from twinmerge.twin.preflight import plausible_bound, require_plausible, require_related
+from twinmerge.twin.rules import Chunk, RegistryRule, task_vectors
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and of how much."""
 
 MAX_SHARD_BYTES = 5 * 10**9
+_CHUNK_ENTRIES = 1 << 16
+"""Entries merged at a time: what they need stays in the cache."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -43,6 +49,18 @@ class TensorRecord:
     spectra: Mapping[str, Tensor]
     """Singular values, by expert; empty where nothing was decomposed."""
     part: Path
+
+    @classmethod
+    def load(cls, name: str, part: Path) -> "TensorRecord":
+        """What `decompose_tensor` wrote beside the tensors."""
+        written = Checkpoint.open(part)
+
+        def numbers(ending: str) -> dict[str, Tensor]:
+            return {n.removesuffix(ending): written.read(n) for n in written.specs if n.endswith(ending)}
+
+        scaling = numbers(".scaling").get("shared")
+        energies = {expert: float(value) for expert, value in numbers(".energy").items()}
+        return cls(name, None if scaling is None else float(scaling), energies, numbers(".spectrum"), part)
 
 
 @dataclass(frozen=True)
@@ -67,33 +85,70 @@ def merged_tensors(plan: Plan, progress: Progress = silent) -> Iterator[tuple[Te
 
 def prepare(plan: Plan) -> Stats | None:
     """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one."""
-    for name in plan.expert_names:
+    for name in () if plan.allow.unrelated else plan.expert_names:
         _require_related(plan, name)
-
     return run_prepass(plan.recipe.shared, partial(_all_task_vectors, plan))
 
 
 def _all_task_vectors(plan: Plan) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Parameter by parameter: its name, and the task vectors by expert."""
+    """Parameter by parameter, large ones in stretches: its name, and the task vectors by expert."""
     for task in [task for task in plan.tasks if task.experts]:
-        base = plan.base.read(task.name)
-        yield task.name, {e: plan.experts[e].task_vector(task.name, base) for e in task.experts}
+        if streams(plan, task):
+            yield from task_vectors(partial(_chunks, plan, task))
+        else:
+            base = plan.base.read(task.name)
+            bound = _bound(plan, task, base)
+            yield task.name, {e: plan.experts[e].task_vector(task.name, base, bound) for e in task.experts}
 
 
-def write_weights(plan: Plan, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
+def _chunks(plan: Plan, task: TensorTask) -> Iterator[Chunk]:
+    """One parameter of the base and of full experts, stretch by stretch, finite."""
+    for start in range(0, task.spec.numel, _CHUNK_ENTRIES):
+        stop = min(start + _CHUNK_ENTRIES, task.spec.numel)
+        base = plan.base.read_flat(task.name, start, stop)
+        bound = _bound(plan, task, base, start)
+        experts = {name: plan.experts[name].read_flat(task.name, start, stop, bound) for name in task.experts}
+        yield Chunk(task.name, start, base, experts)
+
+
+def _bound(plan: Plan, task: TensorTask, base: Tensor, start: int = 0) -> float | None:
+    """The largest magnitude that is plausible in a fine-tune, where the base has these values, which must be finite."""
+    largest = require_plausible(base, f"base: {task.name!r} in {task.spec.file}", start)
+    return None if plan.allow.unrelated else plausible_bound(largest)
+
+
+def write_weights(
+    plan: Plan,
+    folder: Path,
+    work: Path,
+    progress: Progress = silent,
+    *,
+    executor: Executor | None = None,
+    finished: Mapping[str, str] = {},
+    record: Callable[[str, str], None] = lambda name, digest: None,
+) -> WeightsReport:
     """Write the shared expert, the exclusive parts and the heads.
 
     Args:
         plan: what to build.
         folder: the twin's folder, exists.
-        work: an existing folder for part files; one is written per parameter, none is kept.
+        work: an existing folder for part files, one for every parameter.
         progress: told after every parameter.
+        executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
+        finished: parameters whose part files an interrupted run left in `work`, and their SHA-256, which is verified.
+        record: told the name and the SHA-256 of every part file that is complete.
     """
-    stats = prepare(plan)
-    records = {}
-    for index, task in enumerate(plan.tasks):
-        records[task.name] = decompose_tensor(task, plan, stats, work / f"{index:05d}.safetensors")
-        progress("decomposing", index + 1, len(plan.tasks))
+    task = _Decompose(plan, prepare(plan), work)
+    done = {
+        name for name, digest in finished.items() if task.part(name).exists() and sha256_of(task.part(name)) == digest
+    }
+    left = sorted((t for t in plan.tasks if t.name not in done), key=lambda t: -t.spec.numel)
+    if done:
+        progress("decomposing", len(done), len(plan.tasks))
+    for count, (finding, digest) in enumerate((executor or make_executor("threads")).map(task, left), len(done) + 1):
+        record(finding.name, digest)
+        progress("decomposing", count, len(plan.tasks))
+    records = {t.name: TensorRecord.load(t.name, task.part(t.name)) for t in plan.tasks}
     ranks = _ranks(plan, records)
     _write_shared(plan, records, folder)
     experts = {}
@@ -109,6 +164,23 @@ def write_weights(plan: Plan, folder: Path, work: Path, progress: Progress = sil
         for task in plan.tasks
     }
     return WeightsReport(tensors, experts)
+
+
+@dataclass(frozen=True)
+class _Decompose:
+    """Decomposes one parameter into its part file; run twice it writes the same bytes."""
+
+    plan: Plan
+    stats: Stats | None
+    work: Path
+
+    def part(self, name: str) -> Path:
+        """The part file of a parameter, whose name may be no file's."""
+        return self.work / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def __call__(self, task: TensorTask) -> str:
+        """The SHA-256 of the part file."""
+        return sha256_of(decompose_tensor(task, self.plan, self.stats, self.part(task.name)).part)
 
 
 def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
@@ -148,6 +220,7 @@ def decompose_tensor(
     spectra: dict[str, Tensor] = {}
     if task.exclusive:
         base = plan.base.read(task.name)
+        bound = _bound(plan, task, base)
         factored = _factored_differences(task, plan, scaling) if stored is None else None
         for name in task.experts:
             compressed: LowRank | Sparse
@@ -155,8 +228,8 @@ def decompose_tensor(
                 compressed, values = factored[name]
                 energies[name] = float(values.double().square().sum())
             else:
-                difference = base.float() + plan.experts[name].task_vector(task.name, base) - shared.float()
-                energies[name] = float(difference.double().square().sum())
+                difference = plan.experts[name].task_vector(task.name, base, bound).add_(base).sub_(shared)
+                energies[name] = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
                 if task.kind not in MATRICES:
                     tensors[f"{name}.dense"] = difference.to(plan.stored_dtype(task))
                     continue
@@ -171,17 +244,23 @@ def decompose_tensor(
             require_finite(
                 tensor, f"exclusive.dtype: {task.name!r} of {key.rpartition('.')[0]!r} stored in {tensor.dtype}"
             )
+    tensors |= {f"{name}.energy": torch.tensor(energy, dtype=torch.float64) for name, energy in energies.items()}
+    tensors |= {f"{name}.spectrum": values for name, values in spectra.items()}
+    if scaling is not None:
+        tensors["shared.scaling"] = torch.tensor(scaling, dtype=torch.float64)
     save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
     return TensorRecord(task.name, scaling, energies, spectra, part)
 
 
 def _merge(task: TensorTask, plan: Plan, stats: Stats | None) -> tuple[Tensor, float | None]:
     """The shared tensor, rounded once to the base's dtype, and the scaling that was used."""
+    if task.experts and streams(plan, task):
+        return _merge_in_stretches(task, plan, stats), getattr(plan.recipe.shared, "scaling", None)
     base = plan.base.read(task.name)
     if not task.experts:
         return base, None
-    require_finite(base, f"base: {task.name!r} in {task.spec.file}")
-    vectors = {name: plan.experts[name].task_vector(task.name, base) for name in task.experts}
+    bound = _bound(plan, task, base)
+    vectors = {name: plan.experts[name].task_vector(task.name, base, bound) for name in task.experts}
     params = plan.recipe.shared
     scaling = getattr(params, "scaling", None)
     if scaling == "auto":
@@ -192,6 +271,17 @@ def _merge(task: TensorTask, plan: Plan, stats: Stats | None) -> tuple[Tensor, f
     else:
         merged = merge_tensor(params, base, vectors, name=task.name, stats=stats)
     return merged.to(task.spec.dtype), scaling
+
+
+def _merge_in_stretches(task: TensorTask, plan: Plan, stats: Stats | None) -> Tensor:
+    """As `_merge`, for methods that go entry by entry: nothing but the result has the parameter's size."""
+    rule = RegistryRule(plan.recipe.shared, stats)
+    measured = rule.measure(partial(_chunks, plan, task))
+    shared = torch.empty(task.spec.numel, dtype=task.spec.dtype)
+    for chunk in _chunks(plan, task):
+        merged = rule.merge(chunk, measured)
+        shared[chunk.at : chunk.at + len(merged)] = merged
+    return shared.view(task.spec.shape)
 
 
 def _expected_rank(plan: Plan) -> int:
@@ -249,7 +339,8 @@ def _require_related(plan: Plan, name: str) -> None:
         for t in plan.tasks
         if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
     ]
-    require_related(plan.base, name, expert.checkpoint, [(task.name, expert.stored[task.name]) for task in linear])
+    pairs = [(task.name, expert.stored[task.name]) for task in linear]
+    require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
 
 
 def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
