@@ -95,7 +95,7 @@ def test_model_card_names_experts_and_figures(twin: Twins) -> None:
     assert card.startswith("---\nlibrary_name: twinmerge\n")
     for name in GATE_ORDER:
         assert re.search(rf"^\| {name} \| .*{name} \| [\d.]+ \| 100\.0% \|$", card, re.MULTILINE)
-    assert "linear on features `all`" in card
+    assert "linear on features `all+tokens`" in card
 
 
 def test_bytes_reported_are_the_bytes_on_disk(twin: Twins) -> None:
@@ -106,7 +106,7 @@ def test_bytes_reported_are_the_bytes_on_disk(twin: Twins) -> None:
 
 
 def test_router_is_fitted_on_the_shared_experts_features(family: Get, twin: Twins) -> None:
-    folder = twin("bert")
+    folder = twin("bert", router={"features": "all"})
     model = TwinModel(
         load_backbone(folder), {name: {} for name in GATE_ORDER}, kinds={}, tokenizer=load_tokenizer(folder)
     )
