@@ -2,13 +2,10 @@
 
 import multiprocessing
 import os
-import secrets
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +16,6 @@ import torch
 
 from tests.tiny import Family
 from tests.workers import Square
-from twinmerge.cli import main
 from twinmerge.errors import MismatchError, MissingExtraError, RecipeError, WorkerError
 from twinmerge.tensors.checkpoint import sha256_of
 from twinmerge.twin import executor as executor_module
@@ -30,8 +26,6 @@ from twinmerge.twin.weights import write_weights
 
 Get = Callable[[str], Family]
 EXECUTORS: list[Executor] = [Serial(), Threads(2), Processes(2), Ray(2)]
-TOKEN = secrets.token_hex(32)
-"""Of the clusters that these tests start; a process keeps to the first one that Ray sees."""
 ignore_ray = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
 
@@ -39,8 +33,6 @@ ignore_ray = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::Depr
 def workers_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
 
 
 @ignore_ray
@@ -69,11 +61,11 @@ def test_a_worker_that_dies_is_retried_but_not_for_ever(tmp_path: Path, executor
 # ---- weights
 
 
-def kill_one_worker(told: list[int], head: psutil.Process | None = None) -> Callable[..., None]:
-    """Progress that kills a worker, once, when the first tensor is done; of this process, or of a cluster's head."""
+def kill_one_worker(told: list[int]) -> Callable[..., None]:
+    """Progress that kills a worker, once, when the first tensor is done."""
 
     def progress(stage: str, done: int, total: int) -> None:
-        workers = [p for p in (head or psutil.Process()).children(recursive=True) if is_worker(p)]
+        workers = [p for p in psutil.Process().children(recursive=True) if is_worker(p)]
         if done and workers and not told:
             workers[0].kill()
             told.append(workers[0].pid)
@@ -112,63 +104,20 @@ def test_a_twins_weights_have_the_same_bits_from_each_though_a_worker_is_killed(
     assert bool(told) == (executor in EXECUTORS[2:])
 
 
-def merge_recipe(family: Get, folder: Path) -> Path:
-    root = family("llama").root
-    experts = "{" + ", ".join(f"{name}: {root / name}" for name in ("ag", "sms")) + "}"
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(f"base: {root / 'base'}\nexperts: {experts}\nshared: {{method: dare_ties}}\n")
-    return recipe
-
-
 @ignore_ray
 @pytest.mark.parametrize("executor", EXECUTORS, ids=lambda e: type(e).__name__)
 def test_a_merge_has_the_same_bits_from_each_though_a_worker_is_killed(
     family: Get, tmp_path: Path, executor: Executor
 ) -> None:
-    recipe = merge_recipe(family, tmp_path)
+    root = family("llama").root
+    recipe = tmp_path / "recipe.yaml"
+    experts = "{" + ", ".join(f"{name}: {root / name}" for name in ("ag", "sms")) + "}"
+    recipe.write_text(f"base: {root / 'base'}\nexperts: {experts}\nshared: {{method: dare_ties}}\n")
     merge_models(load_merge(recipe), tmp_path / "calm", executor=Serial())
     told: list[int] = []
     merge_models(load_merge(recipe), tmp_path / "other", executor=executor, progress=kill_one_worker(told))
     assert files(tmp_path / "calm") == files(tmp_path / "other")
     assert bool(told) == (executor in EXECUTORS[2:])
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[tuple[str, psutil.Process]]:
-    """A Ray cluster of its own on this machine: its address, and the process that everything of it descends from."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
-    options = ["--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen([*command, *options], env=environment, stdout=quiet, stderr=quiet) as head:
-        while head.poll() is None:
-            with suppress(RecipeError):
-                executor_module._require_answer(f"127.0.0.1:{port}")
-                break
-            time.sleep(0.1)
-        yield f"127.0.0.1:{port}", psutil.Process(head.pid)
-        head.terminate()
-
-
-@ignore_ray
-def test_a_cluster_that_runs_already_merges_to_the_same_bits_though_a_worker_is_killed(
-    family: Get, tmp_path: Path, cluster: tuple[str, psutil.Process]
-) -> None:
-    address, head = cluster
-    recipe = merge_recipe(family, tmp_path)
-    merge_models(load_merge(recipe), tmp_path / "calm", executor=Serial())
-    command = ["merge", str(recipe), "--out", str(tmp_path / "cli"), "--executor", "ray", "--ray-address", address]
-    assert main(command) == 0
-    told: list[int] = []
-    executor = make_executor("ray", 2, address)
-    merge_models(load_merge(recipe), tmp_path / "killed", executor=executor, progress=kill_one_worker(told, head))
-    assert told
-    assert files(tmp_path / "calm") == files(tmp_path / "cli") == files(tmp_path / "killed")
-    executor_module._require_answer(address)  # it goes on when we are done
 
 
 PROGRAM = """
