@@ -14,8 +14,7 @@ from torch import Tensor
 
 from twinmerge.errors import InputError, RecipeError
 
-_CHUNK = 1 << 20  # random numbers in memory at a time
-_PHILOX_BLOCK = 8  # random numbers of 32 bits per counter value
+_CHUNK = 1 << 16  # random numbers in memory at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ def drop_mask(
 ) -> Bool[Tensor, " entries"]:
     """Draw which entries of a flattened tensor are dropped, each with probability `1 - density`.
 
-    Entry i depends on `(seed, expert, name, i)` alone (Philox, a counter-based generator), so any
-    order of experts, any chunking and any machine give the same bits.
+    Entry i depends on `(seed, expert, name, i)` alone: the first three seed the generator (PCG64DXSM), which can be
+    set to any place of its stream, and i is the place. So any order of experts, any chunking and any machine give the
+    same bits.
 
     Args:
         numel: entries of the whole tensor.
@@ -134,9 +134,9 @@ def drop_mask(
     dropped = np.empty(stop - start, dtype=np.bool_)
     for begin in range(start, stop, _CHUNK):
         end = min(begin + _CHUNK, stop)
-        skipped = begin % _PHILOX_BLOCK
+        first, skipped = divmod(begin, 2)  # two draws of 32 bits in each of the generator's numbers
         needed = end - begin + skipped
-        draws = np.random.Philox(key=key, counter=begin // _PHILOX_BLOCK).random_raw((needed + 1) // 2).view("<u4")
+        draws = np.random.PCG64DXSM(key).advance(first).random_raw((needed + 1) // 2).view("<u4")
         np.greater(draws[skipped:needed], highest_kept, out=dropped[begin - start : end - start])
     return torch.from_numpy(dropped)
 
