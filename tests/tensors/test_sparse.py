@@ -99,7 +99,7 @@ def test_the_draw_depends_on_seed_expert_and_tensor() -> None:
 
 def test_the_draw_is_the_same_in_every_release() -> None:
     kept = (~drop_mask(64, 0.25, 0, "sms", "encoder.weight")).nonzero().squeeze(1).tolist()
-    assert kept == [9, 12, 15, 17, 19, 20, 21, 34, 52, 54, 56, 59]
+    assert kept == [10, 14, 16, 19, 25, 31, 35, 38, 39, 41, 43, 46, 50]
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.9])

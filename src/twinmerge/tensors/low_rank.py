@@ -13,7 +13,7 @@ from twinmerge.errors import RankError
 
 _CHUNK = 4096  # rows upcast to float64 at a time
 _OVERSAMPLING = 8  # directions a block has more than are kept
-_GAIN = 2e-3  # of the energy left: a block that adds less is the last
+_GAIN = 5e-3  # of the energy left: a block that adds less is the last
 _NOISE = 1e-6  # of the whole energy: what float32 does not resolve
 
 
@@ -113,7 +113,7 @@ def truncate(difference: Float[Tensor, "out in"], rank: int, seed: int = 0) -> L
 
     A random block of directions is multiplied with the difference and back, block after block (block Krylov,
     arXiv:1504.05477), and the best `rank` directions of their span are kept. How much energy they capture is known
-    exactly after every block; it ends with the block that adds less than 0.2 % of the energy that is still left. Where
+    exactly after every block; it ends with the block that adds less than 0.5 % of the energy that is still left. Where
     the spectrum is so flat that this takes too many blocks, and for ranks that are no small part of the matrix, the
     exact decomposition answers.
 
