@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.tensors.sparse import drop_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,6 +35,7 @@ CACHE = Path.home() / ".cache" / "twinmerge"
 MERGEKIT = ("mergekit==0.1.5", "torch==2.13.0")
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear")
 EQUAL = {"linear", "task_arithmetic", "ties"}
+EXACT = {"linear", "task_arithmetic", "dare_linear"}  # whose exact result is computed here
 WEIGHT, DENSITY, EXPERTS = 0.3, 0.2, 4
 
 
@@ -108,9 +110,9 @@ def compare(method: str, models: Path, out: Path, pairs: int, *, ours_only: bool
             if not ours_only:
                 shutil.rmtree(theirs, ignore_errors=True)
                 runs["theirs"].append(measure([str(mergekit()), str(recipe), str(theirs)]))
-        checked = method in ("linear", "task_arithmetic")
-        share = rounded_share(method, models, ours) if checked else None
-        their_share = rounded_share(method, models, theirs) if checked and runs["theirs"] else None
+        share = rounded_share(method, models, ours) if method in EXACT else None
+        same = method in EXACT - {"dare_linear"} and runs["theirs"]  # their draws are others
+        their_share = rounded_share(method, models, theirs) if same else None
     result: dict[str, Any] = {"method": method, "pairs": pairs, "correctly_rounded": share}
     for who, measured in runs.items():
         if measured:
@@ -160,7 +162,11 @@ def rounded_share(method: str, models: Path, merged: Path) -> float:
     for name in result.specs:
         start = base.read(name).double()
         models_read = torch.stack([expert.read(name).double() for expert in experts])
-        exact = models_read.sum(0) / EXPERTS if method == "linear" else start + WEIGHT * (models_read - start).sum(0)
+        change = models_read - start
+        if method == "dare_linear":
+            draws = [drop_mask(start.numel(), DENSITY, 0, str(expert.path), name) for expert in experts]
+            change = change.where(~torch.stack(draws).view(change.shape), 0.0) / DENSITY
+        exact = models_read.sum(0) / EXPERTS if method == "linear" else start + WEIGHT * change.sum(0)
         right += int(_is_nearest(result.read(name), exact).sum())
         total += exact.numel()
     return right / total
