@@ -3,6 +3,8 @@
 Expected: at most half of mergekit's CPU seconds for linear methods, 0.15 for TIES, 0.35 for DARE; memory that does not
 grow with the model; at least 99.99 % of the output the correctly rounded result. Both programs run as their users run
 them, whole command, in turns; CPU seconds (user and system) and peak memory are the kernel's figures for the child.
+First, on a small model, both results in float32 are compared: equal to float32's rounding where the definition is the
+same; TIES differs where magnitudes equal the threshold, and random draws are each program's own.
 Prints a table and one JSON line last.
 """
 
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 
 from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.tensors.sparse import drop_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,6 +34,8 @@ from benchmarks.make_checkpoints import make
 CACHE = Path.home() / ".cache" / "twinmerge"
 MERGEKIT = ("mergekit==0.1.5", "torch==2.13.0")
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear")
+EQUAL = {"linear", "task_arithmetic", "ties"}
+EXACT = {"linear", "task_arithmetic", "dare_linear"}  # whose exact result is computed here
 WEIGHT, DENSITY, EXPERTS = 0.3, 0.2, 4
 
 
@@ -41,11 +46,24 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     options.add_argument("--pairs", type=int, default=5, help="runs of each program and method, in turns")
     options.add_argument("--ours-only", action="store_true", help="without mergekit: figures of twinmerge alone")
+    options.add_argument("--models", type=Path, default=CACHE / "bench", help="where checkpoints are, or are made")
+    options.add_argument("--out", type=Path, help="where results are written and removed (default: beside the models)")
+    options.add_argument("--no-equality", action="store_true", help="without the comparison of float32 results")
     chosen = options.parse_args()
-    models = make(CACHE / "bench", chosen.size)
-    rows = []
+    models = make(chosen.models, chosen.size)
+    out = chosen.out or models.parent
+    rows: list[dict[str, Any]] = []
+    equality = []
+    compared = [] if chosen.ours_only or chosen.no_equality else [m for m in chosen.methods if m in EQUAL]
+    for method in compared:
+        equality.append(differences(method, make(chosen.models, "8m"), out))
+        print(
+            "{method:16} float32: largest difference {largest:.2g}, {share:.4%} of entries differ".format(
+                **equality[-1]
+            )
+        )
     for method in chosen.methods:
-        rows.append(compare(method, models, chosen.pairs, ours_only=chosen.ours_only))
+        rows.append(compare(method, models, out, chosen.pairs, ours_only=chosen.ours_only))
         print(_line(rows[-1]), flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print(
@@ -60,18 +78,31 @@ def main() -> None:
                 "versions": {"torch": torch.__version__, "mergekit": MERGEKIT[0]},
                 "cores": len(os.sched_getaffinity(0)),
                 "load": os.getloadavg()[0],
+                "equality": equality,
                 "rows": rows,
             }
         )
     )
 
 
-def compare(method: str, models: Path, pairs: int, *, ours_only: bool) -> dict[str, Any]:
+def differences(method: str, models: Path, out: Path) -> dict[str, Any]:
+    """How the two programs' float32 results of one recipe differ."""
+    with tempfile.TemporaryDirectory(dir=out) as work:
+        recipe, ours, theirs = Path(work, "recipe.yaml"), Path(work, "ours"), Path(work, "theirs")
+        recipe.write_text(_recipe(method, models, "float32"), encoding="utf-8")
+        measure(_own(recipe, ours))
+        measure([str(mergekit()), str(recipe), str(theirs)])
+        first, second = Checkpoint.open(ours), Checkpoint.open(theirs)
+        apart = torch.cat([(first.read(name) - second.read(name)).abs().flatten() for name in first.specs])
+    return {"method": method, "largest": float(apart.max()), "share": float((apart > 0).double().mean())}
+
+
+def compare(method: str, models: Path, out: Path, pairs: int, *, ours_only: bool) -> dict[str, Any]:
     """One method: `pairs` runs of each program in turns; the last outputs are checked."""
-    with tempfile.TemporaryDirectory(dir=models.parent) as work:
+    with tempfile.TemporaryDirectory(dir=out) as work:
         recipe, ours, theirs = Path(work, "recipe.yaml"), Path(work, "ours"), Path(work, "theirs")
         recipe.write_text(_recipe(method, models), encoding="utf-8")
-        own = [sys.executable, "-m", "twinmerge", "merge", str(recipe), "--out", str(ours)]
+        own = _own(recipe, ours)
         runs: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for _ in range(pairs):
             shutil.rmtree(ours, ignore_errors=True)
@@ -79,9 +110,9 @@ def compare(method: str, models: Path, pairs: int, *, ours_only: bool) -> dict[s
             if not ours_only:
                 shutil.rmtree(theirs, ignore_errors=True)
                 runs["theirs"].append(measure([str(mergekit()), str(recipe), str(theirs)]))
-        checked = method in ("linear", "task_arithmetic")
-        share = rounded_share(method, models, ours) if checked else None
-        their_share = rounded_share(method, models, theirs) if checked and runs["theirs"] else None
+        share = rounded_share(method, models, ours) if method in EXACT else None
+        same = method in EXACT - {"dare_linear"} and runs["theirs"]  # their draws are others
+        their_share = rounded_share(method, models, theirs) if same else None
     result: dict[str, Any] = {"method": method, "pairs": pairs, "correctly_rounded": share}
     for who, measured in runs.items():
         if measured:
@@ -90,6 +121,10 @@ def compare(method: str, models: Path, pairs: int, *, ours_only: bool) -> dict[s
         ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(runs["ours"], runs["theirs"], strict=True)]
         result |= {"cpu_ratio": statistics.median(ratios), "cpu_ratios": ratios, "mergekit_rounded": their_share}
     return result
+
+
+def _own(recipe: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "twinmerge", "merge", str(recipe), "--out", str(out)]
 
 
 _LAUNCHER = """
@@ -127,7 +162,11 @@ def rounded_share(method: str, models: Path, merged: Path) -> float:
     for name in result.specs:
         start = base.read(name).double()
         models_read = torch.stack([expert.read(name).double() for expert in experts])
-        exact = models_read.sum(0) / EXPERTS if method == "linear" else start + WEIGHT * (models_read - start).sum(0)
+        change = models_read - start
+        if method == "dare_linear":
+            draws = [drop_mask(start.numel(), DENSITY, 0, str(expert.path), name) for expert in experts]
+            change = change.where(~torch.stack(draws).view(change.shape), 0.0) / DENSITY
+        exact = models_read.sum(0) / EXPERTS if method == "linear" else start + WEIGHT * change.sum(0)
         right += int(_is_nearest(result.read(name), exact).sum())
         total += exact.numel()
     return right / total
@@ -144,8 +183,8 @@ def _is_nearest(rounded: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 
 def mergekit() -> Path:
-    """Find mergekit in an environment of its own, made on first use."""
-    home = CACHE / "mergekit-venv"
+    """Find mergekit in an environment of its own, made on first use; `MERGEKIT_VENV` names another."""
+    home = Path(os.environ.get("MERGEKIT_VENV", CACHE / "mergekit-venv"))
     program = home / "bin" / "mergekit-yaml"
     if not program.exists():
         venv.create(home, with_pip=True)
@@ -153,13 +192,13 @@ def mergekit() -> Path:
     return program
 
 
-def _recipe(method: str, models: Path) -> str:
+def _recipe(method: str, models: Path, dtype: str = "bfloat16") -> str:
     lines = (
         [f"merge_method: {method}", f"base_model: {models}/base"] if method != "linear" else ["merge_method: linear"]
     )
     weight = 1 / EXPERTS if method == "linear" else WEIGHT
     parameters = f"weight: {weight}" + (f", density: {DENSITY}" if method in ("ties", "dare_linear") else "")
-    return "\n".join([*lines, "models:", *_models(models, parameters), "dtype: bfloat16", ""])
+    return "\n".join([*lines, "models:", *_models(models, parameters), f"dtype: {dtype}", ""])
 
 
 def _models(models: Path, parameters: str) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """Lets `python -m twinmerge` be the program."""
 
-import sys
+from twinmerge.cli import program
 
-from twinmerge.cli import main
-
-sys.exit(main())
+program()

@@ -1,6 +1,7 @@
 """Knows the program: parses arguments, calls the library, prints; nothing heavy is imported before a command runs."""
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -18,6 +19,14 @@ EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 FORMS = ("dense", "peft", "stacked-lora")
 EXECUTORS = ("serial", "threads", "processes", "ray")
 SEED_HELP = "of DARE in mergekit's recipes (default: %(default)s)"
+
+
+def program() -> None:
+    """The process: `main`, its imports seldom searched for garbage, and not at all at the end."""
+    gc.set_threshold(100_000)
+    code = main()
+    gc.freeze()
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

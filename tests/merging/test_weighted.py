@@ -59,7 +59,9 @@ def test_weights_one_are_ties_up_to_float32() -> None:
 def test_dare_keeps_what_the_draw_keeps() -> None:
     base, experts = models()
     kept = [reference.dare((e - base).double(), drop_mask(len(base), 0.5, 3, n, "w"), 0.5) for n, e in experts.items()]
-    assert torch.allclose(dare(base, experts), base.double() + sum(kept), rtol=1e-12)
+    assert torch.allclose(
+        dare(base, experts), base.double() + sum(kept), atol=2e-6
+    )  # what is kept is added up in float32
     assert torch.allclose(dare(base, experts, rescale=False), base.double() + 0.5 * sum(kept), rtol=1e-12)
     assert torch.allclose(dare(base, experts, normalize=True), base.double() + sum(kept) / 3, rtol=1e-12)
 

@@ -131,6 +131,66 @@ def test_truncation_is_that_of_the_reference_svd(shape: tuple[int, int], rank: i
     assert torch.allclose(singular_values(difference), expected, atol=1e-7)
 
 
+def with_spectrum(out: int, in_: int, spectrum: str) -> Tensor:
+    """A matrix whose singular values fall as their name says; `signal` is four directions in noise."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(out, in_, generator=generator)
+    if spectrum == "noise":
+        return noise
+    if spectrum == "signal":
+        return noise + torch.randn(out, 4, generator=generator) @ torch.randn(4, in_, generator=generator)
+    count = torch.arange(min(out, in_))
+    values = {"slow": (count + 1.0) ** -0.5, "fast": (count / -5.0).exp(), "few": (count < 3).float()}[spectrum]
+    left, _, right = torch.linalg.svd(noise, full_matrices=False)
+    return (left * values) @ right
+
+
+@pytest.mark.parametrize("shape", [(160, 160), (300, 120), (120, 300)])
+@pytest.mark.parametrize("spectrum", ["noise", "signal", "slow", "fast", "few"])
+@pytest.mark.parametrize("rank", [1, 6])
+def test_leading_directions_leave_at_most_a_percent_more_than_the_best(
+    shape: tuple[int, int], spectrum: str, rank: int
+) -> None:
+    difference = with_spectrum(*shape, spectrum)
+    up, down, _ = reference.truncated_svd(difference.double(), rank)
+    best = float((up @ down - difference).square().sum())
+    found = truncate(difference, rank).to(torch.float64)
+    left = float((found.dense() - difference).square().sum())
+    assert left <= 1.01 * best + 1e-9 * float(difference.square().sum())  # float32's own noise where nothing is left
+    identity = torch.eye(rank, dtype=torch.float64)
+    live = found.up.norm(dim=0) > 1e-4 * found.up.norm()  # a rank above the matrix' own has directions of noise
+    assert torch.allclose((found.down @ found.down.T)[live][:, live], identity[live][:, live], atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((60, 60), 23), ((300, 80), 40), ((12, 40), 1)])
+def test_a_rank_that_is_no_small_part_is_decomposed_exactly(shape: tuple[int, int], rank: int) -> None:
+    difference = matrix(*shape)
+    found, exact = truncate(difference, rank), decompose(difference, rank)[0]
+    assert torch.equal(found.up, exact.up)
+    assert torch.equal(found.down, exact.down)
+
+
+def test_directions_that_are_not_orthonormal_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    difference = matrix(120, 100, rank=4)
+    exact = decompose(difference, 6)[0]
+    monkeypatch.setattr("twinmerge.tensors.low_rank._orthonormal", lambda block, basis: block)
+    assert torch.equal(truncate(difference, 6).up, exact.up)
+
+
+def test_the_search_has_the_same_bits_for_the_same_seed() -> None:
+    difference = with_spectrum(160, 160, "signal")
+    first, again, other = (truncate(difference, 4, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.up, again.up)
+    assert torch.equal(first.down, again.down)
+    assert not torch.equal(first.up, other.up)
+
+
+def test_the_search_finds_nothing_in_a_zero_matrix() -> None:
+    found = truncate(torch.zeros(100, 120), 4)
+    assert torch.equal(found.dense(), torch.zeros(100, 120))
+    assert found.down.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_decomposed_without_its_rounding(dtype: torch.dtype) -> None:
     difference = matrix(20, 10, dtype=dtype)

@@ -41,11 +41,13 @@ def test_energy_and_budget_keep_everything_until_ranks_are_chosen(settings: dict
     assert part.rank == len(values) == 8
 
 
-def test_rank_zero_keeps_nothing_and_still_knows_the_spectrum() -> None:
+@pytest.mark.parametrize("rank", [0, 3, 99])
+def test_a_rank_needs_no_singular_values_but_its_own(rank: int) -> None:
     (difference,) = matrices(1).values()
-    part, values = compress(difference, ExclusiveSettings(rank=0), seed=0, expert="a", name="w")
-    assert torch.equal(part.dense(), torch.zeros(12, 8))
-    assert torch.allclose(values, torch.linalg.svdvals(difference), atol=1e-5)
+    part, values = compress(difference, ExclusiveSettings(rank=rank), seed=0, expert="a", name="w")
+    assert isinstance(part, LowRank)
+    assert part.rank == min(rank, 8)
+    assert torch.allclose(values, torch.linalg.svdvals(difference)[:rank], atol=1e-5)
 
 
 def test_convolution_is_compressed_as_out_by_the_rest() -> None:

@@ -1,7 +1,8 @@
-"""Merges with a weight and a density for every model, on any stretch of a tensor, in float64, rounded by the caller.
+"""Merges with a weight and a density for every model, on any stretch of a tensor, rounded once, by the caller.
 
 These are the definitions that mergekit's recipes ask for. A weight multiplies a task vector; `normalize` divides by
-the weights that took part.
+the weights that took part. Averages and task arithmetic are computed in float64; what is trimmed or dropped is added up
+in float32, in which task vectors are, and added to the base in float64.
 """
 
 from __future__ import annotations
@@ -112,20 +113,22 @@ def weighted_dare(
         RecipeError: if the weights to divide by sum to zero.
     """
     start = base.float()
+    factors = {name: weights[name] / densities[name] if rescale else weights[name] for name in experts}
 
     def kept(name: str) -> Tensor:
-        dropped = drop_mask(at + len(base), densities[name], seed, name, tensor, at).view(torch.uint8).float()
-        vector = experts[name].float() - start
-        return vector.addcmul_(vector, dropped, value=-1)
+        dropped = drop_mask(at + len(base), densities[name], seed, name, tensor, at)
+        return dropped.logical_not_().view(torch.uint8).float()
 
-    factors = {name: weights[name] / densities[name] if rescale else weights[name] for name in experts}
+    def vector(name: str) -> Tensor:
+        return experts[name].to(torch.float32, copy=True).sub_(start)
+
     if elect:
-        vectors = {name: kept(name).mul_(factors[name]) for name in sorted(experts)}
+        vectors = {name: vector(name).mul_(kept(name)).mul_(factors[name]) for name in experts}
         return _elect(base, vectors, weights, scaling=scaling, normalize=normalize)
-    change = _zeros(experts)
+    change = torch.zeros_like(start)
     for name in sorted(experts):
-        change.add_(kept(name).double(), alpha=factors[name])
-    return change.mul_(scaling / total_weight(weights) if normalize else scaling).add_(base.double())
+        change.addcmul_(vector(name), kept(name), value=factors[name])
+    return change.double().mul_(scaling / total_weight(weights) if normalize else scaling).add_(base.double())
 
 
 def _elect(

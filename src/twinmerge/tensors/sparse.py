@@ -14,8 +14,7 @@ from torch import Tensor
 
 from twinmerge.errors import InputError, RecipeError
 
-_CHUNK = 1 << 20  # random numbers in memory at a time
-_PHILOX_BLOCK = 8  # random numbers of 32 bits per counter value
+_CHUNK = 1 << 17  # random numbers in memory at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,9 @@ def drop_mask(
 ) -> Bool[Tensor, " entries"]:
     """Draw which entries of a flattened tensor are dropped, each with probability `1 - density`.
 
-    Entry i depends on `(seed, expert, name, i)` alone (Philox, a counter-based generator), so any
-    order of experts, any chunking and any machine give the same bits.
+    Entry i depends on `(seed, expert, name, i)` alone: the first three seed the generator (PCG64DXSM), which can be
+    set to any place of its stream, and i is the place. So any order of experts, any chunking and any machine give the
+    same bits.
 
     Args:
         numel: entries of the whole tensor.
@@ -130,15 +130,21 @@ def drop_mask(
     kept_count(numel, density)
     stop = numel if stop is None else stop
     key = int.from_bytes(hashlib.sha256(json.dumps([seed, expert, name]).encode()).digest()[:16], "little")
-    highest_kept = np.uint32(max(int(density * 2**32) - 1, 0))
+    upper, lower = divmod(max(int(density * 2**32) - 1, 0), 1 << 16)  # the highest draw of 32 bits that is kept
     dropped = np.empty(stop - start, dtype=np.bool_)
     for begin in range(start, stop, _CHUNK):
         end = min(begin + _CHUNK, stop)
-        skipped = begin % _PHILOX_BLOCK
+        first, skipped = divmod(begin, 4)  # upper halves of four draws in each of the generator's numbers
         needed = end - begin + skipped
-        draws = np.random.Philox(key=key, counter=begin // _PHILOX_BLOCK).random_raw((needed + 1) // 2).view("<u4")
-        np.greater(draws[skipped:needed], highest_kept, out=dropped[begin - start : end - start])
+        draws = np.random.PCG64DXSM(key).advance(first).random_raw((needed + 3) // 4).view("<u2")[skipped:needed]
+        part = np.greater(draws, upper, out=dropped[begin - start : end - start])
+        for place in np.flatnonzero(draws == upper):  # one in 65,536: the lower half decides
+            part[place] = _lower_half(key, begin + int(place)) > lower
     return torch.from_numpy(dropped)
+
+
+def _lower_half(key: int, entry: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{key} {entry}".encode()).digest()[:2], "little")
 
 
 def _gather(difference: Float[Tensor, "out in"], kept: Bool[Tensor, " entries"]) -> Sparse:

@@ -1,12 +1,14 @@
 """Knows how much exclusive knowledge is kept: rank policies, the best scaling, and the compression itself."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.tensors.low_rank import LowRank, as_matrix, decompose
+from twinmerge.tensors.low_rank import LowRank, as_matrix, decompose, truncate
 from twinmerge.tensors.sparse import Sparse, keep_largest, keep_random
 from twinmerge.twin.recipe import ExclusiveSettings
 
@@ -24,20 +26,24 @@ def compress(
     Args:
         difference: expert minus shared expert, 2-D or a convolution's 4-D, float32.
         settings: how much is kept; energy and budget keep everything here and truncate later, by `choose_ranks`.
-        seed: of `random` sparsification.
-        expert: the expert's name, part of the random key.
-        name: the parameter's name, part of the random key.
+        seed: of `random` sparsification, and of the search for the leading directions.
+        expert: the expert's name, part of the random key of sparsification.
+        name: the parameter's name, part of the random keys.
 
     Returns:
-        The compressed matrix (out, in*kh*kw), and all its singular values (empty for the sparse compressions).
+        The compressed matrix (out, in*kh*kw), and its singular values: those kept where a rank is given, else all (an
+        energy or a budget is shared out by the whole spectrum, which is exact); empty for the sparse compressions.
     """
     matrix = as_matrix(difference)
     if settings.compression == "magnitude":
         return keep_largest(matrix, settings.density or 0.0), torch.empty(0)
     if settings.compression == "random":
         return keep_random(matrix, settings.density or 0.0, seed, expert, name), torch.empty(0)
-    rank = None if settings.rank is None else min(settings.rank, *matrix.shape)
-    return decompose(matrix, rank)
+    if settings.rank is None:
+        return decompose(matrix)
+    drawn = hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:7]
+    factors = truncate(matrix, min(settings.rank, *matrix.shape), int.from_bytes(drawn, "little"))
+    return factors, factors.up.norm(dim=0)
 
 
 def choose_ranks(

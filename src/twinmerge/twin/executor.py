@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -90,13 +91,9 @@ class Serial:
 
     def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
         """See `Executor.map`."""
-        threads = torch.get_num_threads()
-        _prepare()
-        try:
+        with one_thread():
             for item in items:
                 yield item, task(item)
-        finally:
-            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -224,6 +221,17 @@ def _too_many_deaths(fact: str) -> WorkerError:
         f"workers died {RETRIES + 1} times without finishing a task ({fact}); if the system ended them for memory, "
         "take fewer workers"
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Work as a task does: for much small work, torch's threads cost more in waiting for each other than they give."""
+    threads = torch.get_num_threads()
+    _prepare()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _prepare() -> None:
