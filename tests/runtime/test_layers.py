@@ -239,6 +239,19 @@ def test_gate_of_a_row_serves_its_beams(name: str) -> None:
     assert torch.allclose(run(layer, x, gate), run(layer, x, gate.repeat_interleave(2, dim=0)), atol=1e-12)
 
 
+@pytest.mark.parametrize("path", ["all", "gather"])
+@pytest.mark.parametrize("name", ["linear on vectors", "conv1d", "embedding", "layer norm", "rms norm", "gemma's norm"])
+def test_each_packed_token_may_have_a_gate_of_its_own(name: str, path: Path) -> None:
+    """What continuous batching hands over: (token, features), and ids (token,), of rows of any length."""
+    module = make(name)
+    parts = parts_for(module, "factors")
+    packed = inputs(name, 4)
+    packed = packed.flatten() if name == "embedding" else packed.reshape(-1, packed.shape[-1])
+    gate = gates(len(packed))
+    expected = rebuilt(module, parts, packed, gate)
+    assert torch.allclose(run(gated(module, parts), packed, gate, path), expected, atol=1e-10)
+
+
 def test_packed_tokens_take_the_gate_of_their_input() -> None:
     module = make("linear")
     layer = gated(module, parts_for(module))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from twinmerge.errors import DataError
-from twinmerge.runtime.model import TwinModel, load_backbone, load_head, load_tokenizer, parameter_kinds
+from twinmerge.runtime.model import TwinModel, check_router, load_backbone, load_head, load_tokenizer, parameter_kinds
 from twinmerge.runtime.predict import features_of, ids_of
 from twinmerge.runtime.rows import Row, read_rows
 from twinmerge.tensors.checkpoint import staged_folder
@@ -85,7 +85,9 @@ def with_provenance(
 
 def open_plan(recipe: Recipe) -> Plan:
     """Find, open and match a recipe's files; what each layer is comes from the base's class."""
-    return make_plan(recipe, parameter_kinds(recipe.locate(recipe.base, "base")))
+    base = recipe.locate(recipe.base, "base")
+    check_router(base, recipe.router)
+    return make_plan(recipe, parameter_kinds(base))
 
 
 def router_rows(plan: Plan) -> dict[str, list[Row]]:

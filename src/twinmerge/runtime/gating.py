@@ -225,15 +225,16 @@ class GateContext:
             return factor
         if isinstance(picked.index, slice):
             return factor[picked.index]
+        if not self.keep or tokens > 1:
+            return self._copied(factor, path, picked.index)
         key = (id(factor), path)
-        if key in self._kept:
-            return self._kept[key]
-        taken = factor.index_select(0, picked.index)
-        if path == "gather":
-            taken = taken.view(self.row_count, -1, factor.shape[1])
-        if self.keep and tokens == 1:
-            self._kept[key] = taken
-        return taken
+        if key not in self._kept:
+            self._kept[key] = self._copied(factor, path, picked.index)
+        return self._kept[key]
+
+    def _copied(self, factor: Tensor, path: Path, index: Tensor) -> Tensor:
+        taken = factor.index_select(0, index)
+        return taken.view(self.row_count, -1, factor.shape[1]) if path == "gather" else taken
 
     def vector(self, bank: "VectorBank", index: int) -> Tensor:
         """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""

@@ -39,13 +39,19 @@ class Projection(nn.Module):
         self.layers = layers
 
     def project(self, x: Tensor, step: Step, context: GateContext) -> Tensor:
-        """(row, token, in) -> (row, token, rank), times the gate; computed once for all layers that read `x`."""
+        """(row, token, in) -> (row, token, rank), times the gate; computed once for all layers that read `x`.
+
+        The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round.
+        """
         last = context.projected
         if last is not None and last[0] is self and last[1] is x:
             return last[2]
         rows, picked = context.split(x), step.picked
         down = context.take(self.down, step.path, picked, rows.shape[1])
-        hidden = torch.bmm(down, rows.mT).mT if step.path == "gather" else F.linear(rows, down)
+        if step.path == "gather":
+            hidden = torch.bmm(down, rows.mT).mT
+        else:
+            hidden = torch.mm(down, rows.flatten(0, 1).T).T.view(*rows.shape[:2], -1)
         if not picked.ones:
             hidden *= picked.gate
         context.projected = (self, x, hidden)
