@@ -269,10 +269,13 @@ def test_positions_shared_by_the_batch_get_a_row_for_every_gate() -> None:
     assert torch.allclose(found, rebuilt(module, parts, ids.expand(3, 4), gate), atol=1e-10)
 
 
-def test_rows_that_are_no_multiple_of_the_gates_are_refused() -> None:
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_rows_that_are_no_multiple_of_the_gates_are_refused(leaf: str) -> None:
+    """Not even where the tokens of all rows together are one."""
     module = make("linear")
+    parts: Parts = [{leaf: part[leaf]} if leaf in part else {} for part in parts_for(module, "factors")]
     with pytest.raises(GateError, match="a gate of 3 rows cannot serve a layer's 4 rows; it must divide them"):
-        run(gated(module, parts_for(module)), inputs("linear", 4), gates(3))
+        run(gated(module, parts), inputs("linear", 4), gates(3))
 
 
 def test_gate_of_a_call_inside_a_call_ends_with_it() -> None:

@@ -158,8 +158,15 @@ class GateContext:
         return repeats
 
     def split(self, x: Tensor) -> Tensor:
-        """A layer's input (rows, ..., features) as (row of the gate, token, features)."""
-        return x if x.ndim == 3 and x.shape[0] == self.row_count else x.reshape(self.row_count, -1, x.shape[-1])
+        """A layer's input (rows, ..., features) as (row of the gate, token, features).
+
+        Raises:
+            GateError: if its rows are no multiple of the gate's.
+        """
+        if x.ndim == 3 and x.shape[0] == self.row_count:
+            return x
+        self.repeats(x.shape[0])
+        return x.reshape(self.row_count, -1, x.shape[-1])
 
     def path(self, layers: tuple[Ranks, ...], tokens: int) -> Path:
         """The cheaper way for layers that read one input and see so many tokens a row."""

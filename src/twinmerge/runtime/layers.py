@@ -38,15 +38,21 @@ class Projection(nn.Module):
         self.register_buffer("down", down, persistent=False)
         self.layers = layers
 
-    def project(self, x: Tensor, step: Step, context: GateContext) -> Tensor:
-        """(row, token, in) -> (row, token, rank), times the gate; computed once for all layers that read `x`.
+    def project(self, x: Tensor, rows: Tensor, step: Step, context: GateContext) -> Tensor:
+        """Give (row, token, rank), times the gate; computed once for all layers that read `x`.
 
         The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round.
+
+        Args:
+            x: the layers' input.
+            rows: the same as (row of the gate, token, in).
+            step: how these layers take part in the call.
+            context: of the call.
         """
         last = context.projected
         if last is not None and last[0] is self and last[1] is x:
             return last[2]
-        rows, picked = context.split(x), step.picked
+        picked = step.picked
         down = context.take(self.down, step.path, picked, rows.shape[1])
         if step.path == "gather":
             hidden = torch.bmm(down, rows.mT).mT
@@ -226,7 +232,7 @@ class GatedLinear(GatedLayer):
             y = self._low_rank_and_bias(x, bias, context)
         flat, weight = x.reshape(-1, x.shape[-1]), self.shared.weight
         if y is None and bias is not None and bias.ndim == 3:
-            y = bias.expand(-1, context.repeats(len(flat)), -1).reshape(-1, bias.shape[-1])
+            y = bias.expand(-1, context.split(x).shape[1], -1).reshape(-1, bias.shape[-1])
             y = torch.addmm(y, flat, self.transposed(weight))
         elif y is None:
             y = self.product(flat, weight, bias)
@@ -242,10 +248,10 @@ class GatedLinear(GatedLayer):
         """Bias + sum_t gate_t * up_t down_t x, (rows * tokens, out)."""
         if context.readers is not None:
             _note_reader(context, self, x)
-        projection = self.projection
-        tokens = context.repeats(x.numel() // x.shape[-1])
+        projection, rows = self.projection, context.split(x)
+        tokens = rows.shape[1]
         step = context.step(projection.layers, tokens, x.dtype)
-        hidden: Tensor = projection.project(x, step, context)
+        hidden: Tensor = projection.project(x, rows, step, context)
         if len(projection.layers) > 1:
             hidden = hidden[..., step.picked.places[self.position]]
         up = context.take(self.up, step.path, step.own[self.position], tokens)
