@@ -1,14 +1,16 @@
 """What does an exact mix of experts for every row cost, compared with one static model of the same shape?
 
-Expected: at most 1.12 times the static model's time for a mixed batch of 32 x 64 tokens on MiniLM (8 experts, rank 8,
-one expert used a row), the same with 64 experts, 1.30 with 4 experts a row, 1.20 at batch 1 x 32; a decode step of a
-bf16 Llama at batch 16 at most 1.12; the published way, a dense rebuild for every sample, more than 20 times slower.
+Expected, as ratios to the static model: 1.12 for a mixed batch of 32 x 64 tokens on MiniLM (8 experts, rank 8, one used
+a row) and the same within 3 % with 64 experts; 1.30 with 4 experts a row; 1.20 at batch 1 x 32; 1.20 with the routing;
+1.12 for a decode step of a bf16 Llama at batch 16 and 1.05 for 128 tokens at batch 1; the published way, a dense
+rebuild for every sample, more than 20 times slower.
 
-Every contestant's output is compared with the dense reference (`runtime/compose.py`) before it is timed; contestants
-take turns; figures are medians of ratios to the static model in the same turn. On a machine that others use, one thread
-and `--clock cpu` time the work alone.
+Every contestant's output is compared with the dense reference (`runtime/compose.py`) before it is timed, but for
+PEFT's, which cannot mix. Contestants take turns; figures are medians of ratios to the static model in the same turn. On
+a machine that others use, one thread and `--clock cpu` time the work alone. `plot_inference.py` draws the curves.
 
-    python benchmarks/bench_inference.py --base MINILM [--threads 2] [--clock wall] [--repeats 11] [--cases mixed ...]
+    python benchmarks/bench_inference.py --base MINILM [--suite text/seed0] [--threads 2] [--clock wall] [--repeats 11]
+        [--cases single mixed ways soft routed decode generate curves] [--json FILE]
 """
 
 import argparse
@@ -16,29 +18,55 @@ import copy
 import json
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from twinmerge.runtime import compose
+from twinmerge.runtime.build import router_features
 from twinmerge.runtime.compose import theta
-from twinmerge.runtime.model import TwinModel, layer_kind, load_backbone
+from twinmerge.runtime.gating import keep_large
+from twinmerge.runtime.model import TwinModel, layer_kind, load_backbone, load_tokenizer
+from twinmerge.runtime.predict import ids_of
+from twinmerge.runtime.rows import read_rows
+from twinmerge.tensors.low_rank import LowRank
+from twinmerge.twin.recipe import RouterSettings
+from twinmerge.twin.router import Router, Routing, fit_router, group_gates
 
-SEED, RANK = 0, 8
+SEED, RANK, EXPERTS, DROP = 0, 8, 8, 0.02
+FLOAT32, BFLOAT16 = 1e-4, 0.05
+"""Largest difference allowed: of states of size 1 in float32; of logits in bfloat16 (8 bits, 12 layers), over their
+deviation."""
 Contestants = Mapping[str, Callable[[], Any]]
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of the command."""
+
+    base: Path
+    suite: Path | None
+    repeats: int
+    clock: Callable[[], float]
+
+
+# ---- what is computed
 
 
 def synthetic_experts(backbone: torch.nn.Module, count: int, rank: int) -> dict[str, dict[str, Any]]:
     """Exclusive parts of the right shapes for all linear layers, biases and norms."""
-    from twinmerge.tensors.low_rank import LowRank
-
     generator = torch.Generator().manual_seed(SEED)
     shapes = {}
     for module_name, module in backbone.named_modules():
@@ -64,7 +92,7 @@ def one_expert_gates(rows: int, experts: int) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     top = 0.9 + 0.1 * torch.rand(rows, 1, generator=generator)
     chosen = torch.randint(0, experts, (rows, 1), generator=generator)
-    return ((1 - top) / (experts - 1)).expand(rows, experts).clone().scatter_(1, chosen, top)
+    return ((1 - top) / max(1, experts - 1)).expand(rows, experts).clone().scatter_(1, chosen, top)
 
 
 def soft_gates(rows: int, experts: int) -> Tensor:
@@ -73,6 +101,182 @@ def soft_gates(rows: int, experts: int) -> Tensor:
     chosen = torch.stack([torch.randperm(experts, generator=generator)[:4] for _ in range(rows)])
     weights = 0.2 + torch.rand(rows, 4, generator=generator)
     return torch.zeros(rows, experts).scatter_(1, chosen, weights / weights.sum(dim=1, keepdim=True))
+
+
+def random_inputs(rows: int, length: int) -> Inputs:
+    """Token ids without padding."""
+    ids = torch.randint(1000, 20000, (rows, length), generator=torch.Generator().manual_seed(SEED))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def some_rows(inputs: Inputs, first: int, count: int = 1) -> Inputs:
+    """A part of a batch."""
+    return {name: value[first : first + count] for name, value in inputs.items()}
+
+
+class Encoder:
+    """MiniLM in all its ways."""
+
+    def __init__(self, base: Path, experts: int = EXPERTS, rank: int = RANK) -> None:
+        """Load the base as shared expert with synthetic exclusive parts."""
+        self.static = load_backbone(base)
+        self.exclusive = synthetic_experts(self.static, experts, rank)
+        self.shared = dict(self.static.named_parameters())
+        self.twin = TwinModel(load_backbone(base), self.exclusive, kinds={}, drop_below=DROP)
+        self.experts = experts
+
+    def rebuilt(self, gate: Tensor, only: Callable[[str], bool] = lambda _: True) -> torch.nn.Module:
+        """The dense model for one gate, of the exclusive parts whose names are wanted."""
+        model = copy.deepcopy(self.static)
+        parts = [{n: part for n, part in own.items() if only(n)} for own in self.exclusive.values()]
+        model.load_state_dict(theta(self.shared, parts, gate), strict=False)
+        return model
+
+    def check(
+        self, found: Tensor, gates: Tensor, inputs: Inputs, only: Callable[[str], bool] = lambda _: True
+    ) -> float:
+        """Largest difference from the dense reference on three rows; one that is off ends the run."""
+        worst = 0.0
+        for row in range(min(3, len(gates))):
+            with torch.inference_mode():
+                want = self.rebuilt(gates[row], only)(**some_rows(inputs, row))[0][0]
+            real = int(inputs["attention_mask"][row].sum())
+            worst = max(worst, float((found[row, :real] - want[:real]).abs().max()))
+        if worst > FLOAT32:
+            raise SystemExit(f"outputs differ from the dense reference by {worst}")
+        return worst
+
+    def in_mode(self, mode: Any, gates: Tensor, inputs: Inputs, *, forget: bool = False) -> Callable[[], Tensor]:
+        """The twin, one way forced; `forget`: as if its gates had never been met."""
+
+        def run() -> Tensor:
+            self.twin.mode = mode
+            if forget:
+                self.twin.merged.clear()
+            states: Tensor = self.twin.encode(gates, **inputs)[0]
+            return states
+
+        return run
+
+    def modes(self, gates: Tensor, inputs: Inputs, *names: str) -> tuple[dict[str, Callable[[], Any]], float]:
+        """The twin in some modes, each compared with the dense reference; and the largest difference."""
+        runs = {f"twin, {name}": self.in_mode(name, gates, inputs) for name in names}
+        return runs, max(self.check(run(), gates, inputs) for run in runs.values())
+
+    def memory_ratio(self) -> float:
+        """Bytes of the loaded twin's tensors over those of one model."""
+        parts = {t.data_ptr(): t.nbytes for t in [*self.twin.parameters(), *self.twin.buffers()]}
+        return sum(parts.values()) / sum(p.nbytes for p in self.static.parameters())
+
+
+# ---- other ways to serve the same experts
+
+
+def published(ours: Encoder, router: Router, inputs: Inputs) -> Callable[[], Tensor]:
+    """The published code's way for one sample: a routing pass at batch 1, then all weights anew, then the pass.
+
+    Every parameter of every expert is a dense vector in memory; scaled by the gate, summed, added, loaded.
+    """
+    dense = [
+        {n: compose.dense(own[n], value.shape) if n in own else 0 * value for n, value in ours.shared.items()}
+        for own in ours.exclusive.values()
+    ]
+    routing_model, answering = ours.static, copy.deepcopy(ours.static)
+
+    def run() -> Tensor:
+        gate = router(routing_model(**inputs)[0].mean(dim=1)).gate[0].tolist()
+        scaled = [
+            {name: weight * vector for name, vector in own.items()} for weight, own in zip(gate, dense, strict=True)
+        ]
+        state = {name: value + sum(own[name] for own in scaled) for name, value in ours.shared.items()}
+        answering.load_state_dict(state)
+        states: Tensor = answering(**inputs)[0]
+        return states
+
+    return run
+
+
+def group_wise(ours: Encoder, gates: Tensor, inputs: Inputs) -> Callable[[], None]:
+    """The published group-wise mode on this batch: at most 20 groups, a merged model each, made for the batch."""
+    routing = Routing(gates, gates.clamp_min(1e-9).log(), torch.zeros(len(gates), dtype=torch.bool))
+    group, means = group_gates(routing, 20, seed=SEED)
+    parts, model = list(ours.exclusive.values()), copy.deepcopy(ours.static)
+
+    def run() -> None:
+        for index, gate in enumerate(means):
+            model.load_state_dict(theta(ours.shared, parts, gate), strict=False)
+            rows = (group == index).nonzero()[:, 0]
+            model(**{key: value[rows] for key, value in inputs.items()})
+
+    return run
+
+
+def separate_models(ours: Encoder, gates: Tensor, inputs: Inputs) -> Callable[[], None]:
+    """As many models in memory as experts; each row goes to its expert's."""
+    models = [ours.rebuilt(row) for row in torch.eye(ours.experts)]
+    chosen = gates.argmax(dim=1)
+
+    def run() -> None:
+        for index, model in enumerate(models):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                model(**{key: value[rows] for key, value in inputs.items()})
+
+    return run
+
+
+def lora_settings(model: torch.nn.Module, **more: Any) -> LoraConfig:
+    """An adapter on every linear layer of the backbone."""
+    targets = sorted(
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    )
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, **more)
+
+
+def peft_rows(static: torch.nn.Module, experts: list[int]) -> tuple[Any, list[str]]:
+    """PEFT's mixed batch: one adapter a row, no biases and norms; the model and the rows' adapters."""
+    settings = lora_settings(static)
+    model: Any = get_peft_model(copy.deepcopy(static), settings, adapter_name="e0")  # type: ignore[arg-type]
+    for index in range(1, EXPERTS):
+        model.add_adapter(f"e{index}", settings)
+    dtype = next(static.parameters()).dtype
+    return model.to(dtype).eval(), [f"e{index}" for index in experts]
+
+
+class Inside(torch.nn.Module):
+    """A backbone as X-LoRA finds one: in an attribute `model`."""
+
+    def __init__(self, model: Any) -> None:
+        """Take a copy."""
+        super().__init__()
+        self.model, self.config = copy.deepcopy(model), copy.deepcopy(model.config)
+        self.config.use_cache = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, **inputs: Any) -> Any:
+        """The backbone's."""
+        return self.model(**inputs)
+
+
+def peft_xlora(static: Any, folder: Path) -> Any:
+    """PEFT's X-LoRA: its own classifier mixes the same adapters by token, after a pass of its own."""
+    paths, model = {}, Inside(static)
+    for index in range(EXPERTS):
+        adapter: Any = get_peft_model(Inside(static), lora_settings(model))  # type: ignore[arg-type]
+        adapter.save_pretrained(folder / f"e{index}")
+        paths[f"e{index}"] = str(folder / f"e{index}")
+    settings = XLoraConfig(hidden_size=static.config.hidden_size, adapters=paths, xlora_depth=1)
+    mixed: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+    for name, path in paths.items():  # PEFT 0.21 loses them on the way and then misses them
+        mixed.base_model.lora_model.peft_config.setdefault(name, LoraConfig.from_pretrained(path))
+    return mixed.eval()
+
+
+# ---- time
 
 
 def turns(contestants: Contestants, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
@@ -89,8 +293,9 @@ def turns(contestants: Contestants, repeats: int, clock: Callable[[], float]) ->
     return seconds
 
 
-def summary(case: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Print and return medians of the ratios to the static model in the same turn."""
+def summary(case: str, contestants: Contestants, options: Options, repeats: int | None = None) -> dict[str, Any]:
+    """Time, print and return medians of the ratios to the static model in the same turn."""
+    seconds = turns(contestants, repeats or options.repeats, options.clock)
     found = {}
     for name, times in seconds.items():
         ratios = sorted(a / b for a, b in zip(times, seconds["static"], strict=True))
@@ -98,195 +303,379 @@ def summary(case: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
         median = statistics.median(times)
         found[name] = {"ms": 1e3 * median, "ratio": statistics.median(ratios), "quartiles": [low, high]}
         print(
-            f"{case:14} {name:28} {1e3 * median:9.2f} ms  x{found[name]['ratio']:.3f}  [{low:.3f} {high:.3f}]",
+            f"{case:14} {name:34} {1e3 * median:9.2f} ms  x{found[name]['ratio']:.3f}  [{low:.3f} {high:.3f}]",
             flush=True,
         )
     return found
 
 
-class Encoder:
-    """MiniLM in all its ways, on one batch."""
-
-    def __init__(self, base: Path, experts: int) -> None:
-        """Load the base as shared expert with synthetic exclusive parts."""
-        self.static = load_backbone(base)
-        self.exclusive = synthetic_experts(self.static, experts, RANK)
-        self.shared = dict(self.static.named_parameters())
-        self.twin = TwinModel(load_backbone(base), self.exclusive, kinds={})
-        self.experts = experts
-
-    def rebuilt(self, gate: Tensor) -> torch.nn.Module:
-        """The dense model for one gate: the published way."""
-        model = copy.deepcopy(self.static)
-        model.load_state_dict(theta(self.shared, list(self.exclusive.values()), gate), strict=False)
-        return model
-
-    def published(self, gate: Tensor, inputs: dict[str, Tensor]) -> Callable[[], Any]:
-        """The published way for one sample: dense exclusive vectors of all experts in memory, summed for its gate."""
-        dense = [
-            {name: compose.dense(part, self.shared[name].shape) for name, part in parts.items()}
-            for parts in self.exclusive.values()
-        ]
-        model = copy.deepcopy(self.static)
-
-        def run() -> Any:
-            model.load_state_dict(theta(self.shared, dense, gate), strict=False)
-            return model(**inputs)
-
-        return run
-
-    def check(self, gates: Tensor, inputs: dict[str, Tensor]) -> float:
-        """Largest difference of any mode from the dense reference, on three rows; a mode that is off ends the run."""
-        worst = 0.0
-        with torch.inference_mode():
-            for mode in ("auto", "all", "gather", "merge"):
-                self.twin.mode = mode
-                found = self.twin.encode(gates[:3], **{k: v[:3] for k, v in inputs.items()})[0]
-                for row in range(min(3, len(gates))):
-                    want = self.rebuilt(gates[row])(**{k: v[row : row + 1] for k, v in inputs.items()})[0][0]
-                    worst = max(worst, float((found[row] - want).abs().max()))
-        self.twin.mode = "auto"
-        self.twin.merged.clear()
-        if worst > 1e-4:
-            raise SystemExit(f"outputs differ from the dense reference by {worst}")
-        return worst
-
-    def in_mode(self, mode: Any, gates: Tensor, inputs: dict[str, Tensor]) -> Callable[[], Any]:
-        """The twin, one path forced."""
-
-        def run() -> None:
-            self.twin.mode = mode
-            self.twin.encode(gates, **inputs)
-
-        return run
-
-    def peft(self, gates: Tensor, inputs: dict[str, Tensor]) -> Callable[[], Any]:
-        """PEFT's mixed batch: one adapter a row, no biases and norms."""
-        targets = sorted(
-            {n.removesuffix(".weight") for n, v in self.shared.items() if v.ndim == 2 and "embed" not in n}
-        )
-        settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
-        model: Any = get_peft_model(copy.deepcopy(self.static), settings, adapter_name="e000")
-        for index in range(1, self.experts):
-            model.add_adapter(f"e{index:03d}", settings)
-        model.eval()
-        names = [f"e{index:03d}" for index in gates.argmax(dim=1).tolist()]
-        return lambda: model(**inputs, adapter_names=names)
+# ---- cases
 
 
-def encoder_case(case: str, base: Path, options: Any, clock: Callable[[], float]) -> dict[str, Any]:
-    """`mixed` 32 x 64, `soft` 4 experts a row, `single` 1 x 32."""
-    from twinmerge.runtime.gating import keep_large
+def single_case(options: Options) -> dict[str, Any]:
+    """One row of 32 tokens: by factors, and by merged weights once its gate is known."""
+    ours, other, inputs = Encoder(options.base), Encoder(options.base), random_inputs(1, 32)
+    gates = keep_large(one_expert_gates(1, EXPERTS), DROP)
+    runs = {
+        "twin, a gate never met": ours.in_mode("auto", gates, inputs, forget=True),
+        "twin, a gate met before": other.in_mode("merge", gates, inputs),
+    }
+    error = max(ours.check(run(), gates, inputs) for run in runs.values())
+    found = summary("single", {"static": lambda: ours.static(**inputs), **runs}, options)
+    return {**found, "largest_difference": error, "memory_ratio": ours.memory_ratio()}
 
-    rows, length = (1, 32) if case == "single" else (32, 64)
-    ids = torch.randint(1000, 20000, (rows, length), generator=torch.Generator().manual_seed(SEED))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    ours = Encoder(base, 8)
-    gates = soft_gates(rows, 8) if case == "soft" else keep_large(one_expert_gates(rows, 8), ours.twin.drop_below)
-    error = ours.check(gates, inputs)
+
+def mixed_case(options: Options) -> dict[str, Any]:
+    """32 rows of 64 tokens, one expert used a row, of 8 and of 64."""
+    ours, many, inputs = Encoder(options.base), Encoder(options.base, 64), random_inputs(32, 64)
+    gates, wide = (keep_large(one_expert_gates(32, count), DROP) for count in (EXPERTS, 64))
+    runs, error = ours.modes(gates, inputs, "auto", "all", "gather")
+    more, other_error = many.modes(wide, inputs, "auto")
+    runs["twin, auto, 64 experts"] = more["twin, auto"]
+    found = summary("mixed", {"static": lambda: ours.static(**inputs), **runs}, options)
+    memory = ours.memory_ratio()
+    print(f"mixed          memory of the loaded twin x{memory:.3f} of one model")
+    return {**found, "largest_difference": max(error, other_error), "memory_ratio": memory}
+
+
+def ways_case(options: Options) -> dict[str, Any]:
+    """The same batch by other means, and a single sample the published way."""
+    ours, inputs = Encoder(options.base), random_inputs(32, 64)
+    whole = one_expert_gates(32, EXPERTS)
+    gates = keep_large(whole, DROP)
+    runs, error = ours.modes(gates, inputs, "auto", "merge")
+    adapters, names = peft_rows(ours.static, gates.argmax(dim=1).tolist())
+    router = untrained_router(EXPERTS, ours.static.config.hidden_size)
+    one = some_rows(inputs, 0)
+    by_publication = published(ours, router, one)
+    with torch.inference_mode():
+        gate = router(ours.static(**one)[0].mean(dim=1)).gate
+        error = max(error, ours.check(by_publication(), gate, one))
+    with tempfile.TemporaryDirectory() as folder, quiet_peft():
+        mixture = peft_xlora(ours.static, Path(folder))
+        contestants: dict[str, Callable[[], Any]] = {
+            "static": lambda: ours.static(**inputs),
+            **runs,
+            "group-wise, merged for the batch": group_wise(ours, whole, inputs),
+            "8 separate models": separate_models(ours, gates, inputs),
+            "PEFT, one adapter a row": lambda: adapters(**inputs, adapter_names=names),
+            "PEFT, X-LoRA": lambda: mixture(**inputs),
+            "published, ONE sample": by_publication,
+        }
+        found = summary("ways", contestants, options)
+    faster = 32 * found["published, ONE sample"]["ms"] / found["twin, auto"]["ms"]
+    print(f"ways           a sample the published way takes {faster:.1f} times as long as a row of the batch")
+    return {**found, "largest_difference": error, "faster_than_published": faster}
+
+
+def untrained_router(experts: int, features: int) -> Router:
+    """The paper's network, for its time alone."""
+    torch.manual_seed(SEED)
+    names = [f"e{index:03d}" for index in range(experts)]
+    rows = {name: torch.randn(8, features) for name in names}
+    return fit_router(rows, RouterSettings(method="mlp", features="last", epochs=1), seed=SEED)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without PEFT's notes on models that it does not know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def soft_case(options: Options) -> dict[str, Any]:
+    """32 rows of 64 tokens, four of eight experts in each."""
+    ours, inputs = Encoder(options.base), random_inputs(32, 64)
+    runs, error = ours.modes(soft_gates(32, EXPERTS), inputs, "auto", "all", "gather")
+    found = summary("soft", {"static": lambda: ours.static(**inputs), **runs}, options)
+    return {**found, "largest_difference": error}
+
+
+ROUTERS: Mapping[str, dict[str, Any]] = {
+    "token router": {"features": "tokens"},
+    "cascade": {"features": "cascade"},
+    "one pass, layers 0-1 and tokens": {"features": "layers:[0,1]+tokens", "one_pass": True},
+    "two passes, all layers and tokens": {"features": "all+tokens"},
+}
+
+
+def routed_case(options: Options) -> dict[str, Any]:
+    """The text suite's rows, 4 of each of its 8 tasks, cut and padded to 64 tokens; routing included."""
+    if options.suite is None:
+        raise SystemExit("the case 'routed' needs --suite, a seed's folder of the text suite")
+    ours = Encoder(options.base)
+    ours.twin.tokenizer, ours.twin.max_length = load_tokenizer(options.base), 64
+    tasks = sorted(path.name.removesuffix(".router.jsonl") for path in (options.suite / "data").glob("*.router.jsonl"))
+    rows = {
+        name: read_rows(options.suite / "data" / f"{task}.router.jsonl", labelled=False)[:200]
+        for name, task in zip(ours.twin.expert_names, tasks, strict=True)
+    }
+    all_layers = router_features(ours.twin, rows, "all")
+    ids = {name: ids_of(ours.twin, own) for name, own in rows.items()}
+    texts = [
+        row["text"]
+        for task in tasks
+        for row in read_rows(options.suite / "data" / f"{task}.test.jsonl", labelled=True)[:4]
+    ]
+    encoded = ours.twin.tokenizer(texts, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     contestants: dict[str, Callable[[], Any]] = {"static": lambda: ours.static(**inputs)}
-    contestants["twin, auto"] = ours.in_mode("auto", gates, inputs)
-    if case != "single":
-        contestants["twin, all"] = ours.in_mode("all", gates, inputs)
-        contestants["twin, gather"] = ours.in_mode("gather", gates, inputs)
-    if case == "mixed":
-        many = Encoder(base, 64)
-        wide = keep_large(one_expert_gates(rows, 64), ours.twin.drop_below)
-        contestants["twin, auto, 64 experts"] = many.in_mode("auto", wide, inputs)
-        contestants["PEFT, one adapter a row"] = ours.peft(gates, inputs)
-        one = {k: v[:1] for k, v in inputs.items()}
-        contestants["published, ONE sample"] = ours.published(one_expert_gates(rows, 8)[0], one)
-    found = summary(case, turns(contestants, options.repeats, clock))
-    if case == "mixed":
-        faster = rows * found["published, ONE sample"]["ms"] / found["twin, auto"]["ms"]
-        print(f"{case:14} per sample {faster:.1f} times faster than the published way")
-        found["faster_than_published"] = faster
-    parts = {t.data_ptr(): t.nbytes for t in [*ours.twin.parameters(), *ours.twin.buffers()]}
-    found["memory_ratio"] = sum(parts.values()) / sum(p.nbytes for p in ours.static.parameters())
-    found["largest_difference"] = error
-    print(f"{case:14} memory x{found['memory_ratio']:.3f} of one model; largest difference {error:.1e}")
-    return found
+    error, second_look = 0.0, 0.0
+    for title, given in ROUTERS.items():
+        settings = RouterSettings(**given)
+        width = 2 * ours.static.config.hidden_size if settings.one_pass else None  # layers 0 and 1 come first
+        features = {name: own[:, :width] for name, own in all_layers.items()} if settings.hidden else None
+        router = fit_router(features, settings, seed=SEED, ids=ids)
+        second_look = router.report.get("second_look", second_look)
+        contestants[f"twin, {title}"] = run = routed(ours.twin, router, inputs)
+        gates, states = run()
+        error = max(error, ours.check(states, gates, inputs, above(1 if settings.one_pass else 0)))
+    contestants["twin, gates given"] = ours.in_mode("auto", gates, inputs)
+    found = summary("routed", contestants, options)
+    print(f"routed         of the cascade's held-out inputs {second_look:.1%} took a second look")
+    return {**found, "largest_difference": error, "second_look": second_look}
 
 
-def decode_case(options: Any, clock: Callable[[], float]) -> dict[str, Any]:
-    """One step of a bf16 Llama (hidden 768, 12 layers) at batch 16 on a cache of 128 tokens."""
+def routed(twin: TwinModel, router: Router, inputs: Inputs) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Route and answer; gives gates and states."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        twin.router, twin.mode = router, "auto"
+        if router.settings.one_pass:
+            routing, outputs = twin._route_on_the_way(inputs)
+            return routing.gate, outputs[0]
+        gates = twin.route(**inputs)
+        return gates, twin.encode(gates, **inputs)[0]
+
+    return run
+
+
+def above(layer: int) -> Callable[[str], bool]:
+    """Whether a parameter belongs to what is gated if layers below are not."""
+    below = tuple(f"encoder.layer.{index}." for index in range(layer))
+    return lambda name: not layer or not name.startswith(("embeddings.", *below))
+
+
+def llama() -> tuple[Any, TwinModel, dict[str, dict[str, Any]]]:
+    """A bf16 Llama (hidden 768, 12 layers) with random weights, its twin, and the exclusive parts."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048, vocab_size=32000,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    static: Any = LlamaForCausalLM(config)
-    static.to(torch.bfloat16).eval()
-    exclusive = synthetic_experts(static, 8, RANK)
-    twin = TwinModel(copy.deepcopy(static), exclusive, kinds={})
-    gates = torch.eye(8)[torch.arange(16) % 8]
+    static: Any = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    exclusive = synthetic_experts(static, EXPERTS, RANK)
+    return static, TwinModel(copy.deepcopy(static), exclusive, kinds={}, merge_bytes=2**31), exclusive
+
+
+def check_llama(static: Any, exclusive: Mapping[str, Any], gate: Tensor, found: Tensor, ids: Tensor) -> float:
+    """Difference of the last token's logits (vocabulary,) from the dense reference's, over their deviation."""
+    model = copy.deepcopy(static)
+    model.load_state_dict(theta(dict(static.named_parameters()), list(exclusive.values()), gate), strict=False)
+    with torch.inference_mode():
+        want = model(input_ids=ids).logits[0, -1].float()
+    difference = float((found.float() - want).norm() / (want - want.mean()).norm())
+    if difference > BFLOAT16:
+        raise SystemExit(f"logits differ from the dense reference by {difference}")
+    return difference
+
+
+def decode_case(options: Options) -> dict[str, Any]:
+    """One step at batch 16 on a cache of 128 tokens, one of eight experts a row."""
+    static, twin, exclusive = llama()
+    gates = torch.eye(EXPERTS)[torch.arange(16) % EXPERTS]
     prompt, step = torch.randint(0, 32000, (16, 128)), torch.randint(0, 32000, (16, 1))
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    settings = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
-    peft: Any = get_peft_model(copy.deepcopy(static), settings, adapter_name="e000")
-    for index in range(1, 8):
-        peft.add_adapter(f"e{index:03d}", settings)
-    peft.to(torch.bfloat16).eval()
-    names = [f"e{index % 8:03d}" for index in range(16)]
+    adapters, names = peft_rows(static, [index % EXPERTS for index in range(16)])
 
-    def cached(model: Any, **settings: Any) -> Callable[[], Any]:
+    def cached(model: Any, **settings: Any) -> Callable[[], Tensor]:
+        cache = DynamicCache(config=static.config)
         with torch.inference_mode():
-            cache = model(input_ids=prompt, past_key_values=DynamicCache(config=config), **settings).past_key_values
+            model(input_ids=prompt, past_key_values=cache, **settings)
 
-        def run() -> Any:
+        def run() -> Tensor:
             cache.crop(-1) if cache.get_seq_length() > 128 else None
-            return model(input_ids=step, past_key_values=cache, **settings)
+            logits: Tensor = model(input_ids=step, past_key_values=cache, **settings).logits
+            return logits
 
         return run
 
     with torch.inference_mode():
-        context = twin._context(gates, 16, 128)
         twin.encode(gates, input_ids=prompt[:, :4])
+        context = twin._context(gates, 16, 128)
         with twin.slot.use(context):
-            ours = cached(twin.backbone)
-    run_static, run_peft = cached(static), cached(peft, adapter_names=names)
+            run_twin = cached(twin.backbone)
+            found = run_twin()[0, -1]
+    error = check_llama(static, exclusive, gates[0], found, torch.cat([prompt[:1], step[:1]], dim=1))
 
     def run_ours() -> None:
         with twin.slot.use(context):
-            ours()
+            run_twin()
 
-    contestants = {"static": run_static, "twin, auto": run_ours, "PEFT, one adapter a row": run_peft}
-    return summary("decode", turns(contestants, options.repeats, clock))
+    contestants = {
+        "static": cached(static),
+        "twin, auto": run_ours,
+        "PEFT, one adapter a row": cached(adapters, adapter_names=names),
+    }
+    return {**summary("decode", contestants, options), "largest_difference": error}
+
+
+def generate_case(options: Options) -> dict[str, Any]:
+    """128 tokens at batch 1 after a prompt of 32: a gate never met, whose weights are merged, and one met before."""
+    static, twin, exclusive = llama()
+    prompt = random_inputs(1, 32)
+    gates = keep_large(one_expert_gates(1, EXPERTS), DROP)
+    settings = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+    twin.encode(gates, **prompt)
+
+    def fresh() -> Tensor:
+        twin.merged.clear()
+        return known()
+
+    def known() -> Tensor:
+        tokens: Tensor = twin.generate(gate=gates, **prompt, **settings)
+        return tokens
+
+    fresh()
+    logits = twin(gate=gates, **prompt).logits[0, -1]
+    error = check_llama(static, exclusive, gates[0], logits, prompt["input_ids"])
+    contestants = {
+        "static": lambda: static.generate(**prompt, **settings),
+        "twin, a gate never met": fresh,
+        "twin, a gate met before": known,
+    }
+    repeats = min(5, options.repeats)
+    return {**summary("generate", contestants, options, repeats), "largest_difference": error, "repeats": repeats}
+
+
+# ---- curves and roofline
+
+CURVES: Mapping[str, tuple[int, ...]] = {
+    "experts": (1, 8, 64, 256),
+    "rank": (1, 4, 8, 16, 64),
+    "batch": (1, 4, 16, 32, 128),
+    "length": (16, 64, 256, 512),
+}
+
+
+def curves_case(options: Options) -> dict[str, Any]:
+    """The ratio over one number at a time; else 8 experts, rank 8, 32 rows of 64 tokens, 8 rows where length varies."""
+    peak, bandwidth = machine(options.clock)
+    print(f"curves         measured peak {peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s")
+    found: dict[str, Any] = {"peak_flops": peak, "bandwidth_bytes": bandwidth}
+    for name, values in CURVES.items():
+        found[name] = [{"value": value, **point(name, value, peak, bandwidth, options)} for value in values]
+    return found
+
+
+def point(name: str, value: int, peak: float, bandwidth: float, options: Options) -> dict[str, Any]:
+    """One place on a curve: measured, counted, and what the machine's peaks allow."""
+    sizes = {"experts": EXPERTS, "rank": RANK, "batch": 8 if name == "length" else 32, "length": 64, name: value}
+    ours, inputs = (
+        Encoder(options.base, sizes["experts"], sizes["rank"]),
+        random_inputs(sizes["batch"], sizes["length"]),
+    )
+    ours.twin.merged.limit_bytes = 0  # factors, at batch 1 too
+    gates = keep_large(one_expert_gates(sizes["batch"], sizes["experts"]), DROP)
+    runs, _ = ours.modes(gates, inputs, "auto")
+    contestants = {"static": lambda: ours.static(**inputs), **runs}
+    timed = summary(f"{name} {value}", contestants, options, min(7, options.repeats))
+    work = {who: total_work(ours, who == "twin", sizes) for who in ("static", "twin")}
+    bound = {who: sum(max(f / peak, b / bandwidth) for f, b in steps) for who, steps in work.items()}
+    return {
+        "ratio": timed["twin, auto"]["ratio"],
+        "quartiles": timed["twin, auto"]["quartiles"],
+        "ms": {"static": timed["static"]["ms"], "twin": timed["twin, auto"]["ms"]},
+        "flops": {who: sum(f for f, _ in steps) for who, steps in work.items()},
+        "bytes": {who: sum(b for _, b in steps) for who, steps in work.items()},
+        "bound_ms": {who: 1e3 * seconds for who, seconds in bound.items()},
+        "bound_ratio": bound["twin"] / bound["static"],
+    }
+
+
+def machine(clock: Callable[[], float]) -> tuple[float, float]:
+    """Measured: multiply-adds in float32 as FLOP/s of a large square product, and bytes/s of a copy past the caches."""
+    a, b = torch.randn(2, 1536, 1536)
+    source, target = torch.randn(2, 2**25)
+
+    def best(run: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(6):
+            started = clock()
+            run()
+            seconds.append(clock() - started)
+        return min(seconds)
+
+    return 2 * 1536**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source))
+
+
+def total_work(ours: Encoder, twin: bool, sizes: Mapping[str, int]) -> list[tuple[float, float]]:
+    """FLOPs and bytes of every large step of a pass: linear layers, attention, and what the twin adds to them.
+
+    One expert a row, so a row's own ranks are `rank`; bytes count every operand and result once, float32.
+    """
+    rows, length, rank = (sizes[name] for name in ("batch", "length", "rank"))
+    tokens = rows * length
+    steps: list[tuple[float, float]] = []
+    for name, value in ours.shared.items():
+        if value.ndim != 2 or "embed" in name:
+            continue
+        out, inner = value.shape
+        seen = rows if "pooler" in name else tokens
+        steps.append((2.0 * seen * inner * out, 4.0 * (seen * inner + inner * out + seen * out)))
+        if twin:
+            copies = 3 * rows * rank if rows > 1 else rank  # a row's ranks are read, written and read again
+            reads_x = 0 if name.endswith(("key.weight", "value.weight")) else seen * inner  # read once for q, k, v
+            steps.append((2.0 * seen * inner * rank, 4.0 * (reads_x + copies * inner + seen * rank)))
+            steps.append((2.0 * seen * rank * out, 4.0 * (seen * rank + copies * out + 2 * seen * out)))
+    hidden, depth = ours.static.config.hidden_size, ours.static.config.num_hidden_layers
+    steps += [(4.0 * rows * length**2 * hidden, 16.0 * tokens * hidden)] * depth
+    return steps
+
+
+CASES: Mapping[str, Callable[[Options], dict[str, Any]]] = {
+    "single": single_case,
+    "mixed": mixed_case,
+    "ways": ways_case,
+    "soft": soft_case,
+    "routed": routed_case,
+    "decode": decode_case,
+    "generate": generate_case,
+    "curves": curves_case,
+}
 
 
 def main() -> None:
     """Run the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="folder of a MiniLM (BERT) model")
+    parser.add_argument("--suite", type=Path, help="a seed's folder of the text suite, for the case 'routed'")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--cases", nargs="+", default=["single", "mixed", "soft", "decode"])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    results = {}
-    for case in options.cases:
-        results[case] = (
-            decode_case(options, clock) if case == "decode" else encoder_case(case, options.base, options, clock)
-        )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--json", type=Path, help="file for the results, beside the last line")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    clock = time.perf_counter if given.clock == "wall" else time.process_time
+    options = Options(given.base, given.suite, given.repeats, clock)
+    results = {case: CASES[case](options) for case in given.cases}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    print(
-        json.dumps(
-            {
-                "benchmark": "inference",
-                "commit": commit.strip(),
-                "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-                "threads": options.threads,
-                "clock": options.clock,
-                "repeats": options.repeats,
-                "dtype": {"encoder": "float32", "decode": "bfloat16"},
-                "rank": RANK,
-                "seed": SEED,
-                "results": results,
-            }
-        )
-    )
+    record = {
+        "benchmark": "inference",
+        "commit": commit.strip(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "threads": given.threads,
+        "clock": given.clock,
+        "repeats": given.repeats,
+        "dtype": {"encoder": "float32", "decode": "bfloat16", "generate": "bfloat16"},
+        "rank": RANK,
+        "seed": SEED,
+        "results": results,
+    }
+    if given.json:
+        given.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from torch import Tensor
 
 from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, Family, rewrite
-from twinmerge.errors import InputError, OutputExistsError
+from twinmerge.errors import InputError, MismatchError, OutputExistsError
 from twinmerge.runtime import build as module
-from twinmerge.runtime.build import build, router_features, router_rows
-from twinmerge.runtime.model import TwinModel, load_backbone, load_tokenizer
+from twinmerge.runtime.build import build, open_plan, router_features, router_rows
+from twinmerge.runtime.model import TwinModel, check_router, load_backbone, load_tokenizer
 from twinmerge.tensors.checkpoint import Checkpoint, sha256_of
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.preflight import Allow
 from twinmerge.twin.provenance import describe_input
+from twinmerge.twin.recipe import RouterSettings
 
 Get = Callable[[str], Family]
 Twins = Callable[..., Path]
@@ -127,6 +129,22 @@ def test_every_router_can_be_built(bert: Family, tmp_path: Path, method: str) ->
     artifact = build(write_recipe(bert, router=router), tmp_path / "twin")
     assert artifact.manifest["router"]["inputs_per_expert"] == 10
     assert TwinModel.from_pretrained(tmp_path / "twin").route(input_ids=torch.tensor([[5, 6]])).shape == (1, 3)
+
+
+def test_one_pass_that_leaves_no_layer_to_gate_is_refused_before_anything_is_built(bert: Family) -> None:
+    recipe = bert.recipe(router={"features": "layers:[0,2]", "one_pass": True})
+    message = r"^router\.one_pass needs features of layers below the last, 2, found layers:\[0,2\]$"
+    with pytest.raises(MismatchError, match=message):
+        open_plan(recipe)
+
+
+def test_one_pass_of_a_model_without_one_list_of_layers_is_refused(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], architectures=["ResNetModel"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        MismatchError, match=r"one_pass needs a model whose hidden states pass through one list of layers"
+    ):
+        check_router(tmp_path, RouterSettings(features="layer:0", one_pass=True))
 
 
 def test_rows_of_the_router_come_from_anywhere_in_the_file() -> None:

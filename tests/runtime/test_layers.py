@@ -239,6 +239,19 @@ def test_gate_of_a_row_serves_its_beams(name: str) -> None:
     assert torch.allclose(run(layer, x, gate), run(layer, x, gate.repeat_interleave(2, dim=0)), atol=1e-12)
 
 
+@pytest.mark.parametrize("path", ["all", "gather"])
+@pytest.mark.parametrize("name", ["linear on vectors", "conv1d", "embedding", "layer norm", "rms norm", "gemma's norm"])
+def test_each_packed_token_may_have_a_gate_of_its_own(name: str, path: Path) -> None:
+    """What continuous batching hands over: (token, features), and ids (token,), of rows of any length."""
+    module = make(name)
+    parts = parts_for(module, "factors")
+    packed = inputs(name, 4)
+    packed = packed.flatten() if name == "embedding" else packed.reshape(-1, packed.shape[-1])
+    gate = gates(len(packed))
+    expected = rebuilt(module, parts, packed, gate)
+    assert torch.allclose(run(gated(module, parts), packed, gate, path), expected, atol=1e-10)
+
+
 def test_packed_tokens_take_the_gate_of_their_input() -> None:
     module = make("linear")
     layer = gated(module, parts_for(module))
@@ -256,10 +269,13 @@ def test_positions_shared_by_the_batch_get_a_row_for_every_gate() -> None:
     assert torch.allclose(found, rebuilt(module, parts, ids.expand(3, 4), gate), atol=1e-10)
 
 
-def test_rows_that_are_no_multiple_of_the_gates_are_refused() -> None:
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_rows_that_are_no_multiple_of_the_gates_are_refused(leaf: str) -> None:
+    """Not even where the tokens of all rows together are one."""
     module = make("linear")
+    parts: Parts = [{leaf: part[leaf]} if leaf in part else {} for part in parts_for(module, "factors")]
     with pytest.raises(GateError, match="a gate of 3 rows cannot serve a layer's 4 rows; it must divide them"):
-        run(gated(module, parts_for(module)), inputs("linear", 4), gates(3))
+        run(gated(module, parts), inputs("linear", 4), gates(3))
 
 
 def test_gate_of_a_call_inside_a_call_ends_with_it() -> None:

@@ -14,6 +14,7 @@ from twinmerge.errors import DataError
 from twinmerge.runtime.model import (
     TwinModel,
     by_class,
+    check_router,
     load_backbone,
     load_head,
     load_tokenizer,
@@ -130,8 +131,9 @@ def with_provenance(
 
 def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:  # noqa: B008 - frozen
     """Find, open and match a recipe's files; what each layer is comes from the base's class."""
-    kinds = parameter_kinds(recipe.locate(recipe.base, "base"))
-    plan = make_plan(recipe, kinds, allow=allow, by_class=by_class)
+    base = recipe.locate(recipe.base, "base")
+    check_router(base, recipe.router)
+    plan = make_plan(recipe, parameter_kinds(base), allow=allow, by_class=by_class)
     require_shapes_of_class(plan.base)
     return plan
 

@@ -10,7 +10,7 @@ two ways to use it, and the cheaper one is taken call by call:
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -74,7 +74,7 @@ class Ranks:
         return self.tables[device]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picked:
     """Ranks taken for a batch."""
 
@@ -86,6 +86,17 @@ class Picked:
     """Whether every gate is 1, so that nothing needs to be multiplied."""
     places: tuple[slice, ...]
     """Where each layer's ranks lie among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How layers that read one input take part in a call."""
+
+    path: Path
+    picked: Picked
+    """Of their `down` factors, which lie one after the other."""
+    own: tuple[Picked, ...]
+    """Of each layer's `up` factor."""
 
 
 class GateContext:
@@ -104,6 +115,7 @@ class GateContext:
             keep: the gate serves many calls (a generation): what is copied for a short call is kept.
         """
         self.gate = gate[:1] if len(gate) > 1 and bool((gate == gate[:1]).all()) else gate
+        self.row_count = len(self.gate)
         used = self.gate != 0
         self.width = max(1, int(used.sum(dim=1).max()))
         self.experts: list[int] = used.any(dim=0).nonzero()[:, 0].tolist()
@@ -113,9 +125,9 @@ class GateContext:
         self._top, self._weight = top, self.gate.gather(1, top)
         self._ones = bool((self._weight == 1).all())
         self._picked: dict[tuple[Path, tuple[Ranks, ...], torch.dtype], Picked] = {}
-        self._paths: dict[tuple[tuple[Ranks, ...], int], Path] = {}
+        self._steps: dict[tuple[tuple[Ranks, ...], int, torch.dtype], Step] = {}
         self._kept: dict[tuple[int, Path], Tensor] = {}
-        self._vectors: dict[int, Tensor] = {}
+        self._vectors: dict[int, tuple[Tensor, ...]] = {}
         self.projected: tuple[object, Tensor, Tensor] | None = None
         """The last projection, its input and what came out: layers that read one input share it."""
         self.merged: Merged | None = None
@@ -130,7 +142,7 @@ class GateContext:
         Raises:
             GateError: if `count` is no multiple of the gate's rows.
         """
-        if count == len(self.gate):
+        if count == self.row_count:
             return self.gate
         return self.gate.repeat_interleave(self.repeats(count), dim=0)
 
@@ -140,28 +152,39 @@ class GateContext:
         Raises:
             GateError: if `count` is no multiple of the gate's rows.
         """
-        if count % len(self.gate):
-            raise GateError(f"a gate of {len(self.gate)} rows cannot serve a layer's {count} rows; it must divide them")
-        return count // len(self.gate)
+        repeats, rest = divmod(count, self.row_count)
+        if rest:
+            raise GateError(f"a gate of {self.row_count} rows cannot serve a layer's {count} rows; it must divide them")
+        return repeats
 
     def split(self, x: Tensor) -> Tensor:
-        """A layer's input (rows, ..., features) as (row of the gate, token, features)."""
-        if x.ndim == 3 and len(x) == len(self.gate):
+        """A layer's input (rows, ..., features) as (row of the gate, token, features).
+
+        Raises:
+            GateError: if its rows are no multiple of the gate's.
+        """
+        if x.ndim == 3 and x.shape[0] == self.row_count:
             return x
-        self.repeats(len(x))
-        return x.reshape(len(self.gate), -1, x.shape[-1])
+        self.repeats(x.shape[0])
+        return x.reshape(self.row_count, -1, x.shape[-1])
 
     def path(self, layers: tuple[Ranks, ...], tokens: int) -> Path:
         """The cheaper way for layers that read one input and see so many tokens a row."""
-        if self.forced is not None or len(self.gate) == 1:
+        if self.forced is not None or self.row_count == 1:
             return self.forced or "all"
-        key = (layers, tokens)
-        if key not in self._paths:
-            side_by_side = sum(ranks.counts[e] for ranks in layers for e in self.experts)
-            own = self.width * sum(max(ranks.counts) for ranks in layers)
-            cheaper = side_by_side * tokens <= own * (tokens + _COPY)
-            self._paths[key] = "all" if cheaper else "gather"
-        return self._paths[key]
+        side_by_side = sum(ranks.counts[e] for ranks in layers for e in self.experts)
+        own = self.width * sum(max(ranks.counts) for ranks in layers)
+        return "all" if side_by_side * tokens <= own * (tokens + _COPY) else "gather"
+
+    def step(self, layers: tuple[Ranks, ...], tokens: int, dtype: torch.dtype) -> Step:
+        """What to do in layers that read one input and see so many tokens a row; looked up once for all like them."""
+        key = (layers, tokens, dtype)
+        found = self._steps.get(key)
+        if found is None:
+            path = self.path(layers, tokens)
+            own = tuple(self.picked(path, (ranks,), dtype) for ranks in layers)
+            found = self._steps[key] = Step(path, self.picked(path, layers, dtype), own)
+        return found
 
     def picked(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype) -> Picked:
         """The ranks of layers whose factors lie one after the other."""
@@ -205,27 +228,33 @@ class GateContext:
 
     def take(self, factor: Tensor, path: Path, picked: Picked, tokens: int) -> Tensor:
         """The picked rows of a factor, (rank, size) for `all`, (row, rank, size) for `gather`."""
-        if picked.index is None or isinstance(picked.index, slice):
-            return factor if picked.index is None else factor[picked.index]
+        if picked.index is None:
+            return factor
+        if isinstance(picked.index, slice):
+            return factor[picked.index]
+        if not self.keep or tokens > 1:
+            return self._copied(factor, path, picked.index)
         key = (id(factor), path)
-        if key in self._kept:
-            return self._kept[key]
-        taken = factor.index_select(0, picked.index)
-        if path == "gather":
-            taken = taken.view(len(self.gate), -1, factor.shape[1])
-        if self.keep and tokens == 1:
-            self._kept[key] = taken
-        return taken
+        if key not in self._kept:
+            self._kept[key] = self._copied(factor, path, picked.index)
+        return self._kept[key]
 
-    def vector(self, bank: "VectorBank", place: slice) -> Tensor:
+    def _copied(self, factor: Tensor, path: Path, index: Tensor) -> Tensor:
+        taken = factor.index_select(0, index)
+        return taken.view(self.row_count, -1, factor.shape[1]) if path == "gather" else taken
+
+    def vector(self, bank: "VectorBank", index: int) -> Tensor:
         """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""
         found = self._vectors.get(id(bank))
         if found is None:
             with torch.autocast(bank.shared.device.type, enabled=False):  # norms stay in their own precision
-                found = torch.addmm(bank.shared, self.gate.to(bank.shared.dtype), bank.exclusive)
-            found = found[0] if len(found) == 1 else found[:, None]
-            self._vectors[id(bank)] = found
-        return found[..., place]
+                gate, exclusive = self.gate.to(bank.shared.dtype), bank.exclusive
+                if 2 * len(self.experts) <= len(exclusive):  # looked at, not multiplied by 0
+                    gate, exclusive = gate[:, self.experts], exclusive[self.experts]
+                mixed = torch.addmm(bank.shared, gate, exclusive)
+            mixed = mixed[0] if self.row_count == 1 else mixed[:, None]
+            found = self._vectors[id(bank)] = mixed.split(bank.sizes, dim=-1)
+        return found[index]
 
 
 class VectorBank(torch.nn.Module):
@@ -234,16 +263,23 @@ class VectorBank(torch.nn.Module):
     shared: Tensor
     exclusive: Tensor
 
-    def __init__(self, shared: Tensor, exclusive: Tensor) -> None:
+    def __init__(self, shared: Tensor, exclusive: Tensor, sizes: Sequence[int]) -> None:
         """Hold them.
 
         Args:
             shared: (size,), the shared expert's.
             exclusive: (expert, size).
+            sizes: of each parameter, in their order.
         """
         super().__init__()
         self.register_buffer("shared", shared, persistent=False)
         self.register_buffer("exclusive", exclusive, persistent=False)
+        self.sizes = list(sizes)
+
+    def own(self, index: int) -> Tensor:
+        """One parameter's exclusive parts, (expert, size)."""
+        start = sum(self.sizes[:index])
+        return self.exclusive[:, start : start + self.sizes[index]]
 
 
 class GateSlot(threading.local):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import ArtifactError
-from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Path, Ranks, VectorBank
+from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Ranks, Step, VectorBank
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.exclusive import Exclusive
@@ -38,15 +38,26 @@ class Projection(nn.Module):
         self.register_buffer("down", down, persistent=False)
         self.layers = layers
 
-    def forward(self, x: Tensor, path: Path, context: GateContext) -> Tensor:
-        """(row, token, in) -> (row, token, rank), times the gate; computed once for all layers that read `x`."""
+    def project(self, x: Tensor, rows: Tensor, step: Step, context: GateContext) -> Tensor:
+        """Give (row, token, rank), times the gate; computed once for all layers that read `x`.
+
+        The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round.
+
+        Args:
+            x: the layers' input.
+            rows: the same as (row of the gate, token, in).
+            step: how these layers take part in the call.
+            context: of the call.
+        """
         last = context.projected
         if last is not None and last[0] is self and last[1] is x:
             return last[2]
-        picked = context.picked(path, self.layers, x.dtype)
-        rows = context.split(x)
-        down = context.take(self.down, path, picked, rows.shape[1])
-        hidden = torch.bmm(down, rows.mT).mT if path == "gather" else F.linear(rows, down)
+        picked = step.picked
+        down = context.take(self.down, step.path, picked, rows.shape[1])
+        if step.path == "gather":
+            hidden = torch.bmm(down, rows.mT).mT
+        else:
+            hidden = torch.mm(down, rows.flatten(0, 1).T).T.view(*rows.shape[:2], -1)
         if not picked.ones:
             hidden *= picked.gate
         context.projected = (self, x, hidden)
@@ -79,8 +90,8 @@ class GatedLayer(nn.Module):
         self.experts = experts
         self.parameters_with_parts = tuple(parts)
         self.has_factors = False
-        self.places: dict[str, slice] = {}
-        """1-D parameters with exclusive parts, and where they lie in `bank`."""
+        self.places: dict[str, int] = {}
+        """1-D parameters with exclusive parts, and which of `bank` they are."""
         self.sparse: dict[int, str] = {}
         vectors: dict[str, Tensor] = {}
         for name, by_expert in parts.items():
@@ -93,18 +104,24 @@ class GatedLayer(nn.Module):
                 if isinstance(part, Sparse):
                     self._add_sparse(index, part)
         if vectors:
-            for name, rows in vectors.items():
-                start = max((place.stop for place in self.places.values()), default=0)
-                self.places[name] = slice(start, start + rows.shape[1])
+            self.places = {name: index for index, name in enumerate(vectors)}
             shared_vectors = torch.cat([getattr(shared, name).detach() for name in vectors])
-            self.bank = VectorBank(shared_vectors, torch.cat(list(vectors.values()), dim=1))
+            sizes = [rows.shape[1] for rows in vectors.values()]
+            self.bank = VectorBank(shared_vectors, torch.cat(list(vectors.values()), dim=1), sizes)
 
     def __getattr__(self, name: str) -> Any:
-        """What this layer does not have is the shared layer's: models read `weight`, `in_features`, ..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("shared"), name)
+        """What this layer does not have is the shared layer's: models read `weight`, `in_features`, ...
+
+        Looked up by hand: a call reads a few names of every layer, and nn.Module's way costs more than the products of
+        a single row.
+        """
+        own = self.__dict__
+        for held in ("_buffers", "_modules"):
+            if held in own and name in own[held]:
+                return own[held][name]
+        if "_modules" in own and "shared" in own["_modules"]:
+            return getattr(own["_modules"]["shared"], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _add_factors(self, factors: Mapping[int, LowRank]) -> None:
         self.has_factors = True
@@ -153,11 +170,11 @@ class GatedLayer(nn.Module):
 
     def vector(self, name: str, context: GateContext) -> Tensor | None:
         """A 1-D parameter under the gate: (row, 1, size), (size,) where it is the same for all rows, None if absent."""
-        place = self.places.get(name)
-        if place is None:
+        index = self.places.get(name)
+        if index is None:
             shared: Tensor | None = getattr(self.shared, name, None)
             return shared
-        return context.vector(self.bank, place)
+        return context.vector(self.bank, index)
 
     def materialized(self, gate: Tensor) -> dict[str, Tensor]:
         """The layer's parameters for one gate (expert,), shared + sum gate * exclusive by name, summed in float32."""
@@ -167,7 +184,7 @@ class GatedLayer(nn.Module):
             total = value if value.dtype == torch.float64 else value.float()
             weights = gate.to(total)
             if name in self.places:
-                total = total + weights @ self.bank.exclusive[:, self.places[name]].to(total)
+                total = total + weights @ self.bank.own(self.places[name]).to(total)
             if name == self.matrix and self.has_factors:
                 total = total + self.low_rank(weights).reshape(total.shape)
             if name == self.matrix:
@@ -207,51 +224,59 @@ class GatedLinear(GatedLayer):
             plain: Tensor = self.shared(x)
             return plain
         bias = self.vector("bias", context)
-        if context.merged is not None and self.has_factors:
-            return self._by_merged_weights(x, bias, context, context.merged)
-        if self.has_factors:
-            y = self._low_rank_and_bias(x, bias, context)
-        elif bias is None or bias.ndim == 1:
+        if not self.has_factors:
             y = None
+        elif context.merged is not None:
+            return self._by_merged_weights(x, bias, context, context.merged)
         else:
-            y = bias.expand(-1, context.repeats(x.numel() // x.shape[-1]), -1).reshape(-1, bias.shape[-1])
-        flat = x.reshape(-1, x.shape[-1])
-        if y is None:
-            y = self.product(flat, self.shared.weight, bias)
-        elif y.dtype == flat.dtype == self.shared.weight.dtype:
-            y = y.addmm_(flat, self.transposed())
+            y = self._low_rank_and_bias(x, bias, context)
+        flat, weight = x.reshape(-1, x.shape[-1]), self.shared.weight
+        if y is None and bias is not None and bias.ndim == 3:
+            y = bias.expand(-1, context.split(x).shape[1], -1).reshape(-1, bias.shape[-1])
+            y = torch.addmm(y, flat, self.transposed(weight))
+        elif y is None:
+            y = self.product(flat, weight, bias)
+        elif y.dtype == flat.dtype == weight.dtype:
+            y = y.addmm_(flat, self.transposed(weight))
         else:  # under autocast, which casts for new results only
-            y = torch.addmm(y, flat, self.transposed())
-        for index, matrix in self.used_sparse(context):
-            weight = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-            y += self.sparse_product((x * weight).reshape(flat.shape), matrix)
+            y = torch.addmm(y, flat, self.transposed(weight))
+        if self.sparse:
+            self._add_sparse_parts(y, x, context)
         return y.view(*x.shape[:-1], -1)
 
     def _low_rank_and_bias(self, x: Tensor, bias: Tensor | None, context: GateContext) -> Tensor:
         """Bias + sum_t gate_t * up_t down_t x, (rows * tokens, out)."""
         if context.readers is not None:
             _note_reader(context, self, x)
-        tokens = context.repeats(x.numel() // x.shape[-1])
-        path = context.path(self.projection.layers, tokens)
-        hidden: Tensor = self.projection(x, path, context)
-        if len(self.projection.layers) > 1:
-            hidden = hidden[..., context.picked(path, self.projection.layers, x.dtype).places[self.position]]
-        up = context.take(self.up, path, context.picked(path, (self.ranks,), x.dtype), tokens)
-        if path == "gather":
+        projection, rows = self.projection, context.split(x)
+        tokens = rows.shape[1]
+        step = context.step(projection.layers, tokens, x.dtype)
+        hidden: Tensor = projection.project(x, rows, step, context)
+        if len(projection.layers) > 1:
+            hidden = hidden[..., step.picked.places[self.position]]
+        up = context.take(self.up, step.path, step.own[self.position], tokens)
+        if step.path == "gather":
             if bias is None:
                 return torch.bmm(hidden, up).flatten(0, 1)
             return torch.baddbmm(bias.expand(len(hidden), 1, -1), hidden, up).flatten(0, 1)
+        hidden = hidden.flatten(0, 1)
         if bias is None:
-            return hidden.flatten(0, 1) @ up
+            return hidden @ up
         if bias.ndim == 3:
             bias = bias.expand(-1, tokens, -1).reshape(-1, bias.shape[-1])
-        return torch.addmm(bias, hidden.flatten(0, 1), up)
+        return torch.addmm(bias, hidden, up)
+
+    def _add_sparse_parts(self, y: Tensor, x: Tensor, context: GateContext) -> None:
+        for index, matrix in self.used_sparse(context):
+            weight = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+            y += self.sparse_product((x * weight).reshape(-1, x.shape[-1]), matrix)
 
     def _by_merged_weights(self, x: Tensor, bias: Tensor | None, context: GateContext, merged: Merged) -> Tensor:
         """One plain product for every set of rows under one gate."""
-        flat = x.reshape(len(context.gate), -1, x.shape[-1])
         if len(merged) == 1:
-            return self.product(flat[0], merged[0][1][id(self)], bias).view(*x.shape[:-1], -1)
+            weight = merged[0][1][id(self)]
+            return self.product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        flat = context.split(x)
         order = torch.cat([torch.as_tensor(rows, device=x.device) for rows, _ in merged])
         parts = []
         for rows, weights in merged:
@@ -280,10 +305,10 @@ class GatedLinear(GatedLayer):
         """A plain layer's, (tokens, in) -> (tokens, out)."""
         return F.linear(x, weight, bias)
 
-    def transposed(self) -> Tensor:
-        """The shared weight as (in, out)."""
-        weight: Tensor = self.shared.weight.T
-        return weight
+    @staticmethod
+    def transposed(weight: Tensor) -> Tensor:
+        """A weight as (in, out)."""
+        return weight.T
 
     @staticmethod
     def sparse_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -312,9 +337,9 @@ class GatedConv1D(GatedLinear):
         """A plain layer's, (tokens, in) -> (tokens, out)."""
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
-    def transposed(self) -> Tensor:
-        """The shared weight, (in, out) as it is."""
-        weight: Tensor = self.shared.weight
+    @staticmethod
+    def transposed(weight: Tensor) -> Tensor:
+        """A weight, (in, out) as it is."""
         return weight
 
     @staticmethod
@@ -359,14 +384,15 @@ def join_banks(layers: Iterable[GatedLayer]) -> None:
     for dtype in {layer.bank.shared.dtype for layer in with_vectors}:
         chosen = [layer for layer in with_vectors if layer.bank.shared.dtype == dtype]
         bank = VectorBank(
-            torch.cat([layer.bank.shared for layer in chosen]), torch.cat([layer.bank.exclusive for layer in chosen], 1)
+            torch.cat([layer.bank.shared for layer in chosen]),
+            torch.cat([layer.bank.exclusive for layer in chosen], 1),
+            [size for layer in chosen for size in layer.bank.sizes],
         )
         start = 0
         for layer in chosen:
-            size = len(layer.bank.shared)
-            layer.places = {name: slice(p.start + start, p.stop + start) for name, p in layer.places.items()}
+            layer.places = {name: start + index for name, index in layer.places.items()}
+            start += len(layer.bank.sizes)
             layer.bank = bank
-            start += size
 
 
 class GatedEmbedding(GatedLayer):

@@ -28,6 +28,7 @@ from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.ngrams import token_ids
 from twinmerge.twin.plan import Kind
+from twinmerge.twin.recipe import RouterSettings
 from twinmerge.twin.router import Router, Routing
 
 Mode = Literal["auto", "factors", "all", "gather", "merge"]
@@ -394,10 +395,10 @@ class TwinModel(nn.Module):
             MismatchError: if the router looks at the last layer, above which nothing is left to gate.
         """
         router = self._required_router()
-        chosen = _layers(router.settings.hidden or "", len(self.layers) + 1)
+        features = router.settings.hidden or "all"
+        _check_one_pass(features, len(self.layers))
+        chosen = _layers(features, len(self.layers) + 1)
         ids = token_ids(inputs) if router.settings.tokens else None
-        if not self.layers or not chosen or max(chosen) >= len(self.layers):
-            raise MismatchError("router.one_pass needs features of layers below the last, such as layers:[0,1,2]")
         routings: list[Routing] = []
 
         def gate_from_here(features: Tensor) -> None:
@@ -537,6 +538,32 @@ def _without_weights(folder: Path) -> PreTrainedModel:
     config = load_config(folder)
     with torch.device("meta"):
         return model_class(config, folder)(config)
+
+
+def check_router(folder: Path, settings: RouterSettings) -> None:
+    """Refuse features that a model cannot give, before anything is built; no weight is read.
+
+    Args:
+        folder: of the model.
+        settings: the recipe's.
+
+    Raises:
+        MismatchError: if `one_pass` leaves no layer to gate, or the model has no single list of layers to watch.
+    """
+    if not settings.one_pass or settings.hidden is None:
+        return
+    _check_one_pass(settings.hidden, len(_hidden_layers(_without_weights(folder))))
+
+
+def _check_one_pass(features: str, layers: int) -> None:
+    """A router that looks at `features` must leave layers above it, of so many."""
+    highest = max(_layers(features, layers + 1), default=layers)
+    if highest >= layers:
+        raise MismatchError(
+            f"router.one_pass needs features of layers below the last, {layers}, found {features}"
+            if layers
+            else "router.one_pass needs a model whose hidden states pass through one list of layers"
+        )
 
 
 def load_config(folder: Path) -> PretrainedConfig:
