@@ -38,8 +38,8 @@ from twinmerge.runtime.build import router_features
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gating import keep_large
 from twinmerge.runtime.model import TwinModel, layer_kind, load_backbone, load_tokenizer
-from twinmerge.runtime.predict import ids_of
 from twinmerge.runtime.rows import read_rows
+from twinmerge.runtime.tokens import ids_of
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.recipe import RouterSettings
 from twinmerge.twin.router import Router, Routing, fit_router, group_gates
@@ -236,7 +236,7 @@ def lora_settings(model: torch.nn.Module, **more: Any) -> LoraConfig:
 def peft_rows(static: torch.nn.Module, experts: list[int]) -> tuple[Any, list[str]]:
     """PEFT's mixed batch: one adapter a row, no biases and norms; the model and the rows' adapters."""
     settings = lora_settings(static)
-    model: Any = get_peft_model(copy.deepcopy(static), settings, adapter_name="e0")  # type: ignore[arg-type]
+    model: Any = get_peft_model(copy.deepcopy(static), settings, adapter_name="e0")
     for index in range(1, EXPERTS):
         model.add_adapter(f"e{index}", settings)
     dtype = next(static.parameters()).dtype
@@ -266,11 +266,11 @@ def peft_xlora(static: Any, folder: Path) -> Any:
     """PEFT's X-LoRA: its own classifier mixes the same adapters by token, after a pass of its own."""
     paths, model = {}, Inside(static)
     for index in range(EXPERTS):
-        adapter: Any = get_peft_model(Inside(static), lora_settings(model))  # type: ignore[arg-type]
+        adapter: Any = get_peft_model(Inside(static), lora_settings(model))
         adapter.save_pretrained(folder / f"e{index}")
         paths[f"e{index}"] = str(folder / f"e{index}")
     settings = XLoraConfig(hidden_size=static.config.hidden_size, adapters=paths, xlora_depth=1)
-    mixed: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
+    mixed: Any = get_peft_model(model, settings)
     for name, path in paths.items():  # PEFT 0.21 loses them on the way and then misses them
         mixed.base_model.lora_model.peft_config.setdefault(name, LoraConfig.from_pretrained(path))
     return mixed.eval()
@@ -464,7 +464,7 @@ def llama() -> tuple[Any, TwinModel, dict[str, dict[str, Any]]]:
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048, vocab_size=32000,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    static: Any = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    static: Any = LlamaForCausalLM(config).to(dtype=torch.bfloat16).eval()
     exclusive = synthetic_experts(static, EXPERTS, RANK)
     return static, TwinModel(copy.deepcopy(static), exclusive, kinds={}, merge_bytes=2**31), exclusive
 
@@ -526,6 +526,7 @@ def generate_case(options: Options) -> dict[str, Any]:
     prompt = random_inputs(1, 32)
     gates = keep_large(one_expert_gates(1, EXPERTS), DROP)
     settings = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+    written: dict[str, Any] = {**prompt, **settings}
     twin.encode(gates, **prompt)
 
     def fresh() -> Tensor:
@@ -533,14 +534,14 @@ def generate_case(options: Options) -> dict[str, Any]:
         return known()
 
     def known() -> Tensor:
-        tokens: Tensor = twin.generate(gate=gates, **prompt, **settings)
+        tokens: Tensor = twin.generate(gate=gates, **written)
         return tokens
 
     fresh()
     logits = twin(gate=gates, **prompt).logits[0, -1]
     error = check_llama(static, exclusive, gates[0], logits, prompt["input_ids"])
     contestants = {
-        "static": lambda: static.generate(**prompt, **settings),
+        "static": lambda: static.generate(**written),
         "twin, a gate never met": fresh,
         "twin, a gate met before": known,
     }
