@@ -464,7 +464,8 @@ def llama() -> tuple[Any, TwinModel, dict[str, dict[str, Any]]]:
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048, vocab_size=32000,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    static: Any = LlamaForCausalLM(config).to(dtype=torch.bfloat16).eval()
+    static: Any = LlamaForCausalLM(config)
+    static = static.to(torch.bfloat16).eval()
     exclusive = synthetic_experts(static, EXPERTS, RANK)
     return static, TwinModel(copy.deepcopy(static), exclusive, kinds={}, merge_bytes=2**31), exclusive
 
