@@ -80,6 +80,15 @@ def test_rope_and_keys_left_out_may_be_written_in_two_ways(folders: tuple[Path, 
         list(compare_configs(older, "a", scaled, Allow()))
 
 
+def test_what_only_newer_versions_write_out_is_no_difference_but_rope_is(folders: tuple[Path, Path]) -> None:
+    older = opened(folders[0], 1.0, '{"hidden_size": 8}')
+    newer = opened(folders[1], 1.0, '{"hidden_size": 8, "tie_word_embeddings": true, "rope_theta": 10000.0}')
+    assert list(compare_configs(older, "a", newer, Allow())) == []
+    other = opened(folders[1], 1.0, '{"hidden_size": 8, "rope_theta": 500000.0}')
+    with pytest.raises(MismatchError, match="rope_theta is 10000.0 in base and 500000.0 in a"):
+        list(compare_configs(older, "a", other, Allow()))
+
+
 def test_values_out_of_all_proportion_are_refused() -> None:
     bound = plausible_bound(0.5)
     assert require_plausible(torch.tensor([-3.0, 1.0]), "x", bound=bound) == 3.0

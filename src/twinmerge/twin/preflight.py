@@ -28,6 +28,8 @@ HARMLESS = frozenset(
     )
 )
 """Keys of config.json that change neither what a weight means nor how the layers compute."""
+_ROPE_LEFT_OUT = {"rope_theta": 10000.0, "rope_scaling": None}
+"""What models with rope take where config.json does not say."""
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,14 @@ def _floats(checkpoint: Checkpoint) -> dict[str, None]:
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys on which two configs disagree; one that is left out is equal to None, False, 0 and the like."""
-    ours, theirs = _with_old_rope(ours), _with_old_rope(theirs)
-    for key in sorted(set(ours) | set(theirs)):
-        first, second = ours.get(key), theirs.get(key)
+    """Keys on which two configs disagree; None, False, 0 and the like are one value.
+
+    What a key that is left out stands for is known to its class alone, and newer versions of transformers write out
+    more of them: only rope, of which a wrong guess ruins a model, is compared then.
+    """
+    ours, theirs = ({**_ROPE_LEFT_OUT, **_with_old_rope(config)} for config in (ours, theirs))
+    for key in sorted(set(ours) & set(theirs)):
+        first, second = ours[key], theirs[key]
         if first != second and (first or second):
             yield key, first, second
 
