@@ -253,7 +253,7 @@ class GateContext:
                     gate, exclusive = gate[:, self.experts], exclusive[self.experts]
                 mixed = torch.addmm(bank.shared, gate, exclusive)
             mixed = mixed[0] if self.row_count == 1 else mixed[:, None]
-            found = self._vectors[id(bank)] = mixed.split(bank.sizes, dim=-1)
+            found = self._vectors[id(bank)] = torch.split(mixed, bank.sizes, dim=-1)
         return found[index]
 
 
