@@ -30,7 +30,7 @@ lint: $(STAMP) ## style, types, import directions, generated pages
 	$(BIN)/python scripts/generate_cli_docs.py --check
 
 test: lint ## lint, then all tests and the coverage gates
-	$(BIN)/python -m pytest --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov
 	@gaps=$$($(BIN)/coverage report --include='$(EXACT)' --fail-under=100) || \
 	  { echo "$$gaps"; echo 'tensors, merging and twin must be covered to 100 %'; exit 1; }
 
