@@ -38,8 +38,8 @@ KEPT = {
     "rank 1": ExclusiveSettings(rank=1),
     "rank 4": ExclusiveSettings(rank=4),
     "rank 16": ExclusiveSettings(rank=16),
-    "budget 0.06": ExclusiveSettings(budget=0.06),
-    "budget 0.12": ExclusiveSettings(budget=0.12),
+    "budget 0.06": ExclusiveSettings(budget=0.06, dtype="float8_e4m3fn"),
+    "budget 0.12": ExclusiveSettings(budget=0.12, dtype="float8_e4m3fn"),
 }
 
 
