@@ -169,7 +169,7 @@ class Ray:
         if self.address:
             _require_answer(self.address)
         try:
-            ray.init(self.address, log_to_driver=False, logging_level="ERROR", **here)
+            ray.init(self.address or "local", log_to_driver=False, logging_level="ERROR", **here)
         except ConnectionError as error:
             raise RecipeError(
                 f"--ray-address {self.address}: {error}; where the cluster asks for a token, Ray takes it from "
