@@ -36,6 +36,7 @@ def workers_find_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @ignore_ray
+@pytest.mark.timeout(900)  # each worker imports torch anew, and Ray runs them at the lowest priority
 @pytest.mark.parametrize("executor", EXECUTORS, ids=lambda e: type(e).__name__)
 def test_every_item_is_done_once_on_one_thread_and_a_refusal_is_its_own_error(
     tmp_path: Path, executor: Executor
@@ -49,6 +50,7 @@ def test_every_item_is_done_once_on_one_thread_and_a_refusal_is_its_own_error(
 
 
 @ignore_ray
+@pytest.mark.timeout(900)  # each worker imports torch anew, and Ray runs them at the lowest priority
 @pytest.mark.parametrize("executor", EXECUTORS[2:], ids=lambda e: type(e).__name__)
 def test_a_worker_that_dies_is_retried_but_not_for_ever(tmp_path: Path, executor: Executor) -> None:
     found = sorted(executor.map(Square(tmp_path, deadly=2, deaths=2), range(4)))
@@ -88,6 +90,7 @@ def files(folder: Path) -> dict[str, str]:
 
 
 @ignore_ray
+@pytest.mark.timeout(900)  # each worker imports torch anew, and Ray runs them at the lowest priority
 @pytest.mark.parametrize("executor", EXECUTORS, ids=lambda e: type(e).__name__)
 def test_a_twins_weights_have_the_same_bits_from_each_though_a_worker_is_killed(
     family: Get, tmp_path: Path, executor: Executor
@@ -105,6 +108,7 @@ def test_a_twins_weights_have_the_same_bits_from_each_though_a_worker_is_killed(
 
 
 @ignore_ray
+@pytest.mark.timeout(900)  # each worker imports torch anew, and Ray runs them at the lowest priority
 @pytest.mark.parametrize("executor", EXECUTORS, ids=lambda e: type(e).__name__)
 def test_a_merge_has_the_same_bits_from_each_though_a_worker_is_killed(
     family: Get, tmp_path: Path, executor: Executor
