@@ -73,7 +73,7 @@ def run_suite(
             spec = suite.contestants[name]
             if spec.seeds is not None and seed not in spec.seeds:
                 continue
-            mark = _fingerprint(suite, spec)
+            mark = _fingerprint(suite, spec, seed)
             result, answers = _resume(runs, name, seed, spec, mark) or _store(
                 runs, *run_contestant(at, name, spec), mark
             )
@@ -87,10 +87,15 @@ def run_suite(
     return _assemble(suite, seeds, results, predictions, routers)
 
 
-def _fingerprint(suite: Suite, spec: ContestantSpec) -> str:
-    """Of everything in a suite file that a run depends on: all but titles, seeds, and who else runs."""
-    around = suite.model_dump_json(exclude={"base_title", "contestants", "router_ablation", "seeds", "sources"})
-    return hashlib.sha256((around + spec.model_dump_json(exclude={"title", "seeds"})).encode()).hexdigest()[:16]
+def _fingerprint(suite: Suite, spec: ContestantSpec, seed: int) -> str:
+    """Of everything in a suite file that a run depends on, wherever the file lies: titles and who else runs do not."""
+    beside = {"base_title", "contestants", "folder", "root", "router_ablation", "seeds", "sources"}
+    told = (
+        suite.model_dump_json(exclude=beside),
+        str(suite.root_of(seed)),
+        spec.model_dump_json(exclude={"title", "seeds"}),
+    )
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def _resume(

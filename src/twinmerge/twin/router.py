@@ -407,7 +407,7 @@ def fit_router(
         head.refit(router._standardise(both), everything)
     if router.ngrams is not None:
         router.ngrams.refit(join_ids([training["ids"], held_out["ids"]]), everything)
-    return router.eval()
+    return router
 
 
 def _joined(what: str, parts: Sequence[Tensor]) -> Tensor:

@@ -236,7 +236,7 @@ def decompose_tensor(
                 compressed, values = compress(
                     difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
                 )
-            tensors.update(_pack(name, compressed, plan.stored_dtype(task)))
+            tensors.update(_pack(name, compressed, plan.stored_dtype(task), task.name))
             if isinstance(compressed, LowRank):
                 spectra[name] = values
     for key, tensor in tensors.items():
@@ -406,9 +406,9 @@ def _write_head(plan: Plan, name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
 
 
-def _pack(expert: str, part: LowRank | Sparse, dtype: torch.dtype) -> dict[str, Tensor]:
+def _pack(expert: str, part: LowRank | Sparse, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
     if isinstance(part, LowRank):
-        part = to_eight_bits(part, f"a pair of expert {expert!r}") if dtype == EIGHT_BITS else part.to(dtype)
+        part = to_eight_bits(part, f"{name!r} of expert {expert!r}") if dtype == EIGHT_BITS else part.to(dtype)
         return {f"{expert}.up": part.up, f"{expert}.down": part.down}
     return {f"{expert}.indices": part.indices, f"{expert}.values": part.values.to(dtype)}
 
