@@ -123,7 +123,7 @@ def test_bytes_of_exclusive_parts_are_those_on_disk_and_static_merges_have_none(
 def test_finished_runs_are_not_run_again(run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     out, result = run
     monkeypatch.setattr("twinmerge.eval.harness.run_contestant", lambda *_: pytest.fail("ran again"))
-    again = run_suite(suite, out)
+    again = run_suite(suite.model_copy(update={"folder": out}), out)  # wherever its file lies
     assert again.contestants == result.contestants
     assert again.routers == result.routers
 
@@ -135,6 +135,12 @@ def test_other_settings_are_run_again(run: Any, suite: Suite) -> None:
     again = run_suite(changed, out, contestants=["auto"])
     first = next(one for one in result.contestants if one.name == "auto")
     assert again.contestants[0].bytes["exclusive"] != first.bytes["exclusive"]
+
+
+def test_another_precision_is_run_again(run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinmerge.eval.harness.run_contestant", lambda *_: pytest.fail("ran again"))
+    with pytest.raises(pytest.fail.Exception, match="ran again"):
+        run_suite(suite.model_copy(update={"precision": "bfloat16"}), run[0])
 
 
 def test_router_ablation_covers_features_methods_and_counts(run: Any) -> None:

@@ -39,7 +39,7 @@ def build(
     recipe: Recipe | Path | str,
     out: Path | str,
     *,
-    allow: Allow = Allow(),  # noqa: B008 - frozen
+    allow: Allow = Allow(),
     overwrite: bool = False,
     resume: bool = False,
     memory_bytes: int = MEMORY_BYTES,
@@ -129,7 +129,7 @@ def with_provenance(
     return described
 
 
-def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:  # noqa: B008 - frozen
+def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
     """Find, open and match a recipe's files; what each layer is comes from the base's class."""
     base = recipe.locate(recipe.base, "base")
     check_router(base, recipe.router)

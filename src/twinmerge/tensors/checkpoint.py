@@ -17,6 +17,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from twinmerge.errors import CheckpointError, OutputExistsError
+from twinmerge.tensors.lock import fsync
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -246,15 +247,6 @@ def lay_out(
     data = 8 + len(encoded)
     offsets = {name: data + header[name]["data_offsets"][0] for name in layout}
     return len(encoded).to_bytes(8, "little") + encoded, offsets, data + end
-
-
-def fsync(path: Path) -> None:
-    """Bring a file or the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

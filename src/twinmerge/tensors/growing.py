@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from twinmerge.errors import InputError, OutputExistsError
-from twinmerge.tensors.lock import only_process
+from twinmerge.tensors.lock import fsync, only_process
 
 CONTENT, JOURNAL = "content", "journal"
 _CHUNK = 1 << 20
@@ -47,8 +47,8 @@ class GrowingFile:
             self._journal.seek(0, os.SEEK_END)
         else:
             self._write_journal({"fingerprint": fingerprint})
-            _fsync(place)
-            _fsync(place.parent)
+            fsync(place)
+            fsync(place.parent)
 
     def append(self, content: bytes, note: Note) -> None:
         """Append a piece and note what a later run must know to go on after it; both are on disk on return."""
@@ -115,7 +115,7 @@ def growing_file(
                 growing.finish()
             if not published:
                 (place / CONTENT).replace(target)
-                _fsync(target.parent)
+                fsync(target.parent)
             shutil.rmtree(place)
         finally:
             growing.close()
@@ -182,11 +182,3 @@ def _take_up(place: Path, target: Path, fingerprint: Note, *, resume: bool) -> _
 def _complete_bytes(journal: bytes) -> int:
     """Without a last line that was cut off."""
     return journal.rfind(b"\n") + 1
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Knows how one process at a time works on a target; imports nothing heavy."""
+"""Knows how one process at a time works on a target, and how it comes to the disk; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ def _lock(path: Path) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+def fsync(path: Path) -> None:
+    """Bring a file or the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

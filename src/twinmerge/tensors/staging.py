@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinmerge.errors import OutputExistsError
-from twinmerge.tensors.checkpoint import fsync
-from twinmerge.tensors.lock import only_process
+from twinmerge.tensors.lock import fsync, only_process
 
 JOURNAL, RESULT, WORK = "journal", "result", "work"
 """What lies in the folder beside the target."""

@@ -80,7 +80,7 @@ class MergePlan:
         return min(_CHUNK_ENTRIES, 1 << (free.bit_length() - 1))
 
 
-def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:  # noqa: B008 - frozen
+def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
     """Open and match every file of a static merge; reads headers and configs only.
 
     Raises:
@@ -135,7 +135,7 @@ def merge_models(
     recipe: StaticMerge | Path,
     out: Path,
     *,
-    allow: Allow = Allow(),  # noqa: B008 - frozen
+    allow: Allow = Allow(),
     overwrite: bool = False,
     resume: bool = False,
     memory_bytes: int = MEMORY_BYTES,

@@ -115,7 +115,7 @@ def make_plan(
     recipe: Recipe,
     kinds: Mapping[str, Kind],
     only: str | None = None,
-    allow: Allow = Allow(),  # noqa: B008 - frozen
+    allow: Allow = Allow(),
     by_class: Callable[[Checkpoint], Checkpoint] = as_stored,
 ) -> Plan:
     """Find, open and match every file of a recipe, and refuse what cannot become a twin.
