@@ -61,7 +61,7 @@ def test_missing_result_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(b"{}")[:-9], gzip.compress(b"{}" * 99)[:12] + b"\x07" * 9]
+    "content", [b"no gzip", gzip.compress(b"{}", mtime=0)[:-9], gzip.compress(b"{}" * 99, mtime=0)[:12] + b"\x07" * 9]
 )
 def test_damaged_predictions_are_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "twin.json.gz"
