@@ -19,7 +19,7 @@ setup: $(STAMP) ## .venv with everything in it
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || python3 -m venv .venv
 	@echo 'installing the packages of constraints.txt into .venv, a minute or two'
-	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 lint: $(STAMP) ## style, types, import directions, generated pages

@@ -113,6 +113,13 @@ def test_the_scaling_is_the_best_on_validation_rows(run: Any, suite: Suite) -> N
     assert scores[chosen.settings["scaling"]] == max(scores.values())
 
 
+def test_test_rows_are_the_first_ones(suite: Suite) -> None:
+    few = suite.model_copy(update={"test_rows": 5})
+    for name, task in SeedRun(suite, 0, silent).tasks.items():
+        assert len(task.test) > 5
+        assert list(SeedRun(few, 0, silent).tasks[name].test) == list(task.test)[:5]
+
+
 def test_bytes_of_exclusive_parts_are_those_on_disk_and_static_merges_have_none(run: Any) -> None:
     _, result = run
     by_name = {one.name: one for one in result.contestants}

@@ -86,6 +86,7 @@ class Suite(Strict):
         unseen: tasks without an expert.
         unseen_rows: test rows of each unseen task that are used, the first ones.
         validation_rows: of each task, to choose scalings on.
+        test_rows: of each task, the first ones; None is all.
         max_length: tokens an input is cut at.
         precision: of the matrix products of every contestant alike; bfloat16 is autocast, weights stay as they are.
         shared: of the suite's router: the shared expert whose features it sees.
@@ -107,6 +108,7 @@ class Suite(Strict):
     unseen: dict[Slug, UnseenSpec] = {}
     unseen_rows: Annotated[int, Field(ge=1)] = 500
     validation_rows: Annotated[int, Field(ge=1)] = 200
+    test_rows: Annotated[int, Field(ge=1)] | None = None
     max_length: int | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     shared: Shared
@@ -147,9 +149,8 @@ class Suite(Strict):
     def task(self, name: str, seed: int) -> Task:
         """One task with its validation and test rows."""
         spec = self.tasks[name]
-        return Task(
-            name, spec.metric, spec.positive_label, self._rows(name, "validation", seed), self._rows(name, "test", seed)
-        )
+        validation, test = (self._rows(name, split, seed) for split in ("validation", "test"))
+        return Task(name, spec.metric, spec.positive_label, validation, test[: self.test_rows])
 
     def _rows(self, task: str, split: str, seed: int) -> list[Row]:
         return read_rows(self.root_of(seed) / self.data.format(task=task, split=split), labelled=True)
