@@ -41,7 +41,8 @@ class Projection(nn.Module):
     def project(self, x: Tensor, rows: Tensor, step: Step, context: GateContext) -> Tensor:
         """Give (row, token, rank), times the gate; computed once for all layers that read `x`.
 
-        The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round.
+        The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round. A
+        single token comes first itself: up to nine times as fast.
 
         Args:
             x: the layers' input.
@@ -55,7 +56,8 @@ class Projection(nn.Module):
         picked = step.picked
         down = context.take(self.down, step.path, picked, rows.shape[1])
         if step.path == "gather":
-            hidden = torch.bmm(down, rows.mT).mT
+            single = rows.shape[1] == 1
+            hidden = torch.bmm(rows.to(down.dtype), down.mT) if single else torch.bmm(down, rows.mT).mT
         else:
             hidden = torch.mm(down, rows.flatten(0, 1).T).T.view(*rows.shape[:2], -1)
         if not picked.ones:
@@ -257,8 +259,10 @@ class GatedLinear(GatedLayer):
         up = context.take(self.up, step.path, step.own[self.position], tokens)
         if step.path == "gather":
             if bias is None:
-                return torch.bmm(hidden, up).flatten(0, 1)
-            return torch.baddbmm(bias.expand(len(hidden), 1, -1), hidden, up).flatten(0, 1)
+                added = torch.bmm(hidden, up)
+            else:
+                added = torch.baddbmm(bias.to(hidden.dtype).expand(len(hidden), 1, -1), hidden, up)
+            return added.flatten(0, 1).to(x.dtype)
         hidden = hidden.flatten(0, 1)
         if bias is None:
             return hidden @ up
@@ -552,7 +556,8 @@ class GatedNorm(GatedLayer):
         shape = tuple(self.shared.weight.shape)
         if isinstance(self.shared, nn.LayerNorm):
             return F.layer_norm(x, shape, None, None, self.shared.eps)
-        return F.rms_norm(x.float(), shape, None, rms_epsilon(self.shared)).to(x.dtype)
+        wide = x.float()  # by hand: torch's own takes three times as long for a token
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rms_epsilon(self.shared))).to(x.dtype)
 
 
 def rms_epsilon(layer: nn.Module) -> float:
