@@ -92,6 +92,20 @@ def test_generation_under_mixed_gates_is_that_of_each_row_alone(mode: Mode) -> N
             assert found[row].tolist() == want[0].tolist()
 
 
+@pytest.mark.parametrize("mode", ["all", "gather"])
+def test_a_step_of_a_generation_in_bfloat16_is_the_dense_reference_to_its_precision(mode: Mode) -> None:
+    model, dense = twin(llama, mode=mode)
+    model.to(torch.bfloat16)
+    prompt, step = torch.tensor([[5, 6, 7]] * 4), torch.tensor([[8]] * 4)
+    with torch.inference_mode(), model.slot.use(model._context(GATES, 16, 2)):
+        cache = model.backbone(input_ids=prompt, use_cache=True).past_key_values
+        found = model.backbone(input_ids=step, past_key_values=cache).logits[:, -1].float()
+    for row, gate in enumerate(GATES):
+        with torch.inference_mode():
+            want = dense(gate)(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
+        assert float((found[row] - want).norm() / want.norm()) < 10 * torch.finfo(torch.bfloat16).eps
+
+
 def test_a_long_generation_under_one_gate_merges_the_weights_once() -> None:
     model, dense = twin(llama)
     one = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
@@ -138,6 +152,7 @@ def test_one_pass_gates_only_what_lies_above_the_routers_layers() -> None:
     model.router = fit_router(rows, settings, seed=0)
     routing, outputs = model._route_on_the_way(INPUTS)
     torch.testing.assert_close(routing.gate, model.route(**INPUTS), **TOLERANCE)
+    assert torch.equal(model.encode_as_routed(routing.gate, **INPUTS)[0], outputs[0])
     backbone = bert()
     shared = {name: value.detach().clone() for name, value in backbone.named_parameters()}
     upper = [

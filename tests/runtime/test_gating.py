@@ -239,6 +239,37 @@ def test_extra_work_depends_on_the_experts_in_use_and_not_on_their_number() -> N
         assert picked.gate.shape == (8, 1, 8)
 
 
+def test_busy_rows_do_not_widen_the_others() -> None:
+    gate = torch.eye(8)[torch.arange(8)]
+    gate[3] = torch.tensor([0.4, 0.3, 0.1, 0.2, 0, 0, 0, 0])
+    context, ranks = GateContext(gate), (Ranks.of((8,) * 8), Ranks.of((2, 4) * 4))
+    step = context.step(ranks, 64, torch.float32)
+    assert step.path == "gather"
+    assert step.all_rows.picked.gate.shape == (8, 1, 8 + 4)
+    assert step.busy_rows is not None
+    assert step.busy_rows.rows is not None
+    assert step.busy_rows.rows.tolist() == [3]
+    assert step.busy_rows.picked.gate.shape == (1, 1, 3 * (8 + 4))
+    assert GateContext(torch.full((8, 8), 1 / 8), path="gather").step(ranks, 64, torch.float32).busy_rows is None
+    assert GateContext(gate, path="gather").step(ranks, 1, torch.float32).busy_rows is None
+
+
+@torch.no_grad()
+def test_busy_rows_get_their_dense_weights() -> None:
+    torch.manual_seed(0)
+    slot, gate = GateSlot(), torch.eye(4, dtype=torch.float64)[torch.arange(6) % 4]
+    gate[2], gate[5] = torch.tensor([0.5, 0.1, 0.1, 0.3]).double(), torch.tensor([0, 0.6, 0.4, 0]).double()
+    layer, x = linear_layer([2, 1, 3, 2], slot, bias=True), torch.randn(6, 5, IN, dtype=torch.float64)
+    with slot.use(GateContext(gate, path="gather")):
+        found = layer(x)
+        assert slot.context is not None
+        assert slot.context.busy is not None
+    for row in range(6):
+        dense = layer.materialized(gate[row])
+        want = torch.nn.functional.linear(x[row], dense["weight"], dense["bias"])
+        torch.testing.assert_close(found[row], want, **EXACT)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", ["soft", "one expert", "zero", "same for all"])

@@ -5,8 +5,8 @@ two ways to use it, and the cheaper one is taken call by call:
 
 - `all`: every rank that some row uses, for every row, the gate multiplied in between: one product, but its width grows
   with the number of different experts in the batch;
-- `gather`: each row's own ranks, copied next to each other, then one small product a row: the width is what the busiest
-  row uses, whatever the number of experts.
+- `gather`: each row's own ranks, copied next to each other, then one small product a row, whatever the number of
+  experts. Its width is what most rows use; what the busier ones use beyond that is added for those rows alone.
 """
 
 import threading
@@ -26,6 +26,8 @@ Merged = list[tuple[list[int], Mapping[int, Tensor]]]
 """Rows under one gate, and its merged weights by the layer's id."""
 _COPY = 4.0
 """Measured on CPU: copying a rank costs what a product with it costs for 4 tokens."""
+_BUSY = 2.0
+"""What a rank costs for a row that is picked out of the batch, and whose result is added to the others'."""
 
 
 def keep_large(gate: Tensor, below: float) -> Tensor:
@@ -89,14 +91,25 @@ class Picked:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """How layers that read one input take part in a call."""
+class Part:
+    """Ranks that layers which read one input take for some rows."""
 
-    path: Path
+    rows: Tensor | None
+    """(row,) indices; None is all of them."""
     picked: Picked
     """Of their `down` factors, which lie one after the other."""
     own: tuple[Picked, ...]
     """Of each layer's `up` factor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How layers that read one input take part in a call."""
+
+    path: Path
+    all_rows: Part
+    busy_rows: Part | None
+    """What the rows with the most experts use beyond the width of all."""
 
 
 class GateContext:
@@ -123,18 +136,27 @@ class GateContext:
         self.keep = keep
         top = self.gate.abs().topk(self.width, dim=1).indices
         self._top, self._weight = top, self.gate.gather(1, top)
-        self._ones = bool((self._weight == 1).all())
-        self._picked: dict[tuple[Path, tuple[Ranks, ...], torch.dtype], Picked] = {}
+        self.most, self.busy = self._split(used.sum(dim=1))
+        self._picked: dict[tuple[object, ...], Picked] = {}
         self._steps: dict[tuple[tuple[Ranks, ...], int, torch.dtype], Step] = {}
         self._kept: dict[tuple[int, Path], Tensor] = {}
         self._vectors: dict[int, tuple[Tensor, ...]] = {}
-        self.projected: tuple[object, Tensor, Tensor] | None = None
+        self.projected: tuple[object, Tensor, tuple[Tensor, Tensor | None]] | None = None
         """The last projection, its input and what came out: layers that read one input share it."""
         self.merged: Merged | None = None
         """Merged weights to be used, where the layers do not compute with factors."""
         self.readers: list[list[Any]] | None = None
         """While a model's first gated pass is watched: layers in the order of their calls, those that read one input
         together."""
+
+    def _split(self, counts: Tensor) -> tuple[int, Tensor | None]:
+        """A width for all rows, and the rows (row,) that use more, so that the least work is left."""
+        work: dict[int, float] = {}
+        for width in range(self.width, 0, -1):  # the first of equal ones is taken: without busy rows
+            busy = int((counts > width).sum())
+            work[width] = self.row_count * width + _BUSY * busy * (self.width - width)
+        best = min(work, key=work.__getitem__)
+        return best, (counts > best).nonzero()[:, 0] if best < self.width else None
 
     def rows(self, count: int) -> Tensor:
         """The gate for `count` rows, (count, expert): repeated for beams, heads or packed tokens of each input.
@@ -173,7 +195,8 @@ class GateContext:
         if self.forced is not None or self.row_count == 1:
             return self.forced or "all"
         side_by_side = sum(ranks.counts[e] for ranks in layers for e in self.experts)
-        own = self.width * sum(max(ranks.counts) for ranks in layers)
+        busy = 0 if self.busy is None else _BUSY * len(self.busy) / self.row_count
+        own = (self.most + busy * (self.width - self.most)) * sum(max(ranks.counts) for ranks in layers)
         return "all" if side_by_side * tokens <= own * (tokens + _COPY) else "gather"
 
     def step(self, layers: tuple[Ranks, ...], tokens: int, dtype: torch.dtype) -> Step:
@@ -182,18 +205,48 @@ class GateContext:
         found = self._steps.get(key)
         if found is None:
             path = self.path(layers, tokens)
-            own = tuple(self.picked(path, (ranks,), dtype) for ranks in layers)
-            found = self._steps[key] = Step(path, self.picked(path, layers, dtype), own)
+            if path == "all" or self.busy is None or tokens == 1:
+                found = Step(path, self._part(path, layers, dtype, None, slice(None)), None)
+            else:
+                most = self._part(path, layers, dtype, None, slice(self.most))
+                found = Step(path, most, self._part(path, layers, dtype, self.busy, slice(self.most, None)))
+            self._steps[key] = found
         return found
 
-    def picked(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype) -> Picked:
-        """The ranks of layers whose factors lie one after the other."""
-        key = (path, layers, dtype)
+    def _part(
+        self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, rows: Tensor | None, span: slice
+    ) -> Part:
+        own = tuple(self.picked(path, (ranks,), dtype, rows, span) for ranks in layers)
+        return Part(rows, self.picked(path, layers, dtype, rows, span), own)
+
+    def picked(
+        self,
+        path: Path,
+        layers: tuple[Ranks, ...],
+        dtype: torch.dtype,
+        rows: Tensor | None = None,
+        span: slice = slice(None),
+    ) -> Picked:
+        """The ranks of layers whose factors lie one after the other.
+
+        Args:
+            path: `gather` takes a row's own ranks.
+            layers: their ranks.
+            dtype: of the gate that the layers multiply with.
+            rows: (row,) indices, of `gather`; None is all.
+            span: which of a row's experts, the largest gate first, of `gather`.
+        """
+        key = (path, layers, dtype, rows is None, span.start, span.stop)
         if key not in self._picked:
-            self._picked[key] = self._pick(path, layers, dtype)
+            self._picked[key] = self._pick(path, layers, dtype, rows, span)
         return self._picked[key]
 
-    def _pick(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype) -> Picked:
+    def _pick(
+        self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, rows: Tensor | None, span: slice
+    ) -> Picked:
+        top, weight = self._top[:, span], self._weight[:, span]
+        if rows is not None:
+            top, weight = top[rows], weight[rows]
         indices: list[Tensor] = []
         gates: list[Tensor] = []
         places: list[slice] = []
@@ -201,8 +254,8 @@ class GateContext:
         for ranks in layers:
             table, real = ranks.table(self.gate.device)
             if path == "gather":
-                indices.append(table[self._top].flatten(1) + start)
-                gates.append((self._weight[:, :, None] * real[self._top]).flatten(1))
+                indices.append(table[top].flatten(1) + start)
+                gates.append((weight[:, :, None] * real[top]).flatten(1))
             else:
                 chosen = [e for e in self.experts if ranks.counts[e]]
                 parts = [table[e, : ranks.counts[e]] + start for e in chosen]
@@ -218,7 +271,7 @@ class GateContext:
         elif path == "all" and len(layers) == len(self.experts) == 1:
             first = sum(layers[0].counts[: self.experts[0]])
             index = slice(first, first + gate.shape[2])
-        return Picked(index, gate, self._ones and self._full(path, layers), tuple(places))
+        return Picked(index, gate, bool((weight == 1).all()) and self._full(path, layers), tuple(places))
 
     def _full(self, path: Path, layers: tuple[Ranks, ...]) -> bool:
         """Whether each rank taken for a row is one that the row uses."""
@@ -236,17 +289,13 @@ class GateContext:
         if isinstance(picked.index, slice):
             return factor[picked.index]
         if not self.keep or tokens > 1:
-            return self._copied(factor, path, picked.index)
+            return _copied(factor, picked.index, path, len(picked.gate))
         key = (id(factor), path)
         if key not in self._kept:
-            copied = self._copied(factor, path, picked.index)
+            copied = _copied(factor, picked.index, path, len(picked.gate))
             wider = path == "gather" and factor.device.type == "cpu"  # many small products: 2 to 4 times as fast
             self._kept[key] = copied.float() if wider and factor.dtype.itemsize < 4 else copied
         return self._kept[key]
-
-    def _copied(self, factor: Tensor, path: Path, index: Tensor) -> Tensor:
-        taken = factor.index_select(0, index)
-        return taken.view(self.row_count, -1, factor.shape[1]) if path == "gather" else taken
 
     def vector(self, bank: "VectorBank", index: int) -> Tensor:
         """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""
@@ -260,6 +309,11 @@ class GateContext:
             mixed = mixed[0] if self.row_count == 1 else mixed[:, None]
             found = self._vectors[id(bank)] = torch.split(mixed, bank.sizes, dim=-1)
         return found[index]
+
+
+def _copied(factor: Tensor, index: Tensor, path: Path, rows: int) -> Tensor:
+    taken = factor.index_select(0, index)
+    return taken.view(rows, -1, factor.shape[1]) if path == "gather" else taken
 
 
 class VectorBank(torch.nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import ArtifactError
-from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Ranks, Step, VectorBank
+from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Part, Path, Ranks, Step, VectorBank
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.exclusive import Exclusive
@@ -38,8 +38,8 @@ class Projection(nn.Module):
         self.register_buffer("down", down, persistent=False)
         self.layers = layers
 
-    def project(self, x: Tensor, rows: Tensor, step: Step, context: GateContext) -> Tensor:
-        """Give (row, token, rank), times the gate; computed once for all layers that read `x`.
+    def project(self, x: Tensor, rows: Tensor, step: Step, context: GateContext) -> tuple[Tensor, Tensor | None]:
+        """Give (row, token, rank), times the gate, of all rows and of the busy ones; once for all layers that read `x`.
 
         The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round. A
         single token comes first itself: up to nine times as fast.
@@ -53,16 +53,22 @@ class Projection(nn.Module):
         last = context.projected
         if last is not None and last[0] is self and last[1] is x:
             return last[2]
-        picked = step.picked
-        down = context.take(self.down, step.path, picked, rows.shape[1])
-        if step.path == "gather":
+        hidden = self._hidden(rows, step.path, step.all_rows, context)
+        busy = step.busy_rows
+        more = None if busy is None else self._hidden(rows[busy.rows], step.path, busy, context)
+        context.projected = (self, x, (hidden, more))
+        return hidden, more
+
+    def _hidden(self, rows: Tensor, path: Path, part: Part, context: GateContext) -> Tensor:
+        picked = part.picked
+        down = context.take(self.down, path, picked, rows.shape[1])
+        if path == "gather":
             single = rows.shape[1] == 1
             hidden = torch.bmm(rows.to(down.dtype), down.mT) if single else torch.bmm(down, rows.mT).mT
         else:
             hidden = torch.mm(down, rows.flatten(0, 1).T).T.view(*rows.shape[:2], -1)
         if not picked.ones:
             hidden *= picked.gate
-        context.projected = (self, x, hidden)
         return hidden
 
 
@@ -253,15 +259,16 @@ class GatedLinear(GatedLayer):
         projection, rows = self.projection, context.split(x)
         tokens = rows.shape[1]
         step = context.step(projection.layers, tokens, x.dtype)
-        hidden: Tensor = projection.project(x, rows, step, context)
-        if len(projection.layers) > 1:
-            hidden = hidden[..., step.picked.places[self.position]]
-        up = context.take(self.up, step.path, step.own[self.position], tokens)
+        hidden, more = projection.project(x, rows, step, context)
+        hidden, up = self._own(hidden, step.path, step.all_rows, tokens, context)
         if step.path == "gather":
             if bias is None:
                 added = torch.bmm(hidden, up)
             else:
                 added = torch.baddbmm(bias.to(hidden.dtype).expand(len(hidden), 1, -1), hidden, up)
+            if more is not None and step.busy_rows is not None and step.busy_rows.rows is not None:
+                own, more_up = self._own(more, step.path, step.busy_rows, tokens, context)
+                added.index_add_(0, step.busy_rows.rows, torch.bmm(own, more_up))
             return added.flatten(0, 1).to(x.dtype)
         hidden = hidden.flatten(0, 1)
         if bias is None:
@@ -269,6 +276,12 @@ class GatedLinear(GatedLayer):
         if bias.ndim == 3:
             bias = bias.expand(-1, tokens, -1).reshape(-1, bias.shape[-1])
         return torch.addmm(bias, hidden, up)
+
+    def _own(self, hidden: Tensor, path: Path, part: Part, tokens: int, context: GateContext) -> tuple[Tensor, Tensor]:
+        """This layer's ranks of a projection, and its `up` factor for them."""
+        if len(self.projection.layers) > 1:
+            hidden = hidden[..., part.picked.places[self.position]]
+        return hidden, context.take(self.up, path, part.own[self.position], tokens)
 
     def _add_sparse_parts(self, y: Tensor, x: Tensor, context: GateContext) -> None:
         for index, matrix in self.used_sparse(context):
@@ -425,7 +438,7 @@ class GatedEmbedding(GatedLayer):
             tokens = ids_of_row.shape[1]
             path = context.path(layers, tokens)
             picked = context.picked(path, layers, y.dtype)
-            down = context.take(self.projection.down, path, picked, tokens)
+            down = context.take(self.projection.down, path, picked, tokens).to(y.dtype)
             if picked.index is None or isinstance(picked.index, slice):
                 hidden = F.embedding(ids_of_row, self.table)
                 hidden = hidden if picked.index is None else hidden[..., picked.index]

@@ -230,6 +230,13 @@ class TwinModel(nn.Module):
         return outputs
 
     @torch.inference_mode()
+    def encode_as_routed(self, gate: Tensor, **inputs: Any) -> ModelOutput:
+        """The backbone's output under gates of this twin's router; with `one_pass` only the layers above are gated."""
+        if self.router is not None and self.router.settings.one_pass:
+            return self._one_pass(inputs, lambda _: gate)
+        return self.encode(gate, **inputs)
+
+    @torch.inference_mode()
     def answer(self, outputs: ModelOutput, experts: Sequence[str], **inputs: Any) -> list[Tensor]:
         """The heads' logits of every row, given the backbone's output.
 
@@ -387,27 +394,34 @@ class TwinModel(nn.Module):
         return replace(routing, gate=keep_large(routing.gate, self.drop_below))
 
     def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
-        """One pass: shared weights up to the router's last feature layer, its gates from there on.
+        """One pass: what lies below is computed once and serves both the router and the answer."""
+        router = self._required_router()
+        ids = token_ids(inputs) if router.settings.tokens else None
+        routings: list[Routing] = []
 
-        What lies below is computed once and serves both the router and the answer.
+        def gate_of(features: Tensor) -> Tensor:
+            routings.append(self._without_small(router(features, ids)))
+            return routings[0].gate
+
+        outputs = self._one_pass(inputs, gate_of)
+        return routings[0], outputs
+
+    def _one_pass(self, inputs: Mapping[str, Any], gate_of: Callable[[Tensor], Tensor]) -> ModelOutput:
+        """Shared weights up to the router's last feature layer, from there on under the gate that features give.
 
         Raises:
             MismatchError: if the router looks at the last layer, above which nothing is left to gate.
         """
-        router = self._required_router()
-        features = router.settings.hidden or "all"
+        features = self._required_router().settings.hidden or "all"
         _check_one_pass(features, len(self.layers))
         chosen = _layers(features, len(self.layers) + 1)
-        ids = token_ids(inputs) if router.settings.tokens else None
-        routings: list[Routing] = []
 
         def gate_from_here(features: Tensor) -> None:
-            routings.append(self._without_small(router(features, ids)))
-            self.slot.context = self._context(routings[0].gate, _tokens(inputs), 1)
+            self.slot.context = self._context(gate_of(features), _tokens(inputs), 1)
 
         with self.slot.use(None), self.slot.watch(Probe(chosen, inputs.get("attention_mask"), gate_from_here)):
             outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
-        return routings[0], outputs
+        return outputs
 
     def _required_router(self) -> Router:
         if self.router is None:
