@@ -24,11 +24,11 @@ NOISE, CHANGE, RANK = 0.002, 0.01, 8
 
 def make(folder: Path, size: str, experts: int = 4, seed: int = 0) -> Path:
     """Write `folder/size/base` and `folder/size/expertN`, unless they are there; gives `folder/size`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     root = folder / size
     if (root / "complete").exists():
         return root
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds, which a benchmark would count
+
     sizes = SIZES[size]
     config = LlamaConfig(
         vocab_size=sizes["vocab"],
