@@ -36,8 +36,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from twinmerge.runtime import compose
 from twinmerge.runtime.build import router_features
 from twinmerge.runtime.compose import theta
+from twinmerge.runtime.exchange import layer_kind
 from twinmerge.runtime.gating import keep_large
-from twinmerge.runtime.model import TwinModel, layer_kind, load_backbone, load_tokenizer
+from twinmerge.runtime.loading import load_backbone, load_tokenizer
+from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.rows import read_rows
 from twinmerge.runtime.tokens import ids_of
 from twinmerge.tensors.low_rank import LowRank

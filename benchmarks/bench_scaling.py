@@ -24,7 +24,7 @@ from twinmerge.eval.metrics import normalized_score, score
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.merging.methods import AverageParams, SharedParams, TaskArithmeticParams
-from twinmerge.runtime.model import load_backbone
+from twinmerge.runtime.loading import load_backbone
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.recipe import ExclusiveSettings
 from twinmerge.twin.weights import silent, write_weights

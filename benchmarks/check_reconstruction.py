@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
-from twinmerge.runtime.model import load_backbone
+from twinmerge.runtime.loading import load_backbone
 from twinmerge.runtime.tokens import tokenize
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.recipe import ExclusiveSettings

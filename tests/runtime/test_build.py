@@ -21,7 +21,9 @@ from tests.tiny import EXPERTS, GATE_ORDER, Family, rewrite
 from twinmerge.errors import InputError, MismatchError, OutputExistsError
 from twinmerge.runtime import build as module
 from twinmerge.runtime.build import build, open_plan, router_features, router_rows
-from twinmerge.runtime.model import TwinModel, check_router, load_backbone, load_tokenizer
+from twinmerge.runtime.features import check_router
+from twinmerge.runtime.loading import load_backbone, load_tokenizer
+from twinmerge.runtime.model import TwinModel
 from twinmerge.tensors.checkpoint import Checkpoint, sha256_of
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.preflight import Allow

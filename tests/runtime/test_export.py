@@ -17,7 +17,8 @@ from tests.tiny import EXPERTS, GATE_ORDER, Family
 from twinmerge.errors import ArtifactError, GateError, OutputExistsError
 from twinmerge.runtime.build import build
 from twinmerge.runtime.export import export
-from twinmerge.runtime.model import TwinModel, load_backbone
+from twinmerge.runtime.loading import load_backbone
+from twinmerge.runtime.model import TwinModel
 from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.twin.artifact import TwinArtifact
 

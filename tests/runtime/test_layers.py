@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from tests import reference
 from twinmerge.errors import ArtifactError, GateError
 from twinmerge.runtime.compose import theta
+from twinmerge.runtime.exchange import layer_kind
 from twinmerge.runtime.gating import GateContext, GateSlot, Path
 from twinmerge.runtime.layers import LAYERS, GatedLayer
-from twinmerge.runtime.model import layer_kind
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import keep_largest
 from twinmerge.twin.exclusive import Exclusive

@@ -15,15 +15,9 @@ from transformers import PreTrainedModel
 from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS, Family, random_gate, rewrite
 from twinmerge.errors import ArtifactError, GateError, MismatchError
-from twinmerge.runtime.model import (
-    TwinModel,
-    TwinOutput,
-    backbone_from,
-    load_backbone,
-    load_head,
-    load_tokenizer,
-    model_class,
-)
+from twinmerge.runtime.heads import load_head
+from twinmerge.runtime.loading import backbone_from, load_backbone, load_tokenizer, model_class
+from twinmerge.runtime.model import TwinModel, TwinOutput
 from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.twin.artifact import TwinArtifact
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, Family
 from twinmerge.runtime.build import build
-from twinmerge.runtime.model import TwinModel, load_backbone
+from twinmerge.runtime.loading import load_backbone
+from twinmerge.runtime.model import TwinModel
 from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive

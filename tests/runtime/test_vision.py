@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from tests import tiny
 from tests.tiny import GATE_ORDER, Family, random_gate
 from twinmerge.errors import MismatchError
-from twinmerge.runtime.model import TwinModel, by_class, load_backbone, load_head
+from twinmerge.runtime.heads import load_head
+from twinmerge.runtime.loading import by_class, load_backbone
+from twinmerge.runtime.model import TwinModel
 from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.artifact import TwinArtifact, write_manifest

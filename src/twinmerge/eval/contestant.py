@@ -23,7 +23,8 @@ from twinmerge.eval.seed import SeedRun, encode
 from twinmerge.eval.suite import ContestantSpec
 from twinmerge.eval.tasks import Task
 from twinmerge.merging.methods import SharedParams
-from twinmerge.runtime.model import TwinModel, backbone_from, load_backbone
+from twinmerge.runtime.loading import backbone_from, load_backbone
+from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.rows import Row
 from twinmerge.runtime.tokens import tokenize, tokenized_batches
 from twinmerge.twin.artifact import TwinArtifact

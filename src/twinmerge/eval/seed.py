@@ -12,7 +12,9 @@ from twinmerge.eval.suite import Suite
 from twinmerge.eval.tasks import Task
 from twinmerge.merging.methods import SharedParams
 from twinmerge.runtime.build import open_plan, router_features, router_rows
-from twinmerge.runtime.model import TwinModel, backbone_from, load_backbone, load_head, load_tokenizer
+from twinmerge.runtime.heads import load_head
+from twinmerge.runtime.loading import backbone_from, load_backbone, load_tokenizer
+from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.rows import Row
 from twinmerge.runtime.tokens import ids_of, tokenized_batches
 from twinmerge.twin.plan import Plan

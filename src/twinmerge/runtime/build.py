@@ -11,16 +11,11 @@ from typing import Any
 import torch
 
 from twinmerge.errors import DataError
-from twinmerge.runtime.model import (
-    TwinModel,
-    by_class,
-    check_router,
-    load_backbone,
-    load_head,
-    load_tokenizer,
-    parameter_kinds,
-    require_shapes_of_class,
-)
+from twinmerge.runtime.exchange import parameter_kinds
+from twinmerge.runtime.features import check_router
+from twinmerge.runtime.heads import load_head
+from twinmerge.runtime.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class
+from twinmerge.runtime.model import TwinModel
 from twinmerge.runtime.rows import Row, read_rows
 from twinmerge.runtime.tokens import features_of, ids_of
 from twinmerge.tensors.staging import fingerprint_of, require_free, require_space, resumable_folder

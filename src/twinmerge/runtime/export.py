@@ -10,7 +10,8 @@ import torch
 
 from twinmerge.errors import GateError
 from twinmerge.runtime.build import versions
-from twinmerge.runtime.model import TwinModel, quiet
+from twinmerge.runtime.loading import quiet
+from twinmerge.runtime.model import TwinModel
 from twinmerge.tensors.staging import resumable_folder
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.export import export_peft, export_stacked

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
 from twinmerge.runtime.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
-from twinmerge.runtime.model import by_class
+from twinmerge.runtime.loading import by_class
 from twinmerge.tensors.staging import resumable_folder
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.plan import MATRICES, Plan, make_plan

@@ -1,6 +1,5 @@
-"""Knows transformers: a model with its layers exchanged for gated ones, heads per expert, one router in front."""
+"""Knows the twin as a torch module: gated layers, heads per expert, one router in front."""
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -10,25 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import ArtifactError, GateError, MismatchError
+from twinmerge.errors import GateError, MismatchError
+from twinmerge.runtime.exchange import exchange_layers
+from twinmerge.runtime.features import EnoughError, Probe, check_one_pass, hidden_layers, layers_of, pool, show
 from twinmerge.runtime.gating import GateContext, GateSlot, keep_large
-from twinmerge.runtime.layers import LAYERS, GatedLayer, GatedLinear, join_banks, join_readers
+from twinmerge.runtime.heads import load_head, take, with_outputs
+from twinmerge.runtime.layers import GatedLayer, GatedLinear, join_banks, join_readers
+from twinmerge.runtime.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.runtime.merged import MergeCache
-from twinmerge.tensors.checkpoint import Checkpoint
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.ngrams import token_ids
 from twinmerge.twin.plan import Kind
-from twinmerge.twin.recipe import RouterSettings
 from twinmerge.twin.router import Router, Routing
 
 Mode = Literal["auto", "factors", "all", "gather", "merge"]
@@ -110,15 +106,15 @@ class TwinModel(nn.Module):
         self.parameter_names = tuple(name for name, _ in backbone.named_parameters())
         stored = backbone.state_dict()
         self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
-        self.gated: dict[str, GatedLayer] = _exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
+        self.gated: dict[str, GatedLayer] = exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
         join_banks(self.gated.values())
         self._watched = False
         linear = {n: layer for n, layer in self.gated.items() if isinstance(layer, GatedLinear) and layer.has_factors}
         self.merged = MergeCache(linear, merge_bytes)
         self.backbone = backbone
-        self.layers = _hidden_layers(backbone)
+        self.layers = hidden_layers(backbone)
         for index, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(partial(_show, self.slot, index), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(show, self.slot, index), with_kwargs=True)
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.router = router
         self.eval()
@@ -251,8 +247,8 @@ class TwinModel(nn.Module):
         logits: list[Tensor] = [torch.empty(0)] * len(experts)
         for name in sorted(set(experts)):
             rows = [row for row, expert in enumerate(experts) if expert == name]
-            picked = _take(outputs, rows, len(experts))
-            answered = _with_outputs(self.heads[name], picked)(**_take(inputs, rows, len(experts))).logits
+            picked = take(outputs, rows, len(experts))
+            answered = with_outputs(self.heads[name], picked)(**take(inputs, rows, len(experts))).logits
             for row, value in zip(rows, answered, strict=True):
                 logits[row] = value
         return logits
@@ -277,21 +273,21 @@ class TwinModel(nn.Module):
         """Features by another specification than the router's, (batch, feature): `last`, `all`, `layer:K`, ..."""
         mask = inputs.get("attention_mask")
         if spec == "last":
-            return _pool(self.encode(None, **inputs)[0], mask)
-        chosen = _layers(spec, len(self.layers) + 1)
+            return pool(self.encode(None, **inputs)[0], mask)
+        chosen = layers_of(spec, len(self.layers) + 1)
         if self.layers and max(chosen) < len(self.layers):
             probe = Probe(chosen, mask)
             with suppress(EnoughError), self.slot.use(None), self.slot.watch(probe):
                 self.backbone.base_model(**inputs, return_dict=True)
             return probe.features()
         states = self.encode(None, **inputs, output_hidden_states=True)["hidden_states"]
-        chosen = _layers(spec, len(states))
+        chosen = layers_of(spec, len(states))
         beyond = [layer for layer in chosen if layer >= len(states)]
         if beyond:
             raise MismatchError(
                 f"router.features: layer {beyond[0]} must be at most {len(states) - 1}, the model's last"
             )
-        return torch.cat([_pool(states[layer], mask) for layer in chosen], dim=1)
+        return torch.cat([pool(states[layer], mask) for layer in chosen], dim=1)
 
     @torch.inference_mode()
     def generate(self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any) -> Any:
@@ -327,13 +323,13 @@ class TwinModel(nn.Module):
         gate = self._checked(gate_row[None], 1)[0]
         state = self.state_for(gate)
         if not self.heads:
-            return _model_from(type(self.backbone), self.backbone.config, state)
+            return model_from(type(self.backbone), self.backbone.config, state)
         head: Any = self.heads[self.expert_names[int(gate.argmax())]]
         prefix = type(head).base_model_prefix
         body = {k.removeprefix(f"{prefix}."): v for k, v in state.items()}
         own = {k: v.detach().clone() for k, v in head.state_dict().items() if not k.startswith(f"{prefix}.")}
         names = head.meta_names
-        return _model_from(
+        return model_from(
             type(head),
             head.config,
             {**own, **{f"{prefix}.{k}": v for k, v in body.items() if f"{prefix}.{k}" in names}},
@@ -386,7 +382,7 @@ class TwinModel(nn.Module):
         router = self._required_router()
 
         def features(rows: Tensor | None) -> Tensor:
-            return self.features(**(inputs if rows is None else _take(inputs, rows.tolist(), _rows(inputs))))
+            return self.features(**(inputs if rows is None else take(inputs, rows.tolist(), _rows(inputs))))
 
         return self._without_small(router.decide(token_ids(inputs) if router.settings.tokens else None, features))
 
@@ -413,8 +409,8 @@ class TwinModel(nn.Module):
             MismatchError: if the router looks at the last layer, above which nothing is left to gate.
         """
         features = self._required_router().settings.hidden or "all"
-        _check_one_pass(features, len(self.layers))
-        chosen = _layers(features, len(self.layers) + 1)
+        check_one_pass(features, len(self.layers))
+        chosen = layers_of(features, len(self.layers) + 1)
 
         def gate_from_here(features: Tensor) -> None:
             self.slot.context = self._context(gate_of(features), _tokens(inputs), 1)
@@ -449,356 +445,6 @@ class TwinModel(nn.Module):
         if not bool(gate.isfinite().all()):
             raise GateError("gate must be finite, found NaN or Inf")
         return gate
-
-
-def _exchange_layers(
-    backbone: PreTrainedModel, exclusive: Sequence[Mapping[str, Exclusive]], kinds: Mapping[str, Kind], slot: GateSlot
-) -> dict[str, GatedLayer]:
-    """Wrap every layer that has exclusive parts; layers tied to it get the same parts."""
-    owners: dict[int, str] = {id(p): n for n, p in backbone.named_parameters()}
-    modules: dict[str, dict[str, dict[int, Exclusive]]] = {}
-    for module_name, module in backbone.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = owners[id(parameter)]
-            by_expert = {i: parts[name] for i, parts in enumerate(exclusive) if name in parts}
-            if by_expert:
-                modules.setdefault(module_name, {})[leaf] = by_expert
-    gated = {}
-    for module_name, parts in modules.items():
-        module = backbone.get_submodule(module_name)
-        kind = layer_kind(module, "weight")
-        if kind == "static":
-            raise ArtifactError(
-                f"{module_name} ({type(module).__name__}) cannot be gated; rebuild the twin with this version"
-            )
-        layer = LAYERS[kind](module, parts, len(exclusive), slot)
-        parent, _, leaf = module_name.rpartition(".")
-        setattr(backbone.get_submodule(parent), leaf, layer)
-        gated[module_name] = layer
-    return gated
-
-
-def layer_kind(module: nn.Module, leaf: str) -> Kind:
-    """What a gated layer does with a layer's parameter; `static` where no gated layer exists."""
-    known = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
-    if any(isinstance(module, cls) and type(module).forward is not cls.forward for cls in known):
-        return "static"  # a subclass that computes something else
-    if isinstance(module, nn.Linear):
-        return "linear" if leaf == "weight" else "vector"
-    if isinstance(module, Conv1D):
-        return "conv1d" if leaf == "weight" else "vector"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
-        if leaf != "weight":
-            return "vector"
-        return "conv" if module.groups == 1 else "grouped_conv"
-    norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-    weight = getattr(module, "weight", None)
-    return "vector" if norm and weight is not None and weight.ndim == 1 else "static"
-
-
-def parameter_kinds(folder: Path) -> dict[str, Kind]:
-    """What every tensor of a model folder is, from its class; no weight is read.
-
-    Returns:
-        Tensor name -> kind; buffers are `static`.
-
-    Raises:
-        MismatchError: if the folder's class is unknown to transformers.
-    """
-    model = _without_weights(folder)
-    kinds: dict[str, Kind] = dict.fromkeys(model.state_dict(), "static")
-    for module_name, module in model.named_modules():
-        for leaf, _ in module.named_parameters(recurse=False):
-            kinds[f"{module_name}.{leaf}" if module_name else leaf] = layer_kind(module, leaf)
-    return kinds
-
-
-def by_class(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint under the names of its class's parameters; transformers renames some classes' on loading.
-
-    What it splits or joins keeps the stored names. A folder of no known class is given as it is.
-    """
-    if not checkpoint.config:
-        return checkpoint
-    architectures = load_config(checkpoint.path).architectures or [""]
-    if not hasattr(transformers, architectures[0]):
-        return checkpoint
-    model = _without_weights(checkpoint.path)
-    changes = get_model_conversion_mapping(model)
-    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    found = {name: rename_source_key(name, renamings, converters) for name in checkpoint.specs}
-    return checkpoint.renamed({name: new for name, (new, converted) in found.items() if converted is None})
-
-
-def require_shapes_of_class(checkpoint: Checkpoint) -> None:
-    """Refuse a base that transformers would not load, such as an embedding with other rows than config.json says.
-
-    Raises:
-        MismatchError: naming the first tensor.
-    """
-    for name, tensor in _without_weights(checkpoint.path).state_dict().items():
-        if name in checkpoint.specs and checkpoint.specs[name].shape != tensor.shape:
-            raise MismatchError(
-                f"base {checkpoint.path}: {name!r} has shape {list(checkpoint.specs[name].shape)}, by config.json it "
-                f"must be {list(tensor.shape)}; one of them is wrong"
-            )
-
-
-def _without_weights(folder: Path) -> PreTrainedModel:
-    """A folder's model on the meta device."""
-    config = load_config(folder)
-    with torch.device("meta"):
-        return model_class(config, folder)(config)
-
-
-def check_router(folder: Path, settings: RouterSettings) -> None:
-    """Refuse features that a model cannot give, before anything is built; no weight is read.
-
-    Args:
-        folder: of the model.
-        settings: the recipe's.
-
-    Raises:
-        MismatchError: if `one_pass` leaves no layer to gate, or the model has no single list of layers to watch.
-    """
-    if not settings.one_pass or settings.hidden is None:
-        return
-    _check_one_pass(settings.hidden, len(_hidden_layers(_without_weights(folder))))
-
-
-def _check_one_pass(features: str, layers: int) -> None:
-    """A router that looks at `features` must leave layers above it, of so many."""
-    highest = max(_layers(features, layers + 1), default=layers)
-    if highest >= layers:
-        raise MismatchError(
-            f"router.one_pass needs features of layers below the last, {layers}, found {features}"
-            if layers
-            else "router.one_pass needs a model whose hidden states pass through one list of layers"
-        )
-
-
-def load_config(folder: Path) -> PretrainedConfig:
-    """A model folder's config.
-
-    Raises:
-        MismatchError: if there is none, or of a type unknown to transformers.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-        return config
-    except (OSError, ValueError, KeyError) as error:
-        raise MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}") from error
-
-
-def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedModel]:
-    """The class that config.json names.
-
-    Raises:
-        MismatchError: if it names none, or one that transformers does not have.
-    """
-    names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
-        raise MismatchError(
-            f"{where}: config.json must name a transformers class in architectures, found {names or 'none'}"
-        )
-    loaded: type[PreTrainedModel] = found
-    return loaded
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, None if it has none; one without a padding token pads with its end token."""
-    if not (folder / "tokenizer_config.json").exists():
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A model folder's model in eval mode; every parameter must be found.
-
-    Args:
-        folder: with the weights.
-        like: another folder whose class is used, such as the base's for an expert; None is the folder's own.
-        dtype: of weights and computation; None keeps the stored one.
-    """
-    config = load_config(like or folder)
-    cls: Any = model_class(config, like or folder)
-    with quiet():
-        model, info = cls.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-        )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")
-    loaded: PreTrainedModel = model.eval()
-    return loaded
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Load or save without transformers' own progress bars and notes; the user's settings return afterwards."""
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A whole model of the expert's class whose backbone holds no weights: only its head answers.
-
-    Raises:
-        MismatchError: if the tensors are not those of the class's head.
-    """
-    settings = AutoConfig.for_model(**config)
-    cls = model_class(settings, "an expert")
-    with torch.device("meta"):
-        model: Any = cls(settings)
-    prefix = cls.base_model_prefix
-    names = set(model.state_dict())
-    expected = {name for name in names if not name.startswith(f"{prefix}.")}
-    if expected != set(tensors):
-        odd = sorted(expected.symmetric_difference(tensors))
-        raise MismatchError(
-            f"the head of {cls.__name__} must hold {sorted(expected)}, found {sorted(tensors)} (differs in {odd[0]!r})"
-        )
-    setattr(model, prefix, nn.Identity())
-    try:
-        model.load_state_dict(dict(tensors), assign=True)
-    except RuntimeError as error:
-        raise MismatchError(
-            f"the head of {cls.__name__} does not fit its config: {str(error).splitlines()[-1].strip()}"
-        ) from error
-    model.meta_names = names
-    head: PreTrainedModel = model.eval()
-    return head
-
-
-class _Computed(nn.Module):
-    """Stands where a head model expects its backbone, and hands over what the gated backbone has computed."""
-
-    def __init__(self, outputs: ModelOutput) -> None:
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, *_: Any, **__: Any) -> ModelOutput:
-        return self.outputs
-
-
-def _with_outputs(head: Any, outputs: ModelOutput) -> nn.Module:
-    """A shallow copy of a head model over computed outputs; the original is not touched: calls run side by side."""
-    shallow = copy.copy(head)
-    shallow._modules = {**head._modules, type(head).base_model_prefix: _Computed(outputs)}
-    model: nn.Module = shallow
-    return model
-
-
-def _take(values: Any, rows: Sequence[int], batch: int) -> Any:
-    """Rows of every tensor whose first axis is the batch; all of them are taken as they are."""
-    if len(rows) == batch:
-        return values
-    picked = {k: v[list(rows)] if isinstance(v, Tensor) and len(v) == batch else v for k, v in values.items()}
-    return type(values)(**picked) if isinstance(values, ModelOutput) else picked
-
-
-def backbone_from(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model of a folder's class with other weights, by the folder's tensor names."""
-    config = load_config(folder)
-    return _model_from(model_class(config, folder), config, state)
-
-
-def _model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    like = next(v for v in state.values() if v.is_floating_point())
-    make: Any = cls._from_config  # what from_pretrained calls: buffers keep the dtype they need
-    model = make(copy.deepcopy(config), dtype=like.dtype).to(like.device)
-    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
-    model.tie_weights()
-    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
-    lost = [name for name in missing if name not in tied]
-    odd = lost + [name for name in unexpected if state[name].is_floating_point()]  # integers are buffers of older files
-    if odd:
-        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {odd[0]!r}")
-    built: PreTrainedModel = model.eval()
-    return built
-
-
-class EnoughError(Exception):
-    """Ends a pass whose remaining layers nobody needs."""
-
-
-class Probe:
-    """Looks at hidden states as they pass, and pools those that the router wants."""
-
-    def __init__(
-        self, wanted: Sequence[int], mask: Tensor | None, done: Callable[[Tensor], None] | None = None
-    ) -> None:
-        """Wait for hidden states.
-
-        Args:
-            wanted: which; K is what enters layer K.
-            mask: (batch, seq), 1 for real tokens.
-            done: called with the features once the last one wanted was seen; None ends the pass there.
-        """
-        self.wanted = list(wanted)
-        self.mask = mask
-        self.done = done
-        self.pooled: dict[int, Tensor] = {}
-
-    def see(self, index: int, states: Tensor) -> None:
-        """Hidden states on their way into a layer."""
-        if index in self.wanted:
-            self.pooled[index] = _pool(states, self.mask)
-            if index == max(self.wanted):
-                if self.done is None:
-                    raise EnoughError
-                self.done(self.features())
-
-    def features(self) -> Tensor:
-        """(batch, feature), as `wanted` orders them."""
-        return torch.cat([self.pooled[index] for index in self.wanted], dim=1)
-
-
-def _hidden_layers(backbone: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The layers that hidden states pass through one after the other; none where the model has no single such list."""
-    count = getattr(backbone.config, "num_hidden_layers", None)
-    lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return tuple(lists[0]) if len(lists) == 1 else ()
-
-
-def _show(slot: GateSlot, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Before a layer runs: what enters it is shown to the probe of the call under way."""
-    if slot.probe is not None:
-        slot.probe.see(index, args[0] if args else kwargs["hidden_states"])
-
-
-def _layers(spec: str, count: int) -> list[int]:
-    """Which of a model's hidden states a specification names; 0 is the embeddings."""
-    if spec == "all":
-        return list(range(count))
-    if spec == "embeddings":
-        return [0]
-    return [int(part) for part in spec.partition(":")[2].strip("[]").split(",")]
-
-
-def _pool(states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the real tokens of (batch, seq, hidden), the positions of (batch, hidden, h, w), in float32."""
-    states = states.float()
-    if states.ndim == 4:
-        return states.flatten(2).mean(dim=2)
-    if mask is None:
-        return states.mean(dim=1)
-    weights = mask.to(states).unsqueeze(-1)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 
 
 def _prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
