@@ -42,7 +42,7 @@ def main() -> None:
             torch.testing.assert_close(twin.encode(gate, **INPUTS)[0], want, atol=2e-5, rtol=1e-4)
     captured = torch._dynamo.utils.counters["frames"]["ok"]
     assert captured > 0, "dynamo captured nothing"
-    print(f"{captured} frames captured")
+    sys.stdout.write(f"{captured} frames captured\n")
 
 
 if __name__ == "__main__":
