@@ -6,7 +6,9 @@ Expected: plans in seconds, as they read headers only; a merge of a real layer w
 
 Base and two experts shaped as Llama-3-70B (80 layers, hidden 8192, intermediate 28672, 8 key-value heads, bf16) are
 sparse files: all names and shapes, zeros as values, no room on the disk. A one-layer model of the same widths without
-embeddings has random values; it is merged by the program as a user calls it, and its time extrapolated by bytes.
+embeddings has random values; it is merged by the program as a user calls it, and its time extrapolated by bytes. Every
+matrix of that layer of one expert is decomposed at rank 16 by a process of its own, as `build` does it, one at a time
+on all cores' threads, and that time too is extrapolated by bytes.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 
 from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
+from twinmerge.tensors.low_rank import truncate
+from twinmerge.tensors.state_dict import task_vector
 from twinmerge.tensors.writer import CheckpointWriter
 
 SIZES = {
@@ -104,17 +108,34 @@ def merge_recipe(work: Path, prefix: str = "") -> Path:
     return path
 
 
+def decompose_layer(work: Path) -> dict[str, Any]:
+    """Decompose every matrix of one layer of one expert; entries, and the share of energy that rank 16 leaves."""
+    base, expert = Checkpoint.open(work / "layer-base"), Checkpoint.open(work / "layer-a")
+    entries, left, whole = 0, 0.0, 0.0
+    for name, spec in base.specs.items():
+        if len(spec.shape) == 2:
+            difference = task_vector(base.read(name), expert.read(name))
+            kept = truncate(difference, 16)
+            energy = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+            entries, whole = entries + spec.numel, whole + energy
+            left += energy - float(torch.linalg.vector_norm(kept.up, dtype=torch.float64)) ** 2
+    return {"entries": entries, "energy_left": left / whole}
+
+
 def run(*arguments: str) -> tuple[float, float, dict[str, Any]]:
     """Seconds, peak memory in MB and the JSON of a command of the program in its own process."""
+    return measured("-m", "twinmerge", *arguments)
+
+
+def measured(*arguments: str) -> tuple[float, float, dict[str, Any]]:
+    """The same of whatever Python is called with."""
     start = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, "-m", "twinmerge", *arguments], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True) as process:
         output = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{arguments[0]} ended with {process.returncode}")
+        raise SystemExit(f"{' '.join(arguments)} ended with {process.returncode}")
     return time.perf_counter() - start, usage.ru_maxrss / 1e3, json.loads(output)
 
 
@@ -125,7 +146,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="70b")
     parser.add_argument("--memory", default="2GB")
     parser.add_argument("--twin-memory", default="20GB", help="for the plan of the twin: its matrices are held whole")
+    parser.add_argument("--decompose", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.decompose:
+        print(json.dumps(decompose_layer(options.work)))
+        return
     size = SIZES[options.size]
     for name in ("base", "a", "b"):
         write(options.work / name, size)
@@ -154,6 +179,18 @@ def main() -> None:
     print(
         f"one layer of {part / 1e9:.2f} GB merged in {seconds:.1f} s with {megabytes:,.0f} MB; the whole model, "
         f"{whole / 1e9:.1f} GB, at the same bytes a second: {seconds * whole / part / 60:,.0f} min"
+    )
+    seconds, megabytes, layer = measured(str(Path(__file__).resolve()), "--work", str(options.work), "--decompose")
+    extrapolated = seconds * whole / (2 * layer["entries"])
+    found["decomposition of one layer"] = {
+        "s": seconds,
+        "peak_mb": megabytes,
+        **layer,
+        "extrapolated_s": extrapolated,
+    }
+    print(
+        f"one layer of one expert, {layer['entries'] / 1e6:.0f} million entries, decomposed at rank 16 in {seconds:.1f} s "
+        f"with {megabytes:,.0f} MB; the whole expert at the same rate: {extrapolated / 60:,.0f} min"
     )
     found["own_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(json.dumps(found))
