@@ -189,8 +189,8 @@ def main() -> None:
         "extrapolated_s": extrapolated,
     }
     print(
-        f"one layer of one expert, {layer['entries'] / 1e6:.0f} million entries, decomposed at rank 16 in {seconds:.1f} s "
-        f"with {megabytes:,.0f} MB; the whole expert at the same rate: {extrapolated / 60:,.0f} min"
+        f"one layer of one expert, {layer['entries'] / 1e6:.0f} million entries, decomposed at rank 16 in "
+        f"{seconds:.1f} s with {megabytes:,.0f} MB; the whole expert at the same rate: {extrapolated / 60:,.0f} min"
     )
     found["own_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(json.dumps(found))
