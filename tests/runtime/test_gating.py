@@ -251,7 +251,33 @@ def test_busy_rows_do_not_widen_the_others() -> None:
     assert step.busy_rows.rows.tolist() == [3]
     assert step.busy_rows.picked.gate.shape == (1, 1, 3 * (8 + 4))
     assert GateContext(torch.full((8, 8), 1 / 8), path="gather").step(ranks, 64, torch.float32).busy_rows is None
-    assert GateContext(gate, path="gather").step(ranks, 1, torch.float32).busy_rows is None
+    one_token = GateContext(gate, keep=True).step(ranks, 1, torch.float32)
+    assert one_token.busy_rows is None
+    assert one_token.by_expert is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rows_of_one_token_are_gathered_by_expert(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    slot, gate = GateSlot(), torch.eye(4, dtype=torch.float64)[torch.arange(6) % 3]
+    gate[2] = torch.tensor([0.5, 0.1, 0.1, 0.3], dtype=torch.float64)
+    gate[5] = torch.tensor([0.0, 0.6, -0.4, 0.0], dtype=torch.float64)
+    gate[3] = 0
+    exact = {}
+    for bias in (False, True):
+        layer, x = linear_layer([2, 1, 3, 0], slot, bias=bias), torch.randn(6, 1, IN, dtype=torch.float64)
+        for row in range(6):
+            dense = layer.materialized(gate[row])
+            exact[row] = torch.nn.functional.linear(x[row], dense["weight"], dense.get("bias", layer.shared.bias))
+        layer.to(dtype)
+        with slot.use(GateContext(gate, keep=True)):
+            for _ in range(2):  # the second time from what is kept
+                found = layer(x.to(dtype))
+        assert found.dtype == dtype
+        for row in range(6):
+            error = (found[row].double() - exact[row]).norm() / exact[row].norm()
+            assert float(error) < 4 * torch.finfo(dtype).eps
 
 
 @torch.no_grad()

@@ -6,15 +6,16 @@ two ways to use it, and the cheaper one is taken call by call:
 - `all`: every rank that some row uses, for every row, the gate multiplied in between: one product, but its width grows
   with the number of different experts in the batch;
 - `gather`: each row's own ranks, copied next to each other, then one small product a row, whatever the number of
-  experts. Its width is what most rows use; what the busier ones use beyond that is added for those rows alone.
+  experts. Its width is what most rows use; what the busier ones use beyond that is added for those rows alone. In the
+  steps of a generation, one token a row, it is the other way round: rows are gathered by expert.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, Literal
+from functools import cache, cached_property
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -90,6 +91,20 @@ class Picked:
     """Where each layer's ranks lie among them."""
 
 
+Whose = Literal["rows", "most", "busy", "experts"]
+"""Whose ranks `gather` takes: all of each row's; those of the width of all; busy rows' beyond it; each expert's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ByExpert:
+    """Rows of one token gathered by the expert they use."""
+
+    rows: Tensor
+    """(expert * slot,) indices, the slots of an expert side by side; some are padding."""
+    combine: Tensor
+    """(row, expert * slot), the gates: adds up what the experts give, 0 for padding."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Ranks that layers which read one input take for some rows."""
@@ -108,8 +123,10 @@ class Step:
 
     path: Path
     all_rows: Part
-    busy_rows: Part | None
+    busy_rows: Part | None = None
     """What the rows with the most experts use beyond the width of all."""
+    by_expert: ByExpert | None = None
+    """If rows are gathered by expert; `all_rows` then are the experts'."""
 
 
 class GateContext:
@@ -139,7 +156,7 @@ class GateContext:
         self.most, self.busy = self._split(used.sum(dim=1))
         self._picked: dict[tuple[object, ...], Picked] = {}
         self._steps: dict[tuple[tuple[Ranks, ...], int, torch.dtype], Step] = {}
-        self._kept: dict[tuple[int, Path], Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
         self._vectors: dict[int, tuple[Tensor, ...]] = {}
         self.projected: tuple[object, Tensor, tuple[Tensor, Tensor | None]] | None = None
         """The last projection, its input and what came out: layers that read one input share it."""
@@ -194,6 +211,8 @@ class GateContext:
         """The cheaper way for layers that read one input and see so many tokens a row."""
         if self.forced is not None or self.row_count == 1:
             return self.forced or "all"
+        if self._step_of_generation(tokens):
+            return "gather"
         side_by_side = sum(ranks.counts[e] for ranks in layers for e in self.experts)
         busy = 0 if self.busy is None else _BUSY * len(self.busy) / self.row_count
         own = (self.most + busy * (self.width - self.most)) * sum(max(ranks.counts) for ranks in layers)
@@ -205,48 +224,62 @@ class GateContext:
         found = self._steps.get(key)
         if found is None:
             path = self.path(layers, tokens)
-            if path == "all" or self.busy is None or tokens == 1:
-                found = Step(path, self._part(path, layers, dtype, None, slice(None)), None)
+            if path == "gather" and self._step_of_generation(tokens):
+                part = self._part(path, layers, torch.float32, "experts", None)
+                found = Step(path, part, by_expert=self._by_expert)
+            elif path == "gather" and self.busy is not None:
+                most = self._part(path, layers, dtype, "most", None)
+                found = Step(path, most, busy_rows=self._part(path, layers, dtype, "busy", self.busy))
             else:
-                most = self._part(path, layers, dtype, None, slice(self.most))
-                found = Step(path, most, self._part(path, layers, dtype, self.busy, slice(self.most, None)))
+                found = Step(path, self._part(path, layers, dtype, "rows", None))
             self._steps[key] = found
         return found
 
-    def _part(
-        self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, rows: Tensor | None, span: slice
-    ) -> Part:
-        own = tuple(self.picked(path, (ranks,), dtype, rows, span) for ranks in layers)
-        return Part(rows, self.picked(path, layers, dtype, rows, span), own)
+    def _step_of_generation(self, tokens: int) -> bool:
+        return self.keep and tokens == 1 and self.row_count > 1
 
-    def picked(
-        self,
-        path: Path,
-        layers: tuple[Ranks, ...],
-        dtype: torch.dtype,
-        rows: Tensor | None = None,
-        span: slice = slice(None),
-    ) -> Picked:
+    @cached_property
+    def _by_expert(self) -> ByExpert:
+        gate = self.gate[:, self.experts].T
+        used = gate != 0
+        slots = used.byte().argsort(dim=1, descending=True, stable=True)[:, : int(used.sum(dim=1).max())]
+        rows = slots.flatten()
+        combine = gate.new_zeros(self.row_count, len(rows))
+        combine[rows, torch.arange(len(rows), device=rows.device)] = gate.gather(1, slots).flatten()
+        return ByExpert(rows, combine)
+
+    def _part(
+        self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose, rows: Tensor | None
+    ) -> Part:
+        own = tuple(self.picked(path, (ranks,), dtype, whose) for ranks in layers)
+        return Part(rows, self.picked(path, layers, dtype, whose), own)
+
+    def picked(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose = "rows") -> Picked:
         """The ranks of layers whose factors lie one after the other.
 
         Args:
-            path: `gather` takes a row's own ranks.
+            path: of the layers.
             layers: their ranks.
             dtype: of the gate that the layers multiply with.
-            rows: (row,) indices, of `gather`; None is all.
-            span: which of a row's experts, the largest gate first, of `gather`.
+            whose: ranks are taken, if gathered.
         """
-        key = (path, layers, dtype, rows is None, span.start, span.stop)
+        key = (path, layers, dtype, whose)
         if key not in self._picked:
-            self._picked[key] = self._pick(path, layers, dtype, rows, span)
+            self._picked[key] = self._pick(path, layers, dtype, whose)
         return self._picked[key]
 
-    def _pick(
-        self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, rows: Tensor | None, span: slice
-    ) -> Picked:
-        top, weight = self._top[:, span], self._weight[:, span]
-        if rows is not None:
-            top, weight = top[rows], weight[rows]
+    def _taken(self, whose: Whose) -> tuple[Tensor, Tensor]:
+        """Experts (row, expert) of whom ranks are taken, and their gates; rows are experts for `experts`."""
+        if whose == "experts":
+            column = torch.tensor(self.experts, device=self.gate.device)[:, None]
+            return column, torch.ones_like(column, dtype=self.gate.dtype)
+        if whose == "busy":
+            return self._top[self.busy, self.most :], self._weight[self.busy, self.most :]
+        width = self.most if whose == "most" else self.width
+        return self._top[:, :width], self._weight[:, :width]
+
+    def _pick(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose) -> Picked:
+        top, weight = self._taken(whose)
         indices: list[Tensor] = []
         gates: list[Tensor] = []
         places: list[slice] = []
@@ -280,22 +313,30 @@ class GateContext:
         return all(ranks.counts[e] == max(ranks.counts) for ranks in layers for e in self.experts)
 
     def take(self, factor: Tensor, path: Path, picked: Picked, tokens: int) -> Tensor:
-        """The picked rows of a factor, (rank, size) for `all`, (row, rank, size) for `gather`.
-
-        Kept ones for single tokens may be of a wider dtype than the factor's.
-        """
-        if picked.index is None:
+        """The picked rows of a factor, (rank, size) for `all`, (row, rank, size) for `gather`."""
+        index = picked.index
+        if index is None:
             return factor
-        if isinstance(picked.index, slice):
-            return factor[picked.index]
-        if not self.keep or tokens > 1:
-            return _copied(factor, picked.index, path, len(picked.gate))
-        key = (id(factor), path)
-        if key not in self._kept:
-            copied = _copied(factor, picked.index, path, len(picked.gate))
-            wider = path == "gather" and factor.device.type == "cpu"  # many small products: 2 to 4 times as fast
-            self._kept[key] = copied.float() if wider and factor.dtype.itemsize < 4 else copied
-        return self._kept[key]
+        if isinstance(index, slice):
+            return factor[index]
+        if not self.keep or tokens > 1 or path == "gather":
+            return _copied(factor, index, path, len(picked.gate))
+        return self._once(factor, lambda: factor.index_select(0, index))
+
+    def of_experts(self, factor: Tensor, picked: Picked) -> Tensor:
+        """A factor by expert, (expert, rank, size), kept; on a CPU in float32, in which small products are faster."""
+        index = cast(Tensor, picked.index)
+
+        def copied() -> Tensor:
+            found = _copied(factor, index, "gather", len(self.experts))
+            return found.float() if found.device.type == "cpu" and found.dtype.itemsize < 4 else found
+
+        return self._once(factor, copied)
+
+    def _once(self, factor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        if id(factor) not in self._kept:
+            self._kept[id(factor)] = make()
+        return self._kept[id(factor)]
 
     def vector(self, bank: "VectorBank", index: int) -> Tensor:
         """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import ArtifactError
-from twinmerge.runtime.gating import GateContext, GateSlot, Merged, Part, Path, Ranks, Step, VectorBank
+from twinmerge.runtime.gating import (
+    ByExpert,
+    GateContext,
+    GateSlot,
+    Merged,
+    Part,
+    Path,
+    Picked,
+    Ranks,
+    Step,
+    VectorBank,
+)
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.exclusive import Exclusive
@@ -41,8 +52,7 @@ class Projection(nn.Module):
     def project(self, x: Tensor, rows: Tensor, step: Step, context: GateContext) -> tuple[Tensor, Tensor | None]:
         """Give (row, token, rank), times the gate, of all rows and of the busy ones; once for all layers that read `x`.
 
-        The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round. A
-        single token comes first itself: up to nine times as fast.
+        The ranks, few, come first in the product and tokens second: up to twice as fast as the other way round.
 
         Args:
             x: the layers' input.
@@ -53,23 +63,32 @@ class Projection(nn.Module):
         last = context.projected
         if last is not None and last[0] is self and last[1] is x:
             return last[2]
-        hidden = self._hidden(rows, step.path, step.all_rows, context)
-        busy = step.busy_rows
-        more = None if busy is None else self._hidden(rows[busy.rows], step.path, busy, context)
+        more = None
+        if step.by_expert is not None:
+            hidden = self._by_expert(rows, step.by_expert, step.all_rows.picked, context)
+        else:
+            hidden = self._hidden(rows, step.path, step.all_rows.picked, context)
+        if step.busy_rows is not None:
+            more = self._hidden(rows[step.busy_rows.rows], step.path, step.busy_rows.picked, context)
         context.projected = (self, x, (hidden, more))
         return hidden, more
 
-    def _hidden(self, rows: Tensor, path: Path, part: Part, context: GateContext) -> Tensor:
-        picked = part.picked
+    def _hidden(self, rows: Tensor, path: Path, picked: Picked, context: GateContext) -> Tensor:
         down = context.take(self.down, path, picked, rows.shape[1])
         if path == "gather":
-            single = rows.shape[1] == 1
-            hidden = torch.bmm(rows.to(down.dtype), down.mT) if single else torch.bmm(down, rows.mT).mT
+            hidden = torch.bmm(down, rows.mT).mT
         else:
             hidden = torch.mm(down, rows.flatten(0, 1).T).T.view(*rows.shape[:2], -1)
         if not picked.ones:
             hidden *= picked.gate
         return hidden
+
+    def _by_expert(self, rows: Tensor, gathered: ByExpert, picked: Picked, context: GateContext) -> Tensor:
+        """(expert, slot, rank), without the gate; the row comes first: up to nine times as fast."""
+        down = context.of_experts(self.down, picked)
+        slots = rows[:, 0].index_select(0, gathered.rows).to(down.dtype)
+        hidden = torch.bmm(slots.view(len(down), -1, slots.shape[1]), down.mT)
+        return hidden if picked.ones else hidden * picked.gate.to(hidden.dtype)
 
 
 class GatedLayer(nn.Module):
@@ -260,16 +279,18 @@ class GatedLinear(GatedLayer):
         tokens = rows.shape[1]
         step = context.step(projection.layers, tokens, x.dtype)
         hidden, more = projection.project(x, rows, step, context)
+        if step.by_expert is not None:
+            return self._combined(hidden, step.all_rows, step.by_expert, bias, context).to(x.dtype)
         hidden, up = self._own(hidden, step.path, step.all_rows, tokens, context)
         if step.path == "gather":
             if bias is None:
                 added = torch.bmm(hidden, up)
             else:
-                added = torch.baddbmm(bias.to(hidden.dtype).expand(len(hidden), 1, -1), hidden, up)
+                added = torch.baddbmm(bias.expand(len(hidden), 1, -1), hidden, up)
             if more is not None and step.busy_rows is not None and step.busy_rows.rows is not None:
                 own, more_up = self._own(more, step.path, step.busy_rows, tokens, context)
                 added.index_add_(0, step.busy_rows.rows, torch.bmm(own, more_up))
-            return added.flatten(0, 1).to(x.dtype)
+            return added.flatten(0, 1)
         hidden = hidden.flatten(0, 1)
         if bias is None:
             return hidden @ up
@@ -279,9 +300,21 @@ class GatedLinear(GatedLayer):
 
     def _own(self, hidden: Tensor, path: Path, part: Part, tokens: int, context: GateContext) -> tuple[Tensor, Tensor]:
         """This layer's ranks of a projection, and its `up` factor for them."""
-        if len(self.projection.layers) > 1:
-            hidden = hidden[..., part.picked.places[self.position]]
-        return hidden, context.take(self.up, path, part.own[self.position], tokens)
+        return self._ranks_of(hidden, part), context.take(self.up, path, part.own[self.position], tokens)
+
+    def _ranks_of(self, hidden: Tensor, part: Part) -> Tensor:
+        return hidden[..., part.picked.places[self.position]] if len(self.projection.layers) > 1 else hidden
+
+    def _combined(
+        self, hidden: Tensor, part: Part, gathered: ByExpert, bias: Tensor | None, context: GateContext
+    ) -> Tensor:
+        """(row, out): what the experts give to their slots, added up by the gates."""
+        up = context.of_experts(self.up, part.own[self.position])
+        given = torch.bmm(self._ranks_of(hidden, part), up).flatten(0, 1)
+        combine = gathered.combine.to(given.dtype)
+        if bias is None:
+            return combine @ given
+        return torch.addmm(bias.flatten(0, -2).to(given.dtype), combine, given)
 
     def _add_sparse_parts(self, y: Tensor, x: Tensor, context: GateContext) -> None:
         for index, matrix in self.used_sparse(context):
@@ -438,7 +471,7 @@ class GatedEmbedding(GatedLayer):
             tokens = ids_of_row.shape[1]
             path = context.path(layers, tokens)
             picked = context.picked(path, layers, y.dtype)
-            down = context.take(self.projection.down, path, picked, tokens).to(y.dtype)
+            down = context.take(self.projection.down, path, picked, tokens)
             if picked.index is None or isinstance(picked.index, slice):
                 hidden = F.embedding(ids_of_row, self.table)
                 hidden = hidden if picked.index is None else hidden[..., picked.index]
