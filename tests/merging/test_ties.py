@@ -51,27 +51,6 @@ def test_threshold_is_found_among_values_that_share_their_upper_bits(density: fl
     assert model_thresholds(stream_of({"a": {"w": vector}}), density) == {"a": expected}
 
 
-@pytest.mark.parametrize(
-    ("kind", "entries", "passes"),
-    [("alike", 300_000, 2), ("many equal", 300_000, 2), ("larger first", 300_000, 4), ("alike", 3000, 3)],
-)
-def test_threshold_is_exact_whatever_the_entries_looked_at_first_say(kind: str, entries: int, passes: int) -> None:
-    vector = torch.randn(entries, generator=torch.Generator().manual_seed(0))
-    if kind == "larger first":
-        vector[::17] *= 1.3
-    if kind == "many equal":
-        vector = (8 * vector).round()
-    calls, stream = [], stream_of({"a": {"w": vector[: entries // 2], "v": vector[entries // 2 :]}})
-
-    def counted() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        calls.append(1)
-        return stream()
-
-    expected = vector.abs().sort(descending=True).values[entries // 5 - 1].item()
-    assert model_thresholds(counted, 0.2) == {"a": expected}
-    assert len(calls) == passes
-
-
 def test_each_expert_has_its_own_threshold_and_may_lack_tensors() -> None:
     def stream() -> Iterator[tuple[str, Mapping[str, Tensor]]]:
         yield "v", {"a": torch.tensor([1.0, 2.0])}

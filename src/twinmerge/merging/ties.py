@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Float32, Int64
@@ -16,8 +14,6 @@ Stream = Callable[[], Iterator[tuple[str, Mapping[str, Tensor]]]]
 """Goes through the model from its start: name of a tensor, its task vectors by expert."""
 
 _LOW_BITS = 16
-_EVERY = 17  # entries to one that is looked at first; no power of two, as the sides of matrices are
-_MOST_BINS = 32  # counted one by one, 2^16 counts each
 _CHUNK = 1 << 18  # entries elected at a time: what they need stays in cache
 
 
@@ -85,82 +81,35 @@ def tensor_thresholds(task_vectors: Mapping[str, Float32[Tensor, "*shape"]], den
 def model_thresholds(stream: Stream, density: float) -> Mapping[str, float]:
     """The `kept_count`-th largest magnitude of each expert's whole task vector.
 
-    Exact, in two passes and without sorting: magnitudes of float32 are ordered as their bit patterns, so a histogram of
-    the upper 16 bits of some entries says in which few bins the threshold lies; the second pass counts what lies above
-    them and makes a histogram of all 32 bits inside. If those bins are too many, or the wrong ones, all entries are
-    counted in the first pass too, which is then done again. Entries equal to the threshold are all kept.
+    Exact, in two passes and without sorting: magnitudes of float32 are ordered as their bit patterns,
+    so a histogram of the upper 16 bits finds the bin of the threshold, and one of the lower 16 bits
+    inside that bin finds the threshold. Entries equal to it are all kept.
 
     Args:
-        stream: gives the task vectors in float32, tensor by tensor; called two to four times.
+        stream: gives the task vectors in float32, tensor by tensor; called twice.
         density: fraction of the whole task vector kept, in (0, 1].
 
     Raises:
         RecipeError: if `density` is outside (0, 1].
     """
-    thresholds = _thresholds(stream, density, _EVERY)
-    return thresholds if thresholds is not None else _thresholds(stream, density, 1) or {}
-
-
-@dataclass
-class _Search:
-    """Where one expert's threshold is looked for."""
-
-    numel: int = 0
-    upper: Tensor = field(default_factory=lambda: torch.zeros(1 << 15, dtype=torch.int64))
-    """Some entries by the upper 16 bits of their magnitude."""
-    lowest: int = 0
-    """The first bit pattern that is counted one by one."""
-    above: int = 0
-    """Entries beyond all that are counted one by one."""
-    counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-
-    def add_some(self, vector: Tensor, every: int) -> None:
-        self.numel += vector.numel()
-        self.upper += torch.bincount(_magnitude_bits(vector.flatten()[::every]) >> _LOW_BITS, minlength=1 << 15)
-
-    def narrow(self, density: float, every: int) -> bool:
-        """Choose the bins that are counted; False if some entries are too few to say."""
-        seen = int(self.upper.sum())
-        wanted = kept_count(self.numel, density) * seen / self.numel
-        spread = 0.0 if every == 1 else 6 * math.sqrt(wanted) + 8
-        first = _find(self.upper, min(math.ceil(wanted + spread), seen))[0]
-        last = _find(self.upper, max(math.ceil(wanted - spread), 1))[0]
-        self.lowest = first << _LOW_BITS
-        self.counts = torch.zeros(
-            (last - first + 1 if last - first < _MOST_BINS else 0) << _LOW_BITS, dtype=torch.int64
-        )
-        return len(self.counts) > 0 and (every == 1 or seen > wanted + spread)
-
-    def add_all(self, vector: Tensor) -> None:
-        place = _magnitude_bits(vector) - self.lowest
-        inside = place[(place >= 0) & (place < len(self.counts))].long()
-        self.above += int((place >= len(self.counts)).sum())
-        self.counts.index_add_(0, inside, torch.ones_like(inside))
-
-    def threshold(self, density: float) -> float | None:
-        """The threshold; None if it is not among the bins."""
-        missing = kept_count(self.numel, density) - self.above
-        if not 0 < missing <= int(self.counts.sum()):
-            return None
-        bits = torch.tensor(self.lowest + _find(self.counts, missing)[0], dtype=torch.int32)
-        return bits.view(torch.float32).item()
-
-
-def _thresholds(stream: Stream, density: float, every: int) -> dict[str, float] | None:
-    """The thresholds, found by every so manieth entry; None if those did not suffice."""
-    searches: dict[str, _Search] = {}
+    upper: dict[str, Int64[Tensor, " bins"]] = {}
     for _, task_vectors in stream():
         for expert, vector in task_vectors.items():
-            searches.setdefault(expert, _Search()).add_some(vector, every)
-    if not all(search.narrow(density, every) for search in searches.values()):
-        return None
+            histogram = torch.bincount(_magnitude_bits(vector) >> _LOW_BITS, minlength=1 << 15)
+            upper[expert] = upper.get(expert, 0) + histogram
+    bins = {expert: _find(histogram, kept_count(int(histogram.sum()), density)) for expert, histogram in upper.items()}
+
+    lower = {expert: torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for expert in bins}
     for _, task_vectors in stream():
         for expert, vector in task_vectors.items():
-            searches[expert].add_all(vector)
-    found = {expert: search.threshold(density) for expert, search in searches.items()}
-    return (
-        {expert: value for expert, value in found.items() if value is not None} if None not in found.values() else None
-    )
+            bits = _magnitude_bits(vector)
+            inside = bits[bits >> _LOW_BITS == bins[expert][0]] & ((1 << _LOW_BITS) - 1)
+            lower[expert] += torch.bincount(inside, minlength=1 << _LOW_BITS)
+    thresholds = {}
+    for expert, (bin_, missing) in bins.items():
+        bits = torch.tensor(bin_ << _LOW_BITS | _find(lower[expert], missing)[0], dtype=torch.int32)
+        thresholds[expert] = bits.view(torch.float32).item()
+    return thresholds
 
 
 def _magnitude_bits(vector: Float32[Tensor, "..."]) -> Tensor:
