@@ -19,7 +19,7 @@ from twinmerge.eval.results import (
     TaskPredictions,
 )
 from twinmerge.eval.scores import normalized_interval, score_tasks
-from twinmerge.eval.seed import SeedRun, encode
+from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec
 from twinmerge.eval.tasks import Task
 from twinmerge.merging.methods import SharedParams
@@ -205,7 +205,7 @@ class _Contestant:
         pooled = torch.zeros(len(rows), model.backbone.config.hidden_size)
         for chosen, inputs in tokenized_batches(model, rows):
             with self.at.autocast():
-                states = encode(model, None if gate is None else gate[chosen], inputs)[0]
+                states = model.encode_as_routed(None if gate is None else gate[chosen], **inputs)[0]
             mask = inputs["attention_mask"].unsqueeze(-1)
             pooled[chosen] = (states * mask).sum(dim=1) / mask.sum(dim=1)
         regression = LogisticRegression(C=10.0, max_iter=1000)

@@ -146,18 +146,13 @@ class SeedRun:
         done = 0
         for chosen, inputs in tokenized_batches(model, rows):
             with self.autocast():
-                outputs = encode(model, None if gates is None else gates[chosen], inputs)
+                outputs = model.encode_as_routed(None if gates is None else gates[chosen], **inputs)
                 answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)
             for index, logits in zip(chosen, answered, strict=True):
                 labels[index] = self.heads[heads[index]].config.id2label[int(logits.argmax())]
             done += len(chosen)
             self.progress(stage, done, len(rows))
         return labels
-
-
-def encode(model: TwinModel, gates: Tensor | None, inputs: dict[str, Any]) -> Any:
-    """The backbone's output: of a static merge, or under the router's gates as the twin computes them."""
-    return model.encode(None, **inputs) if gates is None else model.encode_as_routed(gates, **inputs)
 
 
 def slice_features(features: Tensor, spec: str, size: int) -> Tensor:

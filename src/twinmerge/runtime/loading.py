@@ -81,6 +81,7 @@ def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | N
 @contextmanager
 def quiet() -> Iterator[None]:
     """Load or save without transformers' own progress bars and notes; the user's settings return afterwards."""
+    # transformers' own functions for this have no types
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -226,9 +226,9 @@ class TwinModel(nn.Module):
         return outputs
 
     @torch.inference_mode()
-    def encode_as_routed(self, gate: Tensor, **inputs: Any) -> ModelOutput:
-        """The backbone's output under gates of this twin's router; with `one_pass` only the layers above are gated."""
-        if self.router is not None and self.router.settings.one_pass:
+    def encode_as_routed(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
+        """As `encode`, but of a router with `one_pass`, whose gate this is, only the layers above are gated."""
+        if gate is not None and self.router is not None and self.router.settings.one_pass:
             return self._one_pass(inputs, lambda _: gate)
         return self.encode(gate, **inputs)
 
