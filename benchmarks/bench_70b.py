@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.files.writer import CheckpointWriter
+from twinmerge.tensors.difference import task_vector
 from twinmerge.tensors.low_rank import truncate
-from twinmerge.tensors.state_dict import task_vector
-from twinmerge.tensors.writer import CheckpointWriter
 
 SIZES = {
     "70b": {"layers": 80, "hidden": 8192, "intermediate": 28672, "heads": 64, "vocabulary": 128256},

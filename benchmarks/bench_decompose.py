@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from twinmerge.tensors.checkpoint import Checkpoint, save_tensors
+from twinmerge.files.checkpoint import Checkpoint, save_tensors
+from twinmerge.merging.executor import make_executor
+from twinmerge.tensors.difference import task_vector
 from twinmerge.tensors.low_rank import LowRank, truncate
-from twinmerge.tensors.state_dict import task_vector
-from twinmerge.twin.executor import make_executor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

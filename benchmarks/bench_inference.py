@@ -33,18 +33,18 @@ from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from twinmerge.files.rows import read_rows
+from twinmerge.hf.inputs import ids_of
+from twinmerge.hf.kinds import layer_kind
+from twinmerge.hf.loading import load_backbone, load_tokenizer
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import router_features
+from twinmerge.routing.router import Router, Routing, fit_router, group_gates
 from twinmerge.runtime import compose
-from twinmerge.runtime.build import router_features
 from twinmerge.runtime.compose import theta
-from twinmerge.runtime.exchange import layer_kind
-from twinmerge.runtime.gating import keep_large
-from twinmerge.runtime.loading import load_backbone, load_tokenizer
-from twinmerge.runtime.model import TwinModel
-from twinmerge.runtime.rows import read_rows
-from twinmerge.runtime.tokens import ids_of
+from twinmerge.runtime.gate import keep_large
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.recipe import RouterSettings
-from twinmerge.twin.router import Router, Routing, fit_router, group_gates
 
 SEED, RANK, EXPERTS, DROP = 0, 8, 8, 0.02
 FLOAT32, BFLOAT16 = 1e-4, 0.05

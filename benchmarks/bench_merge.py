@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.tensors.sparse import drop_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

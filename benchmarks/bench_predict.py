@@ -35,12 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from transformers import BertForSequenceClassification
 
 from tests import tiny
-from twinmerge.runtime.batches import DEFAULTS, BatchLimits, batches
-from twinmerge.runtime.build import build
-from twinmerge.runtime.model import TwinModel
-from twinmerge.runtime.predict import WINDOW_ROWS, predict
-from twinmerge.runtime.rows import Row, read_rows
-from twinmerge.runtime.tokens import encode
+from twinmerge.files.rows import Row, read_rows
+from twinmerge.hf.batches import DEFAULTS, BatchLimits, batches
+from twinmerge.hf.inputs import encode
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import build
+from twinmerge.jobs.predict import WINDOW_ROWS, predict
 
 SEED, FIXED = 0, 32
 LIMITS = (BatchLimits(32, 2048), BatchLimits(64, 2048), DEFAULTS.limits, BatchLimits(64, 8192), BatchLimits(128, 8192))
@@ -124,7 +124,7 @@ def computed(parts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
 
 def answers(model: TwinModel, rows: Sequence[Row], split: Split) -> Answers:
     """`predict` with its windows split into batches in another way."""
-    with patch("twinmerge.runtime.predict.batches", lambda lengths, _: split(lengths)):
+    with patch("twinmerge.jobs.predict.batches", lambda lengths, _: split(lengths)):
         return list(predict(model, rows))
 
 

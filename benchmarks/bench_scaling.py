@@ -23,11 +23,12 @@ from rich.table import Table
 from twinmerge.eval.metrics import normalized_score, score
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
+from twinmerge.files.progress import silent
+from twinmerge.hf.loading import load_backbone
 from twinmerge.merging.methods import AverageParams, SharedParams, TaskArithmeticParams
-from twinmerge.runtime.loading import load_backbone
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.recipe import ExclusiveSettings
-from twinmerge.twin.weights import silent, write_weights
 
 SHARED: dict[str, SharedParams] = {
     "1/T": AverageParams(method="average"),

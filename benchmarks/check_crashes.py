@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from twinmerge.cli import main as program
-from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
+from twinmerge.files.checkpoint import Checkpoint, save_tensors, sha256_of
+from twinmerge.files.writer import copy_side_files
 from twinmerge.twin.artifact import TwinArtifact
-from twinmerge.twin.weights import copy_side_files
 
 EXPERTS = ("a", "b", "c")
 MANIFESTS = {"build": "twin.json", "merge": "merge.json"}
@@ -46,7 +46,7 @@ def main() -> None:
     options.work.mkdir(parents=True)
     base = options.base.expanduser().resolve() if options.base else random_bert(options.work / "base")
     recipes = write_inputs(options.work, base)
-    for module in ("peft", "sklearn.linear_model", "transformers", "twinmerge.runtime.build", "twinmerge.twin.merge"):
+    for module in ("peft", "sklearn.linear_model", "transformers", "twinmerge.jobs.build", "twinmerge.merging.engine"):
         import_module(module)
     results = {}
     for name, command, overwrite in (("build", "build", False), ("merge", "merge", False), ("over", "merge", True)):

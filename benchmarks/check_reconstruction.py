@@ -17,11 +17,12 @@ from transformers import AutoModelForSequenceClassification
 
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
-from twinmerge.runtime.loading import load_backbone
-from twinmerge.runtime.tokens import tokenize
+from twinmerge.files.progress import silent
+from twinmerge.hf.inputs import tokenize
+from twinmerge.hf.loading import load_backbone
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.recipe import ExclusiveSettings
-from twinmerge.twin.weights import silent, write_weights
 
 
 def main() -> None:

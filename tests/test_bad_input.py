@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.runtime.test_build import (
+from tests.jobs.test_build import (
     BAD,
     LAYER,
     nan_in,

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from twinmerge.cli import FORMS, main
-from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.files.checkpoint import Checkpoint
 
 RECIPE = """
 base: base
@@ -115,7 +115,7 @@ def test_predict_shows_rows_a_second_and_time_on_a_terminal(
 def test_predict_goes_on_after_a_bad_row(
     twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twinmerge.runtime.predict.WINDOW_ROWS", 2)
+    monkeypatch.setattr("twinmerge.jobs.predict.WINDOW_ROWS", 2)
     (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 3 + "w7\n")
     predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--output", str(tmp_path / "y.jsonl")]
     assert main(predict) == 2
@@ -134,7 +134,7 @@ def test_interrupted_prediction_says_what_is_kept(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt("interrupted; the answers of 9 rows are kept: go on with --resume")
 
-    monkeypatch.setattr("twinmerge.runtime.predict.predict_file", interrupt)
+    monkeypatch.setattr("twinmerge.jobs.predict.predict_file", interrupt)
     assert main(["predict", str(twin), "--input", "x", "--output", str(tmp_path / "y.jsonl")]) == 130
     assert capsys.readouterr().err == (
         "twinmerge: error: interrupted; the answers of 9 rows are kept: go on with --resume\n"
@@ -168,7 +168,7 @@ def test_export_says_what_was_written(twin: Path, tmp_path: Path, capsys: pytest
 
 
 def test_forms_of_export_are_those_of_the_library() -> None:
-    from twinmerge.runtime.export import Form
+    from twinmerge.jobs.export import Form
 
     assert get_args(Form) == FORMS
 
@@ -301,7 +301,7 @@ def test_interruption_leaves_nothing(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("twinmerge.runtime.build.write_weights", interrupt)
+    monkeypatch.setattr("twinmerge.jobs.build.write_weights", interrupt)
     root = twin.parent
     before = sorted(path.name for path in root.iterdir())
     assert main(["build", str(root / "recipe.yaml"), "--out", str(root / "new")]) == 130

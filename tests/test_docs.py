@@ -21,7 +21,7 @@ from scripts import generate_cli_docs
 from twinmerge.cli import build_parser
 from twinmerge.eval.suite import ContestantSpec, Suite, TaskSpec, UnseenSpec
 from twinmerge.merging.methods import METHODS
-from twinmerge.twin.merge_recipe import MergeRecipe
+from twinmerge.merging.recipe import MergeRecipe
 from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe
 
 ROOT = Path(__file__).resolve().parent.parent

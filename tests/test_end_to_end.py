@@ -17,7 +17,7 @@ import twinmerge as tm
 from suites.text import data, prepare, train
 from suites.text.archives import fetch
 from twinmerge.cli import main
-from twinmerge.runtime.rows import read_rows
+from twinmerge.files.rows import read_rows
 
 TASKS = ("sms", "trec")
 TRAINED_ROWS, ROUTER_ROWS, TEST_ROWS = 192, 120, 80

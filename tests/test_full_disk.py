@@ -11,9 +11,9 @@ import pytest
 from tests import tiny
 from tests.tiny import EXPERTS, Family
 from twinmerge.cli import main
-from twinmerge.runtime.build import open_plan
+from twinmerge.jobs.build import open_plan
 from twinmerge.twin.artifact import TwinArtifact
-from twinmerge.twin.needs import Needs
+from twinmerge.twin.budget import Needs
 from twinmerge.twin.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ import yaml
 from tests import tiny
 from tests.tiny import EXPERTS, rewrite
 from twinmerge.cli import main
-from twinmerge.tensors.checkpoint import Checkpoint
+from twinmerge.files.checkpoint import Checkpoint
 
 Spoil = Callable[[Path], Any]
 MERGE, BUILD, KIT = "merge", "build", "kit"

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from twinmerge.runtime.exchange import parameter_kinds
-from twinmerge.runtime.loading import by_class
+from twinmerge.hf.kinds import parameter_kinds
+from twinmerge.hf.loading import by_class
 from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe
 

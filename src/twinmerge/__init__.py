@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twinmerge.errors import InputError, TwinMergeError
-    from twinmerge.runtime.build import build
-    from twinmerge.runtime.export import export
-    from twinmerge.runtime.grow import add, remove, replace
-    from twinmerge.runtime.model import TwinModel, TwinOutput
-    from twinmerge.runtime.predict import predict
+    from twinmerge.hf.model import TwinModel, TwinOutput
+    from twinmerge.jobs.build import build
+    from twinmerge.jobs.export import export
+    from twinmerge.jobs.grow import add, remove, replace
+    from twinmerge.jobs.predict import predict
     from twinmerge.twin.artifact import TwinArtifact
     from twinmerge.twin.recipe import Recipe
 
@@ -20,14 +20,14 @@ _HOMES = {
     "Recipe": "twinmerge.twin.recipe",
     "TwinArtifact": "twinmerge.twin.artifact",
     "TwinMergeError": "twinmerge.errors",
-    "TwinModel": "twinmerge.runtime.model",
-    "TwinOutput": "twinmerge.runtime.model",
-    "add": "twinmerge.runtime.grow",
-    "build": "twinmerge.runtime.build",
-    "export": "twinmerge.runtime.export",
-    "predict": "twinmerge.runtime.predict",
-    "remove": "twinmerge.runtime.grow",
-    "replace": "twinmerge.runtime.grow",
+    "TwinModel": "twinmerge.hf.model",
+    "TwinOutput": "twinmerge.hf.model",
+    "add": "twinmerge.jobs.grow",
+    "build": "twinmerge.jobs.build",
+    "export": "twinmerge.jobs.export",
+    "predict": "twinmerge.jobs.predict",
+    "remove": "twinmerge.jobs.grow",
+    "replace": "twinmerge.jobs.grow",
 }
 
 __all__ = [

@@ -13,7 +13,7 @@ from typing import Any
 
 from twinmerge import __version__
 from twinmerge.errors import TwinMergeError
-from twinmerge.runtime.batches import BatchLimits, PredictSettings
+from twinmerge.hf.batches import BatchLimits, PredictSettings
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 FORMS = ("dense", "peft", "stacked-lora")
@@ -221,7 +221,7 @@ def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.Arg
 
 
 def _build(options: argparse.Namespace) -> None:
-    from twinmerge.runtime.build import build
+    from twinmerge.jobs.build import build
 
     with _progress() as progress:
         artifact = build(
@@ -239,8 +239,8 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from twinmerge.twin.merge import merge_models
-    from twinmerge.twin.merge_recipe import load_merge
+    from twinmerge.merging.engine import merge_models
+    from twinmerge.merging.recipe import load_merge
 
     with _progress() as progress:
         manifest = merge_models(
@@ -261,13 +261,13 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from twinmerge.twin.estimate import describe, describe_twin
-    from twinmerge.twin.merge import plan_merge
-    from twinmerge.twin.merge_recipe import is_twin, load_merge
+    from twinmerge.jobs.plan import describe, describe_twin
+    from twinmerge.merging.engine import plan_merge
+    from twinmerge.merging.recipe import is_twin, load_merge
 
     executor, folder = _executor(options), options.recipe.resolve().parent
     if is_twin(options.recipe):
-        from twinmerge.runtime.build import open_plan
+        from twinmerge.jobs.build import open_plan
         from twinmerge.twin.recipe import Recipe
 
         plan = open_plan(Recipe.load(options.recipe), _allowed(options))
@@ -284,7 +284,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _grow(options: argparse.Namespace) -> None:
-    from twinmerge.runtime import grow
+    from twinmerge.jobs import grow
 
     with _progress() as progress:
         common: dict[str, Any] = {
@@ -303,7 +303,7 @@ def _grow(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from twinmerge.runtime.export import export
+    from twinmerge.jobs.export import export
 
     with _progress() as progress:
         note = export(
@@ -334,8 +334,8 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from twinmerge.runtime.predict import predict_file
-    from twinmerge.runtime.rows import STANDARD
+    from twinmerge.files.rows import STANDARD
+    from twinmerge.jobs.predict import predict_file
 
     settings = PredictSettings(
         options.expert, BatchLimits(options.batch_size, options.batch_tokens), options.max_new_tokens
@@ -469,13 +469,13 @@ def _complain(message: str) -> None:
 
 
 def _allowed(options: argparse.Namespace) -> Any:
-    from twinmerge.twin.preflight import Allow
+    from twinmerge.models.compatible import Allow
 
     return Allow(options.allow_unrelated, options.allow_config_differences, options.allow_vocabulary_differences)
 
 
 def _executor(options: argparse.Namespace) -> Any:
-    from twinmerge.twin.executor import make_executor
+    from twinmerge.merging.executor import make_executor
 
     return make_executor(options.executor, options.workers, options.ray_address)
 

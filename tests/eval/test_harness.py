@@ -12,7 +12,7 @@ from twinmerge.errors import DataError, RecipeError
 from twinmerge.eval.harness import run_suite
 from twinmerge.eval.seed import SeedRun, slice_features
 from twinmerge.eval.suite import Suite
-from twinmerge.twin.weights import silent
+from twinmerge.files.progress import silent
 
 SUITE = """
 name: tiny

@@ -10,7 +10,7 @@ from tests import reference
 from twinmerge.runtime.compose import dense, theta
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import keep_largest
-from twinmerge.twin.exclusive import Exclusive
+from twinmerge.twin.ranks import Exclusive
 
 SHAPES = {"weight": (5, 4), "conv": (3, 2, 2, 2), "bias": (5,)}
 

@@ -6,12 +6,12 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from twinmerge.errors import MismatchError
+from twinmerge.hf.model import Mode, TwinModel
+from twinmerge.routing.router import fit_router
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.merged import MergeCache
-from twinmerge.runtime.model import Mode, TwinModel
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.recipe import RouterSettings
-from twinmerge.twin.router import fit_router
 
 EXPERTS = 3
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers of sums in another order

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.reference import gated_embedding, gated_layer_norm, gated_linear
 from twinmerge.errors import GateError
-from twinmerge.runtime.gating import GateContext, GateSlot, Path, Ranks, keep_large
+from twinmerge.runtime.gate import GateContext, GateSlot, Path, Ranks, keep_large
 from twinmerge.runtime.layers import (
     GatedConv,
     GatedConv1D,

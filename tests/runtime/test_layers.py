@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import reference
 from twinmerge.errors import ArtifactError, GateError
+from twinmerge.hf.kinds import layer_kind
 from twinmerge.runtime.compose import theta
-from twinmerge.runtime.exchange import layer_kind
-from twinmerge.runtime.gating import GateContext, GateSlot, Path
+from twinmerge.runtime.gate import GateContext, GateSlot, Path
 from twinmerge.runtime.layers import LAYERS, GatedLayer
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import keep_largest
-from twinmerge.twin.exclusive import Exclusive
+from twinmerge.twin.ranks import Exclusive
 
 EXPERTS = 3
 DOUBLE = torch.float64

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
-from twinmerge.tensors.checkpoint import save_tensors, sha256_of
+from twinmerge.files.checkpoint import save_tensors, sha256_of
+from twinmerge.routing.router import HEADS, Router
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.artifact import TwinArtifact, total_norms, write_exclusive, write_manifest
-from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import Kind
+from twinmerge.twin.ranks import Exclusive
 from twinmerge.twin.recipe import RouterSettings
-from twinmerge.twin.router import HEADS, Router
 
 KINDS: dict[str, Kind] = {
     "layer.query.weight": "linear",
@@ -139,7 +139,7 @@ def test_names_and_kinds_are_those_of_the_manifest(twin: Path) -> None:
     artifact = TwinArtifact.open(str(twin))
     assert artifact.expert_names == ("ag", "sms")
     assert artifact.kinds == KINDS
-    assert artifact.router().expert_names == ("ag", "sms")
+    assert Router.load(artifact.path / "router").expert_names == ("ag", "sms")
     assert torch.equal(artifact.shared.read("layer.values"), torch.zeros(2))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tiny import EXPERTS, GATE_ORDER, Family, kinds_of, rewrite
 from twinmerge.errors import DataError, InputError, MismatchError, RecipeError
-from twinmerge.runtime.exchange import parameter_kinds
+from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.twin.plan import make_plan
 
 Get = Callable[[str], Family]

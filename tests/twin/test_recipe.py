@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from twinmerge.errors import InputError, RecipeError
+from twinmerge.files.schema import load_yaml
 from twinmerge.merging.methods import TaskArithmeticParams, TiesParams
 from twinmerge.twin.recipe import DEFAULT_BUDGET, ExclusiveSettings, ExpertSource, Recipe, RouterSettings
-from twinmerge.twin.schema import load_yaml
 
 GOOD = """base: base
 experts:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from twinmerge.eval.metrics import expected_calibration_error, reliability
 from twinmerge.eval.results import RouterResult
+from twinmerge.files.progress import Progress
+from twinmerge.routing.router import Router, Routing
 from twinmerge.twin.recipe import RouterSettings
-from twinmerge.twin.router import Router, Routing
-from twinmerge.twin.weights import Progress
 
 INPUTS_PER_EXPERT = (1000, 100, 10)
 

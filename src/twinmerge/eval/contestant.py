@@ -22,15 +22,15 @@ from twinmerge.eval.scores import normalized_interval, score_tasks
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec
 from twinmerge.eval.tasks import Task
+from twinmerge.files.rows import Row
+from twinmerge.hf.inputs import tokenize, tokenized_batches
+from twinmerge.hf.loading import backbone_from, load_backbone
+from twinmerge.hf.model import TwinModel
 from twinmerge.merging.methods import SharedParams
-from twinmerge.runtime.loading import backbone_from, load_backbone
-from twinmerge.runtime.model import TwinModel
-from twinmerge.runtime.rows import Row
-from twinmerge.runtime.tokens import tokenize, tokenized_batches
+from twinmerge.routing.router import Router, Routing, group_gates
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.recipe import ExclusiveSettings
-from twinmerge.twin.router import Router, Routing, group_gates
-from twinmerge.twin.weights import write_weights
 
 _TIMED_ROWS, _TIMED_BATCH = 256, 32
 

@@ -29,9 +29,9 @@ from twinmerge.eval.results import (
 from twinmerge.eval.scores import compare, summarize
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
+from twinmerge.files.progress import Progress, silent
+from twinmerge.routing.router import Router, Routing
 from twinmerge.twin.recipe import RouterSettings
-from twinmerge.twin.router import Router, Routing
-from twinmerge.twin.weights import Progress, silent
 
 
 def run_suite(

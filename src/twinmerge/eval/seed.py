@@ -10,17 +10,18 @@ from torch import Tensor
 
 from twinmerge.eval.suite import Suite
 from twinmerge.eval.tasks import Task
+from twinmerge.files.progress import Progress
+from twinmerge.files.rows import Row
+from twinmerge.hf.heads import load_head
+from twinmerge.hf.inputs import ids_of, tokenized_batches
+from twinmerge.hf.loading import backbone_from, load_backbone, load_tokenizer
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import open_plan, router_features, router_rows
 from twinmerge.merging.methods import SharedParams
-from twinmerge.runtime.build import open_plan, router_features, router_rows
-from twinmerge.runtime.heads import load_head
-from twinmerge.runtime.loading import backbone_from, load_backbone, load_tokenizer
-from twinmerge.runtime.model import TwinModel
-from twinmerge.runtime.rows import Row
-from twinmerge.runtime.tokens import ids_of, tokenized_batches
+from twinmerge.routing.router import Router, Routing, fit_router
+from twinmerge.twin.decompose import merged_tensors
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
-from twinmerge.twin.router import Router, Routing, fit_router
-from twinmerge.twin.weights import Progress, merged_tensors
 
 
 class SeedRun:

@@ -9,10 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from twinmerge.errors import RecipeError
 from twinmerge.eval.results import Slug
 from twinmerge.eval.tasks import Task
+from twinmerge.files.rows import Row, read_rows
+from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.methods import PretrainedParams, SharedParams
-from twinmerge.runtime.rows import Row, read_rows
-from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, RouterSettings, Strict
-from twinmerge.twin.schema import load_yaml
+from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, RouterSettings
 
 CACHE_VARIABLE, DEFAULT_CACHE = "TWINMERGE_CACHE", "~/.cache/twinmerge"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from twinmerge.errors import DataError
 from twinmerge.eval.metrics import METRICS
-from twinmerge.runtime.rows import Row
+from twinmerge.files.rows import Row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.exclusive import Exclusive
+from twinmerge.twin.ranks import Exclusive
 
 
 def dense(part: Exclusive, shape: Sequence[int]) -> Tensor:

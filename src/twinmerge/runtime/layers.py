@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twinmerge.errors import ArtifactError
-from twinmerge.runtime.gating import (
+from twinmerge.runtime.gate import (
     ByExpert,
     GateContext,
     GateSlot,
@@ -29,8 +29,8 @@ from twinmerge.runtime.gating import (
 )
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import Kind
+from twinmerge.twin.ranks import Exclusive
 
 
 class Projection(nn.Module):

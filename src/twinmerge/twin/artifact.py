@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
-from twinmerge.tensors.checkpoint import Checkpoint, save_tensors, sha256_of
-from twinmerge.tensors.eight_bit import EIGHT_BITS, SCALE, from_eight_bits
+from twinmerge.files.checkpoint import Checkpoint, save_tensors, sha256_of
+from twinmerge.tensors.float8 import EIGHT_BITS, SCALE, from_eight_bits
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import TRANSPOSED, Kind
-from twinmerge.twin.router import Router
+from twinmerge.twin.ranks import Exclusive
 
 FORMAT_VERSION = 1
 MANIFEST = "twin.json"
@@ -110,10 +109,6 @@ class TwinArtifact:
             return None
         checkpoint = Checkpoint.open(folder)
         return dict(checkpoint.config), {name: checkpoint.read(name) for name in checkpoint.specs}
-
-    def router(self) -> Router:
-        """The router, with its calibration."""
-        return Router.load(self.path / "router")
 
     def bytes_per_part(self) -> dict[str, int]:
         """Bytes on disk of `shared`, `exclusive`, `heads`, `router` and `other` files; they sum to the folder's."""

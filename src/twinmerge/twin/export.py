@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
-from twinmerge.tensors.checkpoint import save_tensors
+from twinmerge.files.checkpoint import save_tensors
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.artifact import IN_ADAPTER, PEFT_PREFIX, TwinArtifact, adapter_config, to_peft, write_exclusive
-from twinmerge.twin.exclusive import Exclusive
 from twinmerge.twin.plan import MATRICES
+from twinmerge.twin.ranks import Exclusive
 
 STACKED = "stacked.json"
 

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from twinmerge.errors import DataError, MismatchError, RecipeError
-from twinmerge.tensors.checkpoint import Checkpoint, TensorSpec
-from twinmerge.twin.expert import Expert, open_expert
-from twinmerge.twin.preflight import Allow, compare_configs, compare_vocabularies
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.models.compatible import Allow, compare_configs, compare_vocabularies
+from twinmerge.models.expert import Expert, open_expert
 from twinmerge.twin.recipe import Recipe
 
 Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "static"]

@@ -4,23 +4,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from twinmerge.errors import RecipeError
+from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.methods import SharedParams, TaskArithmeticParams
-from twinmerge.twin.schema import load_yaml
+from twinmerge.models.source import locate
 
 DEFAULT_BUDGET = 0.06
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _LAYERS = re.compile(r"layers:\[\s*\d+(\s*,\s*\d+)*\s*\]")
-
-
-class Strict(BaseModel):
-    """A frozen model that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ExpertSource(Strict):
@@ -192,20 +184,3 @@ class Recipe(Strict):
             RecipeError: if it is neither a path that exists nor a hub id that can be fetched.
         """
         return locate(self.root, source, key)
-
-
-def locate(root: Path, source: str, key: str) -> Path:
-    """Find a model folder: under `root`, absolute, or on the hub; see `Recipe.locate`."""
-    path = (root / Path(source).expanduser()).resolve()
-    if path.exists():
-        return path
-    beside = (root / Path(source).parts[0]).exists() if source else False
-    if not _HUB_ID.fullmatch(source) or source.startswith(".") or beside:
-        raise RecipeError(f"{key}: no file or folder {path}; paths start from the recipe's folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise RecipeError(f"{key}: {path} is not there and hub id {source!r} cannot be fetched: {error}") from error

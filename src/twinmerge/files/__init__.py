@@ -1,0 +1,1 @@
+"""Disk: checkpoints, rows, YAML, and one durable place to write to; knows no model."""

@@ -1,0 +1,187 @@
+"""Knows how rows of text are read from JSON lines, and says where one is wrong."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from twinmerge.errors import DataError
+from twinmerge.files.growing import sha256_of_first
+
+Row = dict[str, Any]
+"""One input: `text`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""
+STANDARD = Path("-")
+"""Standard input or output."""
+
+
+def read_rows(path: Path, *, labelled: bool) -> list[Row]:
+    """All rows of a file of JSON lines; see `iter_rows`."""
+    return list(iter_rows(path, labelled=labelled))
+
+
+def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
+    """Read rows one by one from a file of JSON lines, `{"text": ..., "text_pair": ..., "label": ...}`.
+
+    Args:
+        path: the file, UTF-8, one JSON object a line.
+        labelled: whether each row must have a label. Then the label, a string or an
+            integer in the file, is a string in the row.
+
+    Yields:
+        The rows in the file's order, all their fields kept.
+
+    Raises:
+        DataError: if the file is missing or empty, or at the first bad line.
+    """
+    with open_rows(path) as file:
+        yield from RowReader(file, str(path), labelled=labelled)
+
+
+@contextmanager
+def open_rows(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of rows, `-` for standard input.
+
+    Raises:
+        DataError: if it cannot be opened.
+    """
+    if path == STANDARD:
+        yield sys.stdin.buffer
+        return
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read rows from {path}: {error.strerror}") from error
+    with file:
+        yield file
+
+
+def count_lines(path: Path) -> int | None:
+    """Lines of a file, fast and in little memory; None of what can be read only once."""
+    if not path.is_file():
+        return None
+    count, end = 0, b"\n"
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            count += chunk.count(b"\n")
+            end = chunk[-1:]
+    return count + (end != b"\n")
+
+
+class RowReader:
+    """Rows of an open file, one by one, and how far it has been read.
+
+    Attributes:
+        rows: rows read.
+        bytes: bytes read.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, *, labelled: bool = False, taken: Collection[str] = ()) -> None:
+        """Start at the beginning.
+
+        Args:
+            file: binary, one JSON object a line.
+            name: of the file, for messages.
+            labelled: as in `iter_rows`.
+            taken: fields that a row may not have, since an answer has them.
+        """
+        self.rows = self.bytes = 0
+        self._file, self._name, self._labelled, self._taken = file, name, labelled, taken
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes read."""
+        return self._digest.hexdigest()
+
+    def skip(self, rows: int, size_bytes: int, sha256: str) -> None:
+        """Go on where another reader of the same file was.
+
+        Raises:
+            DataError: if the file does not begin with those bytes.
+        """
+        self._digest = sha256_of_first(self._file, size_bytes)
+        self.rows, self.bytes = rows, size_bytes
+        if self.sha256 != sha256:
+            raise DataError(
+                f"the first {rows:,} rows of {self._name} are not those that the interrupted run read; give that file"
+            )
+
+    def __iter__(self) -> Iterator[Row]:
+        """Read on.
+
+        Raises:
+            DataError: at the first bad line, or if there is none at all.
+        """
+        for line in self._file:
+            row = _parse(line, f"{self._name}:{self.rows + 1}", labelled=self._labelled)
+            refuse_taken(row, self._taken, f"{self._name}:{self.rows + 1}")
+            self._digest.update(line)
+            self.bytes += len(line)
+            self.rows += 1
+            yield row
+        if self.rows == 0:
+            raise DataError(f"{self._name} holds no rows")
+
+
+def refuse_taken(row: Row, taken: Collection[str], where: str) -> None:
+    """Refuse a row whose fields would be lost among those of its answer.
+
+    Raises:
+        DataError: naming the first.
+    """
+    for field in row:
+        if field in taken:
+            raise DataError(f"{where}: the answer has a field {field!r} of its own; rename the row's")
+
+
+def _parse(line: bytes, where: str, *, labelled: bool) -> Row:
+    if not line.strip():
+        raise DataError(f"{where}: expected a JSON object, found an empty line")
+    try:
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_reject_constant)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {_described(row)}")
+    if "text" not in row:
+        raise DataError(f"{where}: the row lacks 'text'; found {', '.join(map(repr, row)) or 'no fields'}")
+    for field in ("text", "text_pair"):
+        if field in row:
+            _check_text(row[field], f"{where}: {field!r}")
+    if labelled:
+        if "label" not in row:
+            raise DataError(f"{where}: the row lacks 'label'; found {', '.join(map(repr, row))}")
+        row["label"] = _label(row["label"], where)
+    return row
+
+
+def _check_text(value: object, what: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{what} must be a string, found {_described(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half a surrogate pair at character {error.start}") from error
+
+
+def _label(value: object, where: str) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and value and "\x00" not in value:
+        return value
+    raise DataError(f"{where}: 'label' must be a non-empty string or an integer, found {_described(value)}")
+
+
+def _described(value: object) -> str:
+    """The value as JSON, shortened."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

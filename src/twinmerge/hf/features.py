@@ -1,0 +1,109 @@
+"""Knows what a router sees of a model: which hidden states, how they are pooled and caught on their way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from twinmerge.errors import MismatchError
+from twinmerge.hf.loading import without_weights
+from twinmerge.runtime.gate import GateSlot
+from twinmerge.twin.recipe import RouterSettings
+
+
+class EnoughError(Exception):
+    """Ends a pass whose remaining layers nobody needs."""
+
+
+class Probe:
+    """Looks at hidden states as they pass, and pools those that the router wants."""
+
+    def __init__(
+        self, wanted: Sequence[int], mask: Tensor | None, done: Callable[[Tensor], None] | None = None
+    ) -> None:
+        """Wait for hidden states.
+
+        Args:
+            wanted: which; K is what enters layer K.
+            mask: (batch, seq), 1 for real tokens.
+            done: called with the features once the last one wanted was seen; None ends the pass there.
+        """
+        self.wanted = list(wanted)
+        self.mask = mask
+        self.done = done
+        self.pooled: dict[int, Tensor] = {}
+
+    def see(self, index: int, states: Tensor) -> None:
+        """Hidden states on their way into a layer."""
+        if index in self.wanted:
+            self.pooled[index] = pool(states, self.mask)
+            if index == max(self.wanted):
+                if self.done is None:
+                    raise EnoughError
+                self.done(self.features())
+
+    def features(self) -> Tensor:
+        """(batch, feature), as `wanted` orders them."""
+        return torch.cat([self.pooled[index] for index in self.wanted], dim=1)
+
+
+def hidden_layers(backbone: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The layers that hidden states pass through one after the other; none where the model has no single such list."""
+    count = getattr(backbone.config, "num_hidden_layers", None)
+    lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return tuple(lists[0]) if len(lists) == 1 else ()
+
+
+def show(slot: GateSlot, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Before a layer runs: what enters it is shown to the probe of the call under way."""
+    if slot.probe is not None:
+        slot.probe.see(index, args[0] if args else kwargs["hidden_states"])
+
+
+def layers_of(spec: str, count: int) -> list[int]:
+    """Which of a model's hidden states a specification names; 0 is the embeddings."""
+    if spec == "all":
+        return list(range(count))
+    if spec == "embeddings":
+        return [0]
+    return [int(part) for part in spec.partition(":")[2].strip("[]").split(",")]
+
+
+def pool(states: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens of (batch, seq, hidden), the positions of (batch, hidden, h, w), in float32."""
+    states = states.float()
+    if states.ndim == 4:
+        return states.flatten(2).mean(dim=2)
+    if mask is None:
+        return states.mean(dim=1)
+    weights = mask.to(states).unsqueeze(-1)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
+
+
+def check_router(folder: Path, settings: RouterSettings) -> None:
+    """Refuse features that a model cannot give, before anything is built; no weight is read.
+
+    Args:
+        folder: of the model.
+        settings: the recipe's.
+
+    Raises:
+        MismatchError: if `one_pass` leaves no layer to gate, or the model has no single list of layers to watch.
+    """
+    if not settings.one_pass or settings.hidden is None:
+        return
+    check_one_pass(settings.hidden, len(hidden_layers(without_weights(folder))))
+
+
+def check_one_pass(features: str, layers: int) -> None:
+    """A router that looks at `features` must leave layers above it, of so many."""
+    highest = max(layers_of(features, layers + 1), default=layers)
+    if highest >= layers:
+        raise MismatchError(
+            f"router.one_pass needs features of layers below the last, {layers}, found {features}"
+            if layers
+            else "router.one_pass needs a model whose hidden states pass through one list of layers"
+        )

@@ -1,0 +1,158 @@
+"""Knows how a model folder becomes a transformers model, and what its tensors are called in one."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging
+
+from twinmerge.errors import ArtifactError, MismatchError
+from twinmerge.files.checkpoint import Checkpoint
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """A model folder's config.
+
+    Raises:
+        MismatchError: if there is none, or of a type unknown to transformers.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return config
+    except (OSError, ValueError, KeyError) as error:
+        raise MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}") from error
+
+
+def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedModel]:
+    """The class that config.json names.
+
+    Raises:
+        MismatchError: if it names none, or one that transformers does not have.
+    """
+    names = config.architectures or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise MismatchError(
+            f"{where}: config.json must name a transformers class in architectures, found {names or 'none'}"
+        )
+    loaded: type[PreTrainedModel] = found
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, None if it has none; one without a padding token pads with its end token."""
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model folder's model in eval mode; every parameter must be found.
+
+    Args:
+        folder: with the weights.
+        like: another folder whose class is used, such as the base's for an expert; None is the folder's own.
+        dtype: of weights and computation; None keeps the stored one.
+    """
+    config = load_config(like or folder)
+    cls: Any = model_class(config, like or folder)
+    with quiet():
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Load or save without transformers' own progress bars and notes; the user's settings return afterwards."""
+    # transformers' own functions for this have no types
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def backbone_from(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of a folder's class with other weights, by the folder's tensor names."""
+    config = load_config(folder)
+    return model_from(model_class(config, folder), config, state)
+
+
+def model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of a class with weights by its own names.
+
+    Raises:
+        ArtifactError: if the class has other weights.
+    """
+    like = next(v for v in state.values() if v.is_floating_point())
+    make: Any = cls._from_config  # what from_pretrained calls: buffers keep the dtype they need
+    model = make(copy.deepcopy(config), dtype=like.dtype).to(like.device)
+    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    model.tie_weights()
+    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    lost = [name for name in missing if name not in tied]
+    odd = lost + [name for name in unexpected if state[name].is_floating_point()]  # integers are buffers of older files
+    if odd:
+        raise ArtifactError(f"{cls.__name__} does not take the twin's weights: {odd[0]!r}")
+    built: PreTrainedModel = model.eval()
+    return built
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """A folder's model on the meta device."""
+    config = load_config(folder)
+    with torch.device("meta"):
+        return model_class(config, folder)(config)
+
+
+def by_class(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint under the names of its class's parameters; transformers renames some classes' on loading.
+
+    What it splits or joins keeps the stored names. A folder of no known class is given as it is.
+    """
+    if not checkpoint.config:
+        return checkpoint
+    architectures = load_config(checkpoint.path).architectures or [""]
+    if not hasattr(transformers, architectures[0]):
+        return checkpoint
+    model = without_weights(checkpoint.path)
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    converters = [change for change in changes if isinstance(change, WeightConverter)]
+    found = {name: rename_source_key(name, renamings, converters) for name in checkpoint.specs}
+    return checkpoint.renamed({name: new for name, (new, converted) in found.items() if converted is None})
+
+
+def require_shapes_of_class(checkpoint: Checkpoint) -> None:
+    """Refuse a base that transformers would not load, such as an embedding with other rows than config.json says.
+
+    Raises:
+        MismatchError: naming the first tensor.
+    """
+    for name, tensor in without_weights(checkpoint.path).state_dict().items():
+        if name in checkpoint.specs and checkpoint.specs[name].shape != tensor.shape:
+            raise MismatchError(
+                f"base {checkpoint.path}: {name!r} has shape {list(checkpoint.specs[name].shape)}, by config.json it "
+                f"must be {list(tensor.shape)}; one of them is wrong"
+            )

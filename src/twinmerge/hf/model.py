@@ -1,0 +1,468 @@
+"""Knows the twin as a torch module: gated layers, heads per expert, one router in front."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from twinmerge.errors import GateError, MismatchError
+from twinmerge.hf.features import EnoughError, Probe, check_one_pass, hidden_layers, layers_of, pool, show
+from twinmerge.hf.heads import load_head, take, with_outputs
+from twinmerge.hf.kinds import exchange_layers
+from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
+from twinmerge.routing.router import Router, Routing
+from twinmerge.routing.tokens import token_ids
+from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
+from twinmerge.runtime.layers import GatedLayer, GatedLinear, join_banks, join_readers
+from twinmerge.runtime.merged import MergeCache
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.plan import Kind
+from twinmerge.twin.ranks import Exclusive
+
+Mode = Literal["auto", "factors", "all", "gather", "merge"]
+_NEW_TOKENS = 20
+"""What transformers' generate makes when nobody says how many."""
+
+
+@dataclass
+class TwinOutput(ModelOutput):
+    """What a twin says of a batch.
+
+    Attributes:
+        logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors,
+            one a row, each by the head of its row's expert; None for a plain encoder.
+        gate: (batch, expert), what was mixed.
+        expert: the expert of every row, whose head answered.
+        fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
+        last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
+    """
+
+    logits: Any = None
+    gate: Tensor = None  # type: ignore[assignment]  # always given; ModelOutput allows one field without default
+    expert: Any = None
+    fallback: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class TwinModel(nn.Module):
+    """A twin as a torch module: routes each row, mixes the experts for it, answers with its expert's head.
+
+    Example:
+        >>> model = TwinModel.from_pretrained("twin")              # doctest: +SKIP
+        >>> out = model(**model.tokenizer(["free prize!"], return_tensors="pt"))   # doctest: +SKIP
+        >>> out.expert                                             # doctest: +SKIP
+        ['sms']
+    """
+
+    router: Router | None
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        exclusive: Mapping[str, Mapping[str, Exclusive]],
+        *,
+        kinds: Mapping[str, Kind],
+        heads: Mapping[str, PreTrainedModel] | None = None,
+        router: Router | None = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        mode: Mode = "auto",
+        drop_below: float = 0.02,
+        merge_bytes: int = 2**30,
+    ) -> None:
+        """Exchange the layers of a shared expert; `from_pretrained` is the usual way in.
+
+        Args:
+            backbone: the shared expert, taken over.
+            exclusive: expert -> parameter name -> exclusive part; the order is the gate's.
+            kinds: parameter name -> what its layer is.
+            heads: expert -> a whole model of the expert's class without a backbone; none for a shared output.
+            router: in front; without one every call needs a gate or an expert.
+            tokenizer: of the shared expert.
+            max_length: tokens an input is cut at.
+            mode: how gated layers compute, the same result each way. `all`: the ranks of all experts in use for every
+                row; `gather`: each row's own ranks; `merge`: merged weights, one set for every different gate;
+                `auto`: the cheapest by the cost models of `gating` and `merged`; `factors`: the same, but never merged
+                weights, so that what was asked before changes no bit.
+            drop_below: gates of the router under this are dropped (`gating.keep_large` says what that can change); a
+                caller's gates are used as they are.
+            merge_bytes: what merged weights may take (`merged.MergeCache`).
+        """
+        super().__init__()
+        self.mode: Mode = mode
+        self.drop_below = drop_below
+        self.expert_names = tuple(exclusive)
+        self.slot = GateSlot()
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.parameter_names = tuple(name for name, _ in backbone.named_parameters())
+        stored = backbone.state_dict()
+        self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
+        self.gated: dict[str, GatedLayer] = exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
+        join_banks(self.gated.values())
+        self._watched = False
+        linear = {n: layer for n, layer in self.gated.items() if isinstance(layer, GatedLinear) and layer.has_factors}
+        self.merged = MergeCache(linear, merge_bytes)
+        self.backbone = backbone
+        self.layers = hidden_layers(backbone)
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(partial(show, self.slot, index), with_kwargs=True)
+        self.heads = nn.ModuleDict(dict(heads or {}))
+        self.router = router
+        self.eval()
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None
+    ) -> "TwinModel":
+        """Load a twin.
+
+        Args:
+            folder: what `build` wrote.
+            dtype: of weights and computation; None keeps the stored one. The router stays in float32.
+            device: where to; None is the CPU.
+
+        Raises:
+            ArtifactError: if the folder is no twin of this version or a file has another size than its manifest says.
+        """
+        artifact = TwinArtifact.open(folder)
+        backbone = load_backbone(artifact.path, dtype=dtype)
+        heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
+        to = backbone.dtype
+        exclusive = {name: artifact.exclusive(name) for name in artifact.expert_names}
+        model = cls(
+            backbone,
+            {name: {key: part.to(to) for key, part in parts.items()} for name, parts in exclusive.items()},
+            kinds=artifact.kinds,
+            heads=heads,
+            router=Router.load(artifact.path / "router"),
+            tokenizer=load_tokenizer(artifact.path),
+            max_length=artifact.manifest["recipe"]["max_length"],
+        )
+        model.heads.to(to)
+        return model.to(device) if device is not None else model
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or convert; merged weights would be stale."""
+        self.merged.clear()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @torch.inference_mode()
+    def forward(
+        self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any
+    ) -> TwinOutput:
+        """Answer a batch; every row is mixed by its own gate.
+
+        Args:
+            gate: (batch, expert), the caller's own; None asks the router, or takes `expert` alone where one is given.
+            expert: whose head answers, one name or one a row; None takes the gate's largest.
+            **inputs: what the backbone takes: input_ids (batch, seq), attention_mask, pixel_values, ...
+
+        Returns:
+            Logits, gate, experts, fall-back flags.
+
+        Raises:
+            GateError: if the gate has another shape, is not finite, or an expert's name is unknown.
+        """
+        rows, fallback = _rows(inputs), None
+        if gate is not None:
+            gate = self._checked(gate, rows)
+            names = self._named(gate) if expert is None else self._names(expert, rows)
+        elif expert is not None:
+            names = self._names(expert, rows)
+            gate = self.one_hot(names)
+        else:
+            if self._required_router().settings.one_pass and self.heads:
+                routing, outputs = self._route_on_the_way(inputs)
+                names = self._named(routing.router_logits)
+                logits = self.answer(outputs, names, **inputs)
+                return TwinOutput(
+                    logits=logits,
+                    gate=routing.gate,
+                    expert=names,
+                    fallback=routing.fallback,
+                    last_hidden_state=outputs[0],
+                )
+            routing = self._routing(inputs)
+            gate, fallback = routing.gate, routing.fallback
+            names = self._named(routing.router_logits)
+        if not self.heads:
+            with self._gated(gate, tokens=_tokens(inputs)):
+                outputs = self.backbone(**inputs)
+            logits, hidden = outputs.get("logits"), outputs.get("last_hidden_state")
+            return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=hidden)
+        outputs = self.encode(gate, **inputs)
+        logits = self.answer(outputs, names, **inputs)
+        return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=outputs[0])
+
+    def route(self, **inputs: Any) -> Tensor:
+        """The gate only, (batch, expert): rows sum to 1, zeros for an input left to the shared expert."""
+        return self.routing(**inputs).gate
+
+    @torch.inference_mode()
+    def routing(self, **inputs: Any) -> Routing:
+        """Gate, scores of the experts and fall-back flags of every row."""
+        return self._routing(inputs)
+
+    @torch.inference_mode()
+    def encode(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
+        """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
+        with self._gated(gate, tokens=_tokens(inputs)):
+            outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
+        return outputs
+
+    @torch.inference_mode()
+    def encode_as_routed(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
+        """As `encode`, but of a router with `one_pass`, whose gate this is, only the layers above are gated."""
+        if gate is not None and self.router is not None and self.router.settings.one_pass:
+            return self._one_pass(inputs, lambda _: gate)
+        return self.encode(gate, **inputs)
+
+    @torch.inference_mode()
+    def answer(self, outputs: ModelOutput, experts: Sequence[str], **inputs: Any) -> list[Tensor]:
+        """The heads' logits of every row, given the backbone's output.
+
+        Args:
+            outputs: of `encode`.
+            experts: (batch,) names: whose head answers which row.
+            **inputs: what the backbone took; some heads look at input_ids.
+
+        Returns:
+            One (num_labels,) tensor a row.
+        """
+        logits: list[Tensor] = [torch.empty(0)] * len(experts)
+        for name in sorted(set(experts)):
+            rows = [row for row, expert in enumerate(experts) if expert == name]
+            picked = take(outputs, rows, len(experts))
+            answered = with_outputs(self.heads[name], picked)(**take(inputs, rows, len(experts))).logits
+            for row, value in zip(rows, answered, strict=True):
+                logits[row] = value
+        return logits
+
+    @torch.inference_mode()
+    def features(self, **inputs: Any) -> Tensor:
+        """What the router sees: hidden states of the shared expert, averaged over real tokens (METHOD §4).
+
+        Returns:
+            (batch, feature), float32.
+
+        Raises:
+            GateError: if there is no router, or it looks at tokens only.
+        """
+        hidden = self._required_router().settings.hidden
+        if hidden is None:
+            raise GateError("this twin's router looks at tokens, not at features of the shared expert")
+        return self.features_as(hidden, **inputs)
+
+    @torch.inference_mode()
+    def features_as(self, spec: str, **inputs: Any) -> Tensor:
+        """Features by another specification than the router's, (batch, feature): `last`, `all`, `layer:K`, ..."""
+        mask = inputs.get("attention_mask")
+        if spec == "last":
+            return pool(self.encode(None, **inputs)[0], mask)
+        chosen = layers_of(spec, len(self.layers) + 1)
+        if self.layers and max(chosen) < len(self.layers):
+            probe = Probe(chosen, mask)
+            with suppress(EnoughError), self.slot.use(None), self.slot.watch(probe):
+                self.backbone.base_model(**inputs, return_dict=True)
+            return probe.features()
+        states = self.encode(None, **inputs, output_hidden_states=True)["hidden_states"]
+        chosen = layers_of(spec, len(states))
+        beyond = [layer for layer in chosen if layer >= len(states)]
+        if beyond:
+            raise MismatchError(
+                f"router.features: layer {beyond[0]} must be at most {len(states) - 1}, the model's last"
+            )
+        return torch.cat([pool(states[layer], mask) for layer in chosen], dim=1)
+
+    @torch.inference_mode()
+    def generate(self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+        """Transformers' generate under gates fixed from the prompts (METHOD §5).
+
+        Args:
+            gate: (batch, expert); None asks the router, or takes `expert`.
+            expert: one name, or one a row.
+            **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
+        """
+        rows = _rows(inputs)
+        if gate is not None:
+            gate = self._checked(gate, rows)
+        elif expert is not None:
+            gate = self.one_hot(self._names(expert, rows))
+        else:
+            gate = self.route(**_prompt(self.backbone, inputs))
+        backbone: Any = self.backbone
+        new = int(inputs.get("max_new_tokens") or backbone.generation_config.max_new_tokens or _NEW_TOKENS)
+        with self._gated(gate, tokens=_tokens(inputs) + new * rows, calls=1 + new):
+            return backbone.generate(**inputs)
+
+    @torch.no_grad()
+    def materialize(self, gate_row: Tensor) -> PreTrainedModel:
+        """A plain transformers model for one gate, with the head of its largest weight.
+
+        Args:
+            gate_row: (expert,).
+
+        Returns:
+            A model of the expert's class (or the base's, where experts share the output), independent of this one.
+        """
+        gate = self._checked(gate_row[None], 1)[0]
+        state = self.state_for(gate)
+        if not self.heads:
+            return model_from(type(self.backbone), self.backbone.config, state)
+        head: Any = self.heads[self.expert_names[int(gate.argmax())]]
+        prefix = type(head).base_model_prefix
+        body = {k.removeprefix(f"{prefix}."): v for k, v in state.items()}
+        own = {k: v.detach().clone() for k, v in head.state_dict().items() if not k.startswith(f"{prefix}.")}
+        names = head.meta_names
+        return model_from(
+            type(head),
+            head.config,
+            {**own, **{f"{prefix}.{k}": v for k, v in body.items() if f"{prefix}.{k}" in names}},
+        )
+
+    @torch.no_grad()
+    def state_for(self, gate: Tensor) -> dict[str, Tensor]:
+        """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""
+        stored: dict[str, Tensor] = {name: self.backbone.get_parameter(name) for name in self.parameter_names}
+        stored |= {name: self.backbone.get_buffer(name) for name in self.buffer_names}
+        state = {name: value.detach().clone() for name, value in stored.items()}
+        for module, layer in self.gated.items():
+            for leaf, value in layer.materialized(gate).items():
+                state[f"{module}.{leaf}"] = value
+        return state
+
+    def one_hot(self, names: Sequence[str]) -> Tensor:
+        """(batch, expert) gates of one expert a row."""
+        columns = torch.tensor([self.expert_names.index(name) for name in names], device=self.device)
+        return nn.functional.one_hot(columns, len(self.expert_names)).float()
+
+    @contextmanager
+    def _gated(self, gate: Tensor | None, *, tokens: int, calls: int = 1) -> Iterator[None]:
+        """Run the backbone under a gate, for so many tokens in so many calls.
+
+        The first time, find out which layers read one input.
+        """
+        context = None if gate is None else self._context(gate, tokens, calls)
+        if context is not None and not self._watched:
+            context.readers = []
+        with self.slot.use(context):
+            yield
+        if context is not None and context.readers:
+            join_readers(context.readers)
+            self._watched = True
+
+    def _context(self, gate: Tensor, tokens: int, calls: int) -> GateContext:
+        path: Any = self.mode if self.mode in ("all", "gather") else None
+        context = GateContext(gate, path=path, keep=calls > 1)
+        if self.mode not in ("auto", "merge") or (self.mode == "auto" and len(context.gate) > 1):
+            return context
+        rows: dict[tuple[float, ...], list[int]] = {}
+        for index, row in enumerate(context.gate.tolist()):
+            rows.setdefault(tuple(row), []).append(index)
+        if self.mode == "merge" or (self._watched and self.merged.pays(next(iter(rows)), tokens, calls)):
+            context.merged = [(own, self.merged.weights(row, context.gate[own[0]])) for row, own in rows.items()]
+        return context
+
+    def _routing(self, inputs: Mapping[str, Any]) -> Routing:
+        router = self._required_router()
+
+        def features(rows: Tensor | None) -> Tensor:
+            return self.features(**(inputs if rows is None else take(inputs, rows.tolist(), _rows(inputs))))
+
+        return self._without_small(router.decide(token_ids(inputs) if router.settings.tokens else None, features))
+
+    def _without_small(self, routing: Routing) -> Routing:
+        return replace(routing, gate=keep_large(routing.gate, self.drop_below))
+
+    def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
+        """One pass: what lies below is computed once and serves both the router and the answer."""
+        router = self._required_router()
+        ids = token_ids(inputs) if router.settings.tokens else None
+        routings: list[Routing] = []
+
+        def gate_of(features: Tensor) -> Tensor:
+            routings.append(self._without_small(router(features, ids)))
+            return routings[0].gate
+
+        outputs = self._one_pass(inputs, gate_of)
+        return routings[0], outputs
+
+    def _one_pass(self, inputs: Mapping[str, Any], gate_of: Callable[[Tensor], Tensor]) -> ModelOutput:
+        """Shared weights up to the router's last feature layer, from there on under the gate that features give.
+
+        Raises:
+            MismatchError: if the router looks at the last layer, above which nothing is left to gate.
+        """
+        features = self._required_router().settings.hidden or "all"
+        check_one_pass(features, len(self.layers))
+        chosen = layers_of(features, len(self.layers) + 1)
+
+        def gate_from_here(features: Tensor) -> None:
+            self.slot.context = self._context(gate_of(features), _tokens(inputs), 1)
+
+        with self.slot.use(None), self.slot.watch(Probe(chosen, inputs.get("attention_mask"), gate_from_here)):
+            outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
+        return outputs
+
+    def _required_router(self) -> Router:
+        if self.router is None:
+            raise GateError("this twin has no router; give a gate or an expert")
+        return self.router
+
+    def _named(self, scores: Tensor) -> list[str]:
+        """The expert with the largest score of every row, (batch, expert)."""
+        return [self.expert_names[index] for index in scores.argmax(dim=1).tolist()]
+
+    def _names(self, expert: str | Sequence[str], rows: int) -> list[str]:
+        names = [expert] * rows if isinstance(expert, str) else list(expert)
+        unknown = [name for name in names if name not in self.expert_names]
+        if unknown:
+            raise GateError(f"unknown expert {unknown[0]!r}; this twin has {', '.join(self.expert_names)}")
+        if len(names) != rows:
+            raise GateError(f"there must be one expert or one a row, found {len(names)} for {rows} rows")
+        return names
+
+    def _checked(self, gate: Tensor, rows: int) -> Tensor:
+        expected = (rows, len(self.expert_names))
+        if tuple(gate.shape) != expected:
+            raise GateError(f"gate must be (batch, expert) = {expected}, found {tuple(gate.shape)}")
+        gate = gate.to(self.device, torch.float32 if not gate.is_floating_point() else gate.dtype)
+        if not bool(gate.isfinite().all()):
+            raise GateError("gate must be finite, found NaN or Inf")
+        return gate
+
+
+def _prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of generate's inputs those of one forward pass; positions count from the first real token, as generate does."""
+    prompt = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    if "attention_mask" in prompt and "position_ids" in inspect.signature(backbone.base_model.forward).parameters:
+        prompt["position_ids"] = (prompt["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)
+    return prompt
+
+
+def _tokens(inputs: Mapping[str, Any]) -> int:
+    """Of a batch of text; other inputs have as many as rows."""
+    ids = inputs.get("input_ids")
+    return ids.numel() if ids is not None else _rows(inputs)
+
+
+def _rows(inputs: Mapping[str, Any]) -> int:
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            return len(value)
+    raise GateError("inputs must hold at least one tensor, (batch, ...)")

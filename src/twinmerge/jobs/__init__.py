@@ -1,0 +1,1 @@
+"""What a user asks for: build, grow, merge, predict, export, plan."""

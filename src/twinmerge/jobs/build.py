@@ -1,0 +1,239 @@
+"""Knows the whole build: weights, then the router (which needs a model), then the manifest and the model card."""
+
+import datetime
+import importlib.metadata
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinmerge.errors import DataError
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.rows import Row, read_rows
+from twinmerge.files.staging import fingerprint_of, require_free, require_space, resumable_folder
+from twinmerge.hf.features import check_router
+from twinmerge.hf.heads import load_head
+from twinmerge.hf.inputs import features_of, ids_of
+from twinmerge.hf.kinds import parameter_kinds
+from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class
+from twinmerge.hf.model import TwinModel
+from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
+from twinmerge.models.compatible import Allow
+from twinmerge.models.provenance import describe_input
+from twinmerge.routing.router import Router, fit_router
+from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.budget import Needs
+from twinmerge.twin.decompose import write_weights
+from twinmerge.twin.plan import Plan, make_plan
+from twinmerge.twin.recipe import Recipe
+
+
+def build(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    allow: Allow = Allow(),
+    overwrite: bool = False,
+    resume: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    executor: Executor | None = None,
+    progress: Progress = silent,
+) -> TwinArtifact:
+    """Build a twin: merge the shared expert, compress the exclusive knowledge, fit the router.
+
+    Everything is checked before work begins; the folder appears whole or not at all.
+
+    Args:
+        recipe: a recipe, or the path of its YAML file.
+        out: the twin's folder.
+        allow: differences between base and experts that are not refused.
+        overwrite: replace a folder that exists; refused otherwise.
+        resume: go on with what an interrupted run left; its finished parameters are verified first.
+        memory_bytes: what a process may take while weights are merged and decomposed; each worker of `processes` and
+            `ray` is one. The router needs the shared expert in memory on top.
+        executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The twin on disk.
+
+    Raises:
+        InputError: whatever is wrong with the recipe, the models or the data, in one line.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    out = Path(out)
+    require_free(out.resolve(), overwrite)
+    plan = open_plan(recipe, allow)
+    needs = Needs.of(plan)
+    executor = needs.within(executor or make_executor("threads"), memory_bytes)
+    rows = router_rows(plan)
+    require_heads(plan)
+    settings = [versions(), recipe.model_dump(mode="json", exclude={"root"})]
+    with resumable_folder(out, fingerprint_of(settings, plan.files), overwrite=overwrite, resume=resume) as staged:
+        require_space(staged.work, needs.disk_bytes - _size_of(staged.work))
+        shutil.rmtree(staged.folder)  # an interrupted run's; it is written anew from the parts
+        staged.folder.mkdir()
+        folder = staged.folder
+        report = write_weights(
+            plan,
+            folder,
+            staged.work,
+            progress,
+            executor=executor,
+            finished=staged.finished,
+            record=staged.record,
+        )
+        router = fit_on_shared(folder, plan, rows, progress)
+        router.save(folder / "router")
+        manifest = {
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "recipe": recipe.model_dump(mode="json", exclude={"root"}),
+            "root": str(recipe.root.resolve()),
+            "versions": versions(),
+            "base": describe_input(plan.base),
+            "experts": with_provenance(plan, report.experts, progress),
+            "tensors": report.tensors,
+            "router": router.report,
+            "notes": list(plan.notes),
+        }
+        (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        write_manifest(folder, manifest)
+    return TwinArtifact.open(out)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a twin."""
+    return {name: importlib.metadata.version(name) for name in ("twinmerge", "torch", "transformers", "safetensors")}
+
+
+def with_provenance(
+    plan: Plan, entries: Mapping[str, Mapping[str, Any]], progress: Progress = silent
+) -> dict[str, dict[str, Any]]:
+    """The manifest's entries of a plan's experts, with the hashes and licences of what they were read from."""
+    described = {}
+    for done, (name, entry) in enumerate(entries.items(), start=1):
+        described[name] = {**entry, **describe_input(plan.experts[name].checkpoint)}
+        progress("hashing experts", done, len(entries))
+    return described
+
+
+def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
+    """Find, open and match a recipe's files; what each layer is comes from the base's class."""
+    base = recipe.locate(recipe.base, "base")
+    check_router(base, recipe.router)
+    plan = make_plan(recipe, parameter_kinds(base), allow=allow, by_class=by_class)
+    require_shapes_of_class(plan.base)
+    return plan
+
+
+def router_rows(plan: Plan) -> dict[str, list[Row]]:
+    """The router data of every expert, in the gate's order, read before any work."""
+    recipe = plan.recipe
+    rows = {}
+    for name in plan.expert_names:
+        rows[name] = read_rows(
+            recipe.locate(recipe.experts[name].router_data, f"experts.{name}.router_data"), labelled=False
+        )
+        if len(rows[name]) < 2:
+            raise DataError(
+                f"experts.{name}.router_data holds {len(rows[name])} row; the router needs at least 2 of every expert"
+            )
+    return rows
+
+
+def require_heads(plan: Plan) -> None:
+    """Refuse heads that cannot answer, before any work.
+
+    Raises:
+        CheckpointError: if one holds NaN or Inf.
+        MismatchError: if one is not what its class needs.
+    """
+    for expert in plan.experts.values():
+        head = expert.read_head()
+        if head:
+            load_head(expert.config, head)
+
+
+def router_features(
+    model: TwinModel, rows: Mapping[str, Sequence[Row]], spec: str, progress: Progress = silent
+) -> dict[str, torch.Tensor]:
+    """Features of the shared expert on every expert's inputs: (rows, feature) by expert."""
+    total, done = sum(len(part) for part in rows.values()), 0
+    features = {}
+    for name, part in rows.items():
+        collected: list[torch.Tensor] = [torch.empty(0)] * len(part)
+        for chosen, values in features_of(model, part, spec):
+            for index, value in zip(chosen, values, strict=True):
+                collected[index] = value.cpu()
+            done += len(chosen)
+            progress("router features", done, total)
+        features[name] = torch.stack(collected)
+    return features
+
+
+def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
+    """Fit the router on the shared expert as it lies on disk."""
+    recipe = plan.recipe
+    model = TwinModel(
+        load_backbone(folder),
+        {n: {} for n in plan.expert_names},
+        kinds={},
+        tokenizer=load_tokenizer(folder),
+        max_length=recipe.max_length,
+    )
+    settings = recipe.router
+    count = min(settings.samples_per_expert, *(len(part) for part in rows.values()))
+    sampled = {name: _sample(part, count, recipe.seed) for name, part in rows.items()}
+    features = router_features(model, sampled, settings.hidden, progress) if settings.hidden else None
+    ids = {name: ids_of(model, part) for name, part in sampled.items()} if settings.tokens else None
+    router = fit_router(features, settings, seed=recipe.seed, ids=ids)
+    progress("router fitted", 1, 1)
+    return router
+
+
+def _sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """So many rows from anywhere in the file, which may be sorted, in its order."""
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """The twin's README.md, from its manifest."""
+    experts = "\n".join(
+        f"| {name} | {entry['source']} | {entry['rank_mean']:.1f} | {entry['energy_kept']:.1%} |"
+        for name, entry in manifest["experts"].items()
+    )
+    licences = "; ".join(
+        f"{name}: {entry.get('licence') or 'none named'}"
+        for name, entry in {"base": manifest["base"], **manifest["experts"]}.items()
+    )
+    router, recipe = manifest["router"], manifest["recipe"]
+    changes = ", ".join(f"{change['change']} {change['expert']}" for change in manifest.get("changes", []))
+    changed = f" It was merged before these changes: {changes}." if changes else ""
+    return f"""---
+library_name: twinmerge
+tags: [merge, twin-merging]
+---
+# A twin of {len(manifest["experts"])} experts
+
+Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest["versions"]["twinmerge"]} by Twin-Merging
+(arXiv:2406.15479) from base `{recipe["base"]}`. The folder loads as the shared expert with plain transformers;
+`experts/NAME` loads on it as a PEFT adapter; `twinmerge.TwinModel.from_pretrained` mixes the experts for every input.
+
+| expert | source | mean rank | energy kept |
+|---|---|---|---|
+{experts}
+
+Shared expert: {recipe["shared"]}.{changed} Exclusive knowledge: {recipe["exclusive"]}.
+Router: {recipe["router"]["method"]} on features `{recipe["router"]["features"]}`, {router["accuracy"]:.1%} right on
+held-out router data, calibration error {router["calibration_error"]:.3f}.
+
+Licences of base and experts apply, as their model cards name them: {licences}.
+"""

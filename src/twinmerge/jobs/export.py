@@ -1,0 +1,101 @@
+"""Knows how a twin leaves for other tools: a plain model for one gate, PEFT adapters, one stacked adapter."""
+
+import datetime
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from twinmerge.errors import GateError
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.staging import resumable_folder
+from twinmerge.files.writer import copy_side_files
+from twinmerge.hf.loading import quiet
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import versions
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.export import export_peft, export_stacked
+
+Form = Literal["dense", "peft", "stacked-lora"]
+NOTE = "export.json"
+
+
+def export(
+    twin: Path | str,
+    out: Path | str,
+    *,
+    to: Form,
+    gate: Mapping[str, float] | None = None,
+    expert: str | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a twin in a form that other tools load; the folder appears whole or not at all.
+
+    Args:
+        twin: the twin's folder.
+        out: the folder to write.
+        to: `dense`, an ordinary transformers model for one gate, with the head of its largest weight and the tokenizer;
+            `peft`, a PEFT adapter for every expert; `stacked-lora`, one adapter of all of them with its map.
+        gate: for `dense`, weights by expert; those left out are 0, and nothing makes them sum to 1.
+        expert: for `dense`, this expert alone: the same as a gate of 1 for it.
+        overwrite: replace a folder that exists.
+        progress: called with (stage, done, total).
+
+    Returns:
+        What export.json in the folder says: where it came from, its form, licences, and what it holds.
+
+    Raises:
+        GateError: if `dense` has no gate or other than one, or another form has any; if an expert is unknown.
+        ArtifactError: if the twin keeps entries, which no adapter holds.
+    """
+    artifact = TwinArtifact.open(twin)
+    weights = _gate(artifact, to, gate, expert)
+    with resumable_folder(Path(out), to, overwrite=overwrite) as staged:
+        folder = staged.folder
+        if to == "dense":
+            held = _export_dense(artifact, folder, weights)
+        else:
+            held = (export_peft if to == "peft" else export_stacked)(artifact, folder)
+        progress(f"exporting as {to}", 1, 1)
+        inputs = {"base": artifact.manifest.get("base", {}), **artifact.manifest["experts"]}
+        note = {
+            "twin": str(artifact.path.resolve()),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "to": to,
+            "licences": {name: entry.get("licence") for name, entry in inputs.items()},
+            "holds": held,
+        }
+        (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    return note
+
+
+def _gate(artifact: TwinArtifact, to: Form, gate: Mapping[str, float] | None, expert: str | None) -> dict[str, float]:
+    """A weight for every expert; none for the forms that hold all of them."""
+    if to != "dense":
+        if gate is not None or expert is not None:
+            raise GateError(f"{to} holds every expert and takes no gate; only dense is made for one")
+        return {}
+    if (gate is None) == (expert is None):
+        raise GateError("dense is a model for one gate; give weights by expert (--gate) or one expert (--expert)")
+    found = {expert: 1.0} if expert is not None else dict(gate or {})
+    unknown = sorted(str(name) for name in found if name not in artifact.expert_names)
+    if unknown:
+        raise GateError(f"unknown expert {unknown[0]!r}; this twin has {', '.join(artifact.expert_names)}")
+    if not any(found.values()):
+        raise GateError("a gate of zeros is the shared expert, which the twin's own folder loads as")
+    return {name: float(found.get(name, 0.0)) for name in artifact.expert_names}
+
+
+def _export_dense(artifact: TwinArtifact, folder: Path, gate: Mapping[str, float]) -> dict[str, Any]:
+    """A plain model folder: weights summed for the gate, the head of its largest weight, tokenizer files."""
+    model = TwinModel.from_pretrained(artifact.path)
+    plain = model.materialize(torch.tensor(list(gate.values()), dtype=torch.float64))
+    copy_side_files(artifact.path, folder)
+    with quiet():
+        plain.save_pretrained(folder)
+    head = max(gate, key=gate.__getitem__) if model.heads else None
+    return {"gate": dict(gate), "head": head, "class": type(plain).__name__}

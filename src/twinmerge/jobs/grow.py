@@ -1,0 +1,256 @@
+"""Knows how a twin gains, loses or exchanges an expert: the shared expert stays, the router is fitted anew."""
+
+import datetime
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.staging import resumable_folder
+from twinmerge.hf.loading import by_class
+from twinmerge.jobs.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
+from twinmerge.models.provenance import require_unchanged
+from twinmerge.models.source import locate
+from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.decompose import WeightsReport, add_expert
+from twinmerge.twin.plan import MATRICES, Plan, make_plan
+from twinmerge.twin.recipe import ExpertSource, Recipe
+
+Change = Literal["add", "remove", "replace"]
+
+
+def add(
+    twin: Path | str,
+    name: str,
+    *,
+    model: Path | str,
+    router_data: Path | str,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    root: Path | str | None = None,
+    progress: Progress = silent,
+) -> TwinArtifact:
+    """Add an expert to a twin: its exclusive part and the router are computed, every other file keeps its bits.
+
+    What is kept of it follows the twin's `exclusive` settings; under a budget it gets as much as each of the others
+    was given, and the recorded budget grows by that share.
+
+    Args:
+        twin: the twin's folder, replaced whole once the new one is complete.
+        name: of the new expert.
+        model: a folder or hub id, fine-tuned from the twin's base.
+        router_data: JSON lines of inputs that belong to it.
+        out: write the new twin there and leave `twin` as it is.
+        overwrite: replace `out` if it exists.
+        root: where relative paths of the twin's recipe start now; None is where they did when it was built.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The new twin.
+
+    Raises:
+        InputError: whatever is wrong with the twin, the expert or the data, in one line; nothing is changed.
+    """
+    return _change(twin, "add", name, _source(model, router_data), out, overwrite, root, progress)
+
+
+def replace(
+    twin: Path | str,
+    name: str,
+    *,
+    model: Path | str,
+    router_data: Path | str,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    root: Path | str | None = None,
+    progress: Progress = silent,
+) -> TwinArtifact:
+    """Exchange an expert of a twin for another of the same name; see `add`."""
+    return _change(twin, "replace", name, _source(model, router_data), out, overwrite, root, progress)
+
+
+def remove(
+    twin: Path | str,
+    name: str,
+    *,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    root: Path | str | None = None,
+    progress: Progress = silent,
+) -> TwinArtifact:
+    """Take an expert out of a twin; the shared expert, which was merged with it, stays. See `add`."""
+    return _change(twin, "remove", name, None, out, overwrite, root, progress)
+
+
+def _change(
+    twin: Path | str,
+    change: Change,
+    name: str,
+    source: ExpertSource | None,
+    out: Path | str | None,
+    overwrite: bool,
+    root: Path | str | None,
+    progress: Progress,
+) -> TwinArtifact:
+    folder = TwinArtifact.open(twin).path.resolve()
+    target = folder if out is None else Path(out).resolve()
+    with resumable_folder(target, f"{change} {name}", overwrite=overwrite or target == folder) as staged:
+        staging = staged.folder
+        artifact = TwinArtifact.open(folder)
+        recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
+        plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
+        rows = router_rows(plan)
+        require_heads(plan)
+        artifact.verify()
+        known = _take_over(artifact, staging, name, link=target == folder)
+        report = None
+        if source is not None:
+            with tempfile.TemporaryDirectory(dir=staging) as work:
+                report = add_expert(plan, artifact.shared, staging / "experts" / name, Path(work), progress)
+        router = fit_on_shared(staging, plan, rows, progress)
+        router.save(staging / "router")
+        manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
+        (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        write_manifest(staging, manifest, known)
+    return TwinArtifact.open(target)
+
+
+def _source(model: Path | str, router_data: Path | str) -> ExpertSource:
+    """Where a new expert is, as any working directory finds it again."""
+    path, rows = Path(model).expanduser(), Path(router_data).expanduser().resolve()
+    locate(Path.cwd(), str(model), "the new expert")
+    if not rows.is_file():
+        raise DataError(f"the new expert's router data: {rows} is not there; the router needs inputs of every expert")
+    return ExpertSource(model=str(path.resolve()) if path.exists() else str(model), router_data=str(rows))
+
+
+def _recipe(artifact: TwinArtifact, root: Path | str | None) -> Recipe:
+    """The recipe that a twin was built from."""
+    start = root if root is not None else artifact.manifest.get("root")
+    if start is None:
+        raise ArtifactError(
+            f"{artifact.path} does not say where its recipe's paths start; name that folder as root (--root)"
+        )
+    try:
+        return Recipe.model_validate({**artifact.manifest["recipe"], "root": Path(start).resolve()})
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{artifact.path / 'twin.json'} is damaged: its recipe is not valid ({error.errors()[0]['msg']})"
+        ) from error
+
+
+def _changed_recipe(recipe: Recipe, change: Change, name: str, source: ExpertSource | None) -> Recipe:
+    """The recipe of the new twin; a budget is shared by as many experts more or fewer, each keeping its share.
+
+    Raises:
+        RecipeError: if there is no such expert, or one already, or an expert's router data is no longer there.
+    """
+    if change == "add" and name in recipe.experts:
+        raise RecipeError(f"the twin has an expert {name!r} already; replace it, or choose another name")
+    if change != "add" and name not in recipe.experts:
+        raise RecipeError(f"unknown expert {name!r}; this twin has {', '.join(sorted(recipe.experts))}")
+    experts = {n: s.model_dump() for n, s in recipe.experts.items() if source is not None or n != name}
+    if source is not None:
+        experts[name] = source.model_dump()
+    exclusive = recipe.exclusive.model_dump()
+    if recipe.exclusive.budget is not None:
+        exclusive["budget"] = round(recipe.exclusive.budget * len(experts) / len(recipe.experts), 12)
+    try:
+        changed = Recipe.model_validate({**recipe.model_dump(), "experts": experts, "exclusive": exclusive})
+    except ValidationError as error:
+        raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    for expert, entry in changed.experts.items():
+        rows = recipe.root / Path(entry.router_data).expanduser()
+        if not rows.is_file():
+            raise RecipeError(
+                f"experts.{expert}.router_data: {rows} is not there, and the router is "
+                "fitted on the inputs of every expert; put it back, or name the folder that the recipe's paths start "
+                "from as root (--root)"
+            )
+    return changed
+
+
+def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
+    """The plan for the new expert alone, which must be what the others are.
+
+    Raises:
+        MismatchError: if the base is another than the twin's, or the expert has other parameters or no head.
+    """
+    plan = make_plan(recipe, artifact.kinds, only=name, by_class=by_class)
+    base = artifact.manifest.get("base", {})
+    if "files" in base:
+        require_unchanged(base, plan.base, "base")
+    others = [other for other in artifact.expert_names if other != name]
+    with_head = [other for other in others if (artifact.path / "experts" / other / "head").is_dir()]
+    if bool(with_head) != bool(plan.experts[name].head):
+        has, lacks = (name, others[0]) if not with_head else (with_head[0], name)
+        raise MismatchError(f"expert {has!r} has a head of its own, expert {lacks!r} has none; give all or none")
+    held = {other: artifact.compressed(other) for other in others}
+    for task in plan.tasks:
+        having = [other for other in others if task.name in held[other]]
+        compressed = task.kind in MATRICES and task.exclusive
+        if bool(having) != compressed:
+            has, lacks = (having[0], name) if having else (name, others[0])
+            raise MismatchError(f"expert {lacks!r} lacks {task.name!r}, which expert {has!r} has; give all or none")
+    return plan
+
+
+def _take_over(artifact: TwinArtifact, staging: Path, name: str, *, link: bool) -> dict[str, Any]:
+    """Bring the files that stay into the new folder, without a copy where it takes the old one's place.
+
+    Returns:
+        Their entries in the manifest.
+    """
+    kept = {
+        file: entry
+        for file, entry in artifact.manifest["files"].items()
+        if file != "README.md" and not file.startswith(("router/", f"experts/{name}/"))
+    }
+    for file in kept:
+        (staging / file).parent.mkdir(parents=True, exist_ok=True)
+        if not (link and _linked(artifact.path / file, staging / file)):
+            shutil.copyfile(artifact.path / file, staging / file)
+    return kept
+
+
+def _linked(old: Path, new: Path) -> bool:
+    """Give a file a second name; not every file system can."""
+    try:
+        os.link(old, new)
+    except OSError:
+        return False
+    return True
+
+
+def _manifest(
+    artifact: TwinArtifact, plan: Plan, change: Change, name: str, report: WeightsReport | None, progress: Progress
+) -> dict[str, Any]:
+    """The old manifest with one expert more, fewer or other, and a line on the change."""
+    old = {key: value for key, value in artifact.manifest.items() if key not in ("format_version", "files")}
+    experts = {expert: entry for expert, entry in old["experts"].items() if expert != name}
+    found: Mapping[str, Mapping[str, Any]] = {}
+    if report is not None:
+        experts |= with_provenance(plan, report.experts, progress)
+        found = report.tensors
+    tensors = {}
+    for tensor, entry in old["tensors"].items():
+        ranks = {expert: rank for expert, rank in entry["ranks"].items() if expert != name}
+        ranks |= found.get(tensor, {}).get("ranks", {})
+        tensors[tensor] = {**entry, "ranks": dict(sorted(ranks.items()))}
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return old | {
+        "recipe": plan.recipe.model_dump(mode="json", exclude={"root"}),
+        "root": str(plan.recipe.root),
+        "experts": dict(sorted(experts.items())),
+        "tensors": tensors,
+        "changes": [
+            *old.get("changes", []),
+            {"at": now, "change": change, "expert": name, "versions": versions()},
+        ],
+    }

@@ -1,0 +1,315 @@
+"""Knows how rows of text are answered: in bounded windows, in input order, and taken up after a kill."""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinmerge.errors import DataError, GateError, InputError
+from twinmerge.files.growing import GrowingFile, growing_file
+from twinmerge.files.rows import STANDARD, Row, RowReader, count_lines, open_rows, refuse_taken
+from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings, batches
+from twinmerge.hf.inputs import Encoded, encode, pad
+from twinmerge.hf.model import Mode, TwinModel
+from twinmerge.jobs.build import versions
+from twinmerge.twin.artifact import MANIFEST, TwinArtifact
+
+WINDOW_ROWS, WINDOW_CHARACTERS = 2048, 1 << 24
+"""What is read, sorted by length and answered at a time."""
+
+Answer = dict[str, Any]
+
+
+def predict(
+    model: TwinModel,
+    rows: Iterable[Row],
+    *,
+    expert: str | None = None,
+    limits: BatchLimits = PredictSettings.limits,
+    max_new_tokens: int = PredictSettings.max_new_tokens,
+) -> Iterator[Answer]:
+    """Answer rows in input order, in bounded memory.
+
+    A row's answer is its own whatever it shares a batch with, to float tolerance; the same rows in the same order give
+    the same bits, whatever the model was asked before.
+
+    Args:
+        model: the twin.
+        rows: {"text": ...} or {"text": ..., "text_pair": ...}; other fields are handed through.
+        expert: use this expert alone, not the router.
+        limits: of a batch.
+        max_new_tokens: of a causal LM's continuation.
+
+    Yields:
+        {"expert", "gate", "fallback", ...the row's fields}; with heads also "label" and "score", for a causal LM
+        "continuation", decoded greedily under the gate of the row's text.
+
+    Raises:
+        GateError: if the expert is unknown.
+        DataError: if a row has a field of the answer's.
+    """
+    return chain.from_iterable(predict_windows(model, rows, PredictSettings(expert, limits, max_new_tokens)))
+
+
+def predict_windows(
+    model: TwinModel, rows: Iterable[Row], settings: PredictSettings, answered: Callable[[int], None] = lambda _: None
+) -> Iterator[list[Answer]]:
+    """`predict`, a window of answers at a time; no row is read before the window before it was taken.
+
+    Args:
+        model: the twin.
+        rows: as for `predict`.
+        settings: who answers, and how much at a time.
+        answered: called with the number of rows of every batch, once it is answered.
+    """
+    if settings.expert is not None and settings.expert not in model.expert_names:
+        raise GateError(f"unknown expert {settings.expert!r}; this twin has {', '.join(model.expert_names)}")
+    taken, seen = answer_fields(model), 0
+    for number, window in enumerate(_windows(rows)):
+        for index, row in enumerate(window, start=seen + 1):
+            refuse_taken(row, taken, f"row {index}")
+        seen += len(window)
+        if number == 0:
+            _settle(model, window[0], settings)
+        answers: list[Answer] = [{}] * len(window)
+        for chosen, found in _answer(model, window, settings):
+            for index, answer in zip(chosen, found, strict=True):
+                answers[index] = {**answer, **window[index]}
+            answered(len(chosen))
+        yield answers
+
+
+def answer_fields(model: TwinModel) -> tuple[str, ...]:
+    """The fields that answers have besides those of their rows."""
+    fields = ("expert", "gate", "fallback")
+    if model.heads:
+        return (*fields, "label", "score")
+    return (*fields, "continuation") if _generates(model) else fields
+
+
+def predict_file(
+    twin: Path | str,
+    source: Path,
+    target: Path,
+    settings: PredictSettings = DEFAULTS,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int | None], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Answer a file of JSON lines with another, line by line.
+
+    What is finished of the output is on disk after every window, in `.NAME.partial` beside it, and the next run with
+    `resume` goes on there; the output appears complete or not at all.
+
+    Args:
+        twin: folder of a twin.
+        source: rows; `-` is standard input.
+        target: answers in the order of the rows; `-` is standard output, which keeps nothing to go on with.
+        settings: who answers, and how much at a time.
+        device: where the twin computes.
+        overwrite: replace the output, and what an interrupted run left of it.
+        resume: go on with what an interrupted run left; the bytes are those of a run that was not interrupted.
+        progress: called with the rows answered so far and their number, None if that is not known.
+
+    Returns:
+        `rows`, how many of them were `resumed`, and how many each of `experts` answered.
+
+    Raises:
+        InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
+    """
+    artifact = TwinArtifact.open(twin)
+    if resume and target == STANDARD:
+        raise InputError("standard output keeps nothing to go on with; name a file to resume")
+    fingerprint = {
+        "twin": hashlib.sha256((artifact.path / MANIFEST).read_bytes()).hexdigest(),
+        "device": device,
+        **asdict(settings),
+        "window": [WINDOW_ROWS, WINDOW_CHARACTERS],
+        "versions": versions(),
+    }
+    with open_rows(source) as file:
+        total = count_lines(source)
+        with _output(target, fingerprint, overwrite=overwrite, resume=resume) as output:
+            before = output.note or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
+            if not output.complete:
+                model = TwinModel.from_pretrained(artifact.path, device=device)
+                name = "standard input" if source == STANDARD else str(source)
+                reader = RowReader(file, name, taken=answer_fields(model))
+                reader.skip(before["rows"], before["bytes"], before["sha256"])
+                with _said_what_is_kept(output, target):
+                    _answer_all(model, reader, output, settings, Counter(before["experts"]), total, progress)
+            note = output.note or before
+    return {"rows": note["rows"], "resumed": before["rows"], "experts": dict(sorted(note["experts"].items()))}
+
+
+class _StandardOutput:
+    complete = False
+
+    def __init__(self) -> None:
+        self.note: Mapping[str, Any] | None = None
+
+    def append(self, content: bytes, note: Mapping[str, Any]) -> None:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        self.note = note
+
+
+_Output = GrowingFile | _StandardOutput
+"""Where windows of answers go."""
+
+
+@contextmanager
+def _output(target: Path, fingerprint: Mapping[str, Any], *, overwrite: bool, resume: bool) -> Iterator[_Output]:
+    if target == STANDARD:
+        yield _StandardOutput()
+        return
+    with growing_file(target, fingerprint, overwrite=overwrite, resume=resume) as growing:
+        yield growing
+
+
+def _answer_all(
+    model: TwinModel,
+    reader: RowReader,
+    output: _Output,
+    settings: PredictSettings,
+    experts: Counter[str],
+    total: int | None,
+    progress: Callable[[int, int | None], None],
+) -> None:
+    """Answer what is left to read, and append it window by window."""
+    done = reader.rows
+    progress(done, total)
+
+    def answered(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress(done, total)
+
+    for answers in predict_windows(model, reader, settings, answered):
+        experts.update(answer["expert"] for answer in answers)
+        content = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        note = {"rows": reader.rows, "bytes": reader.bytes, "sha256": reader.sha256, "experts": dict(experts)}
+        output.append(content.encode(), note)
+
+
+@contextmanager
+def _said_what_is_kept(output: _Output, target: Path) -> Iterator[None]:
+    """Whoever stops the work is told what is kept of it."""
+    try:
+        yield
+    except (DataError, KeyboardInterrupt) as error:
+        if output.note is None or target == STANDARD:
+            raise
+        kept = f"the answers of {output.note['rows']:,} rows are kept: go on with --resume"
+        raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from error
+
+
+def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows by the window; the row that makes a window full is its last, so that none is read ahead."""
+    window: list[Row] = []
+    characters = 0
+    for row in rows:
+        window.append(row)
+        characters += len(row["text"]) + len(row.get("text_pair", ""))
+        if len(window) >= WINDOW_ROWS or characters >= WINDOW_CHARACTERS:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
+
+
+def _settle(model: TwinModel, row: Row, settings: PredictSettings) -> None:
+    """Let the model find out, under a gate of all experts, which of its layers read one input.
+
+    Otherwise the first batch of a process, before or after a resume, would be computed in another order of sums.
+    """
+    gate = torch.full((1, len(model.expert_names)), 1 / len(model.expert_names), device=model.device)
+    with _in_mode(model, "factors"):
+        model.encode(gate, **pad(model, encode(model, [row])))
+
+
+def _answer(
+    model: TwinModel, rows: Sequence[Row], settings: PredictSettings
+) -> Iterator[tuple[list[int], list[Answer]]]:
+    """Answers of a window, batch by batch: (indices of rows, answers)."""
+    new = settings.max_new_tokens if _generates(model) else 0
+    encoded = encode(model, rows, room=new)
+    # one gate for all: weights merged once, if they may be kept; else history must not choose between the two
+    kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
+    for chosen in batches([len(one["input_ids"]) + new for one in encoded], settings.limits):
+        picked = [encoded[index] for index in chosen]
+        with _in_mode(model, "merge" if kept else "factors"):
+            found = _continued(model, picked, settings) if new else _labelled(model, picked, settings)
+        yield chosen, found
+
+
+def _labelled(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings) -> list[Answer]:
+    out = model(**pad(model, encoded), expert=settings.expert)
+    fallback = [False] * len(encoded) if out.fallback is None else out.fallback.tolist()
+    answers = _routed(model, out.expert, out.gate, fallback)
+    if not model.heads:
+        return answers
+    for answer, logits in zip(answers, out.logits, strict=True):
+        score, label = logits.float().softmax(dim=-1).max(dim=-1)
+        head: Any = model.heads[answer["expert"]]
+        answer |= {"label": head.config.id2label[int(label)], "score": round(float(score), 6)}
+    return answers
+
+
+def _continued(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings) -> list[Answer]:
+    """A causal LM's greedy continuations: routed with padding on the right, written with padding on the left."""
+    if settings.expert is None:
+        routing = model.routing(**pad(model, encoded))
+        gate, fallback = routing.gate, routing.fallback.tolist()
+        names = [model.expert_names[index] for index in routing.expert.tolist()]
+    else:
+        names, fallback = [settings.expert] * len(encoded), [False] * len(encoded)
+        gate = model.one_hot(names)
+    inputs: dict[str, Any] = pad(model, encoded, side="left")
+    written = model.generate(
+        **inputs,
+        gate=gate,
+        do_sample=False,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+    texts = model.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = _routed(model, names, gate, fallback)
+    return [{**answer, "continuation": text} for answer, text in zip(answers, texts, strict=True)]
+
+
+def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback: Sequence[bool]) -> list[Answer]:
+    """What every answer says of its way."""
+    return [
+        {
+            "expert": name,
+            "gate": {expert: round(weight, 6) for expert, weight in zip(model.expert_names, row, strict=True)},
+            "fallback": alone,
+        }
+        for name, row, alone in zip(names, gate.tolist(), fallback, strict=True)
+    ]
+
+
+def _generates(model: TwinModel) -> bool:
+    return not model.heads and model.backbone.can_generate()
+
+
+@contextmanager
+def _in_mode(model: TwinModel, mode: Mode) -> Iterator[None]:
+    """Compute in a mode for a while, unless the model's owner chose one."""
+    before = model.mode
+    model.mode = mode if before == "auto" else before
+    try:
+        yield
+    finally:
+        model.mode = before

@@ -1,0 +1,1 @@
+"""Features in, gate out: router heads, calibration and the fall-back."""

@@ -1,0 +1,408 @@
+"""Knows how weights become a twin: every parameter decomposed on its own, then ranks chosen, then files assembled."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.writer import copy_side_files
+from twinmerge.merging.executor import Executor, make_executor
+from twinmerge.merging.methods import METHODS, SharedParams, Stats, merge_tensor, run_prepass
+from twinmerge.merging.rules import Chunk, RegistryRule, task_vectors
+from twinmerge.models.compatible import plausible_bound, require_plausible, require_related
+from twinmerge.tensors.difference import require_finite
+from twinmerge.tensors.float8 import EIGHT_BITS, to_eight_bits
+from twinmerge.tensors.low_rank import LowRank, compress_product
+from twinmerge.tensors.sparse import Sparse
+from twinmerge.twin.artifact import total_norms, write_exclusive
+from twinmerge.twin.budget import streams
+from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+from twinmerge.twin.ranks import Exclusive, Key, best_scaling, choose_ranks, compress
+
+MAX_SHARD_BYTES = 5 * 10**9
+_CHUNK_ENTRIES = 1 << 16
+"""Entries merged at a time: what they need stays in the cache."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What decomposing one parameter found; its tensors lie in the part file."""
+
+    name: str
+    scaling: float | None
+    energies: Mapping[str, float]
+    """||expert - shared||_F^2 before compression, by expert."""
+    spectra: Mapping[str, Tensor]
+    """Singular values, by expert; empty where nothing was decomposed."""
+    part: Path
+
+    @classmethod
+    def load(cls, name: str, part: Path) -> "TensorRecord":
+        """What `decompose_tensor` wrote beside the tensors."""
+        written = Checkpoint.open(part)
+
+        def numbers(ending: str) -> dict[str, Tensor]:
+            return {n.removesuffix(ending): written.read(n) for n in written.specs if n.endswith(ending)}
+
+        scaling = numbers(".scaling").get("shared")
+        energies = {expert: float(value) for expert, value in numbers(".energy").items()}
+        return cls(name, None if scaling is None else float(scaling), energies, numbers(".spectrum"), part)
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What `write_weights` did, for the manifest."""
+
+    tensors: dict[str, dict[str, Any]]
+    experts: dict[str, dict[str, Any]]
+
+
+def merged_tensors(plan: Plan, progress: Progress = silent) -> Iterator[tuple[TensorTask, Tensor]]:
+    """Merge every parameter into the shared expert, one at a time, in the base's dtype (METHOD §2).
+
+    Yields:
+        The task and its shared tensor.
+    """
+    stats = prepare(plan)
+    for index, task in enumerate(plan.tasks):
+        yield task, _merge(task, plan, stats)[0]
+        progress("merging", index + 1, len(plan.tasks))
+
+
+def prepare(plan: Plan) -> Stats | None:
+    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one."""
+    for name in () if plan.allow.unrelated else plan.expert_names:
+        _require_related(plan, name)
+    return run_prepass(plan.recipe.shared, partial(_all_task_vectors, plan))
+
+
+def _all_task_vectors(plan: Plan) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Parameter by parameter, large ones in stretches: its name, and the task vectors by expert."""
+    for task in [task for task in plan.tasks if task.experts]:
+        if streams(plan, task):
+            yield from task_vectors(partial(_chunks, plan, task))
+        else:
+            base = plan.base.read(task.name)
+            bound = _bound(plan, task, base)
+            yield task.name, {e: plan.experts[e].task_vector(task.name, base, bound) for e in task.experts}
+
+
+def _chunks(plan: Plan, task: TensorTask) -> Iterator[Chunk]:
+    """One parameter of the base and of full experts, stretch by stretch, finite."""
+    for start in range(0, task.spec.numel, _CHUNK_ENTRIES):
+        stop = min(start + _CHUNK_ENTRIES, task.spec.numel)
+        base = plan.base.read_flat(task.name, start, stop)
+        bound = _bound(plan, task, base, start)
+        experts = {name: plan.experts[name].read_flat(task.name, start, stop, bound) for name in task.experts}
+        yield Chunk(task.name, start, base, experts)
+
+
+def _bound(plan: Plan, task: TensorTask, base: Tensor, start: int = 0) -> float | None:
+    """The largest magnitude that is plausible in a fine-tune, where the base has these values, which must be finite."""
+    largest = require_plausible(base, f"base: {task.name!r} in {task.spec.file}", start)
+    return None if plan.allow.unrelated else plausible_bound(largest)
+
+
+def write_weights(
+    plan: Plan,
+    folder: Path,
+    work: Path,
+    progress: Progress = silent,
+    *,
+    executor: Executor | None = None,
+    finished: Mapping[str, str] = {},
+    record: Callable[[str, str], None] = lambda name, digest: None,
+) -> WeightsReport:
+    """Write the shared expert, the exclusive parts and the heads.
+
+    Args:
+        plan: what to build.
+        folder: the twin's folder, exists.
+        work: an existing folder for part files, one for every parameter.
+        progress: told after every parameter.
+        executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
+        finished: parameters whose part files an interrupted run left in `work`, and their SHA-256, which is verified.
+        record: told the name and the SHA-256 of every part file that is complete.
+    """
+    task = _Decompose(plan, prepare(plan), work)
+    done = {
+        name for name, digest in finished.items() if task.part(name).exists() and sha256_of(task.part(name)) == digest
+    }
+    left = sorted((t for t in plan.tasks if t.name not in done), key=lambda t: -t.spec.numel)
+    if done:
+        progress("decomposing", len(done), len(plan.tasks))
+    for count, (finding, digest) in enumerate((executor or make_executor("threads")).map(task, left), len(done) + 1):
+        record(finding.name, digest)
+        progress("decomposing", count, len(plan.tasks))
+    records = {t.name: TensorRecord.load(t.name, task.part(t.name)) for t in plan.tasks}
+    ranks = _ranks(plan, records)
+    _write_shared(plan, records, folder)
+    experts = {}
+    for index, name in enumerate(plan.expert_names):
+        experts[name] = _write_expert(plan, name, records, ranks, folder / "experts" / name)
+        progress("writing experts", index + 1, len(plan.expert_names))
+    tensors = {
+        task.name: {
+            "kind": task.kind,
+            "scaling": records[task.name].scaling,
+            "ranks": {e: ranks[task.name, e] for e in task.experts if (task.name, e) in ranks},
+        }
+        for task in plan.tasks
+    }
+    return WeightsReport(tensors, experts)
+
+
+@dataclass(frozen=True)
+class _Decompose:
+    """Decomposes one parameter into its part file; run twice it writes the same bytes."""
+
+    plan: Plan
+    stats: Stats | None
+    work: Path
+
+    def part(self, name: str) -> Path:
+        """The part file of a parameter, whose name may be no file's."""
+        return self.work / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def __call__(self, task: TensorTask) -> str:
+        """The SHA-256 of the part file."""
+        return sha256_of(decompose_tensor(task, self.plan, self.stats, self.part(task.name)).part)
+
+
+def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
+    """Write the exclusive part and the head of the one expert that a plan opened; the shared expert stays as it is.
+
+    Args:
+        plan: of `make_plan(..., only=name)`.
+        shared: the twin's shared expert.
+        folder: `experts/NAME`, created.
+        work: an existing folder for part files.
+        progress: told after every parameter.
+    """
+    (name,) = plan.experts
+    _require_related(plan, name)
+    records = {}
+    tasks = [task for task in plan.tasks if task.exclusive]
+    for index, task in enumerate(tasks):
+        part = work / f"{index:05d}.safetensors"
+        records[task.name] = decompose_tensor(task, plan, None, part, shared.read(task.name))
+        progress("decomposing", index + 1, len(tasks))
+    ranks = _ranks(plan, records)
+    entry = _write_expert(plan, name, records, ranks, folder)
+    return WeightsReport({task: {"ranks": {expert: rank}} for (task, expert), rank in ranks.items()}, {name: entry})
+
+
+def decompose_tensor(
+    task: TensorTask, plan: Plan, stats: Stats | None, part: Path, stored: Tensor | None = None
+) -> TensorRecord:
+    """Merge one parameter and compress what each expert loses by it; idempotent, writes only `part`.
+
+    The difference is taken from the shared tensor as it is stored, so that rounding is not lost; one that is `stored`
+    already is not merged again.
+    """
+    shared, scaling = _merge(task, plan, stats) if stored is None else (stored, None)
+    tensors: dict[str, Tensor] = {"shared": shared} if stored is None else {}
+    energies: dict[str, float] = {}
+    spectra: dict[str, Tensor] = {}
+    if task.exclusive:
+        base = plan.base.read(task.name)
+        bound = _bound(plan, task, base)
+        factored = _factored_differences(task, plan, scaling) if stored is None else None
+        for name in task.experts:
+            compressed: LowRank | Sparse
+            if factored is not None:
+                compressed, values = factored[name]
+                energies[name] = float(values.double().square().sum())
+            else:
+                difference = plan.experts[name].task_vector(task.name, base, bound).add_(base).sub_(shared)
+                energies[name] = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+                if task.kind not in MATRICES:
+                    tensors[f"{name}.dense"] = difference.to(plan.stored_dtype(task))
+                    continue
+                compressed, values = compress(
+                    difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
+                )
+            tensors.update(_pack(name, compressed, plan.stored_dtype(task), task.name))
+            if isinstance(compressed, LowRank):
+                spectra[name] = values
+    for key, tensor in tensors.items():
+        if key != "shared" and tensor.is_floating_point():
+            require_finite(
+                tensor, f"exclusive.dtype: {task.name!r} of {key.rpartition('.')[0]!r} stored in {tensor.dtype}"
+            )
+    tensors |= {f"{name}.energy": torch.tensor(energy, dtype=torch.float64) for name, energy in energies.items()}
+    tensors |= {f"{name}.spectrum": values for name, values in spectra.items()}
+    if scaling is not None:
+        tensors["shared.scaling"] = torch.tensor(scaling, dtype=torch.float64)
+    save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
+    return TensorRecord(task.name, scaling, energies, spectra, part)
+
+
+def _merge(task: TensorTask, plan: Plan, stats: Stats | None) -> tuple[Tensor, float | None]:
+    """The shared tensor, rounded once to the base's dtype, and the scaling that was used."""
+    if task.experts and streams(plan, task):
+        return _merge_in_stretches(task, plan, stats), getattr(plan.recipe.shared, "scaling", None)
+    base = plan.base.read(task.name)
+    if not task.experts:
+        return base, None
+    bound = _bound(plan, task, base)
+    vectors = {name: plan.experts[name].task_vector(task.name, base, bound) for name in task.experts}
+    params = plan.recipe.shared
+    scaling = getattr(params, "scaling", None)
+    if scaling == "auto":
+        params = params.model_copy(update={"scaling": 1.0})
+        direction = merge_tensor(params, base, vectors, name=task.name, stats=stats) - base.float()
+        scaling = best_scaling(vectors, direction, _expected_rank(plan) if task.exclusive else 0)
+        merged = base.float() + scaling * direction
+    else:
+        merged = merge_tensor(params, base, vectors, name=task.name, stats=stats)
+    return merged.to(task.spec.dtype), scaling
+
+
+def _merge_in_stretches(task: TensorTask, plan: Plan, stats: Stats | None) -> Tensor:
+    """As `_merge`, for methods that go entry by entry: nothing but the result has the parameter's size."""
+    rule = RegistryRule(plan.recipe.shared, stats)
+    measured = rule.measure(partial(_chunks, plan, task))
+    shared = torch.empty(task.spec.numel, dtype=task.spec.dtype)
+    for chunk in _chunks(plan, task):
+        merged = rule.merge(chunk, measured)
+        shared[chunk.at : chunk.at + len(merged)] = merged
+    return shared.view(task.spec.shape)
+
+
+def _expected_rank(plan: Plan) -> int:
+    """The rank that is kept, or the mean rank that a budget allows; 0 where an energy decides."""
+    if plan.recipe.exclusive.rank is not None:
+        return plan.recipe.exclusive.rank
+    if plan.budget_bytes is None:
+        return 0
+    matrices = [task for task in plan.tasks if task.kind in MATRICES and task.exclusive]
+    per_rank = sum(sum(task.matrix_shape) * plan.stored_dtype(task).itemsize * len(task.experts) for task in matrices)
+    return round(plan.budget_bytes / per_rank) if per_rank else 0
+
+
+def _factored_differences(
+    task: TensorTask, plan: Plan, scaling: float | None
+) -> dict[str, tuple[LowRank, Tensor]] | None:
+    """LoRA experts under a linear merge: D_t from stacked factors through QR, no (out, in) matrix is formed."""
+    method = METHODS[plan.recipe.shared.method]
+    svd = plan.recipe.exclusive.compression == "svd"
+    if (
+        task.kind not in MATRICES
+        or not svd
+        or method.coefficient is None
+        or not all(plan.experts[n].is_adapter for n in task.experts)
+    ):
+        return None
+    pairs = {name: plan.experts[name].factors(task.name) for name in task.experts}
+    if any(pairs[n] is None and task.name in plan.experts[n].stored for n in task.experts):
+        return None
+    params: SharedParams = plan.recipe.shared
+    if scaling is not None:
+        params = params.model_copy(update={"scaling": scaling})
+    coefficient = method.coefficient(params, len(task.experts))
+    trained = {name: pair for name, pair in pairs.items() if pair is not None}
+    out, columns = task.matrix_shape
+    empty = LowRank(torch.zeros(out, 0), torch.zeros(0, columns))
+    result = {}
+    for name in task.experts:
+        ups = [pair.up * ((other == name) - coefficient) for other, pair in sorted(trained.items())]
+        downs = [pair.down for _, pair in sorted(trained.items())]
+        if not ups:
+            result[name] = (empty, torch.zeros(0))
+            continue
+        factors, values = compress_product(ups, downs)
+        rank = plan.recipe.exclusive.rank
+        result[name] = (factors if rank is None else factors.truncate(min(rank, factors.rank)), values)
+    return result
+
+
+def _require_related(plan: Plan, name: str) -> None:
+    """Refuse an expert whose matrices do not resemble the base's: it is no fine-tune of it."""
+    expert = plan.experts[name]
+    linear = [
+        t
+        for t in plan.tasks
+        if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
+    ]
+    pairs = [(task.name, expert.stored[task.name]) for task in linear]
+    require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
+
+
+def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
+    spectra = {(name, e): values for name, record in records.items() for e, values in record.spectra.items()}
+    shapes = {task.name: task.matrix_shape for task in plan.tasks if task.kind in MATRICES}
+    element_bytes = {task.name: plan.stored_dtype(task).itemsize for task in plan.tasks}
+    if not spectra:
+        return {}
+    return choose_ranks(
+        spectra, shapes, plan.recipe.exclusive, budget_bytes=plan.budget_bytes, element_bytes=element_bytes
+    )
+
+
+def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path) -> None:
+    specs: list[TensorSpec] = [task.spec for task in plan.tasks]
+    save_checkpoint(specs, lambda name: Checkpoint.open(records[name].part).read("shared"), folder, MAX_SHARD_BYTES)
+    copy_side_files(plan.base.path, folder)
+
+
+def _write_expert(
+    plan: Plan, name: str, records: Mapping[str, TensorRecord], ranks: Mapping[Key, int], folder: Path
+) -> dict[str, Any]:
+    parts: dict[str, Exclusive] = {}
+    for task in plan.tasks:
+        if task.exclusive and name in task.experts:
+            part = _unpack(Checkpoint.open(records[task.name].part), name, task, ranks.get((task.name, name)))
+            if part is not None:
+                parts[task.name] = part
+    kinds = {task.name: task.kind for task in plan.tasks}
+    write_exclusive(folder, parts, kinds, {task.name: task.spec.shape for task in plan.tasks})
+    _write_head(plan, name, folder / "head")
+    total = sum(record.energies.get(name, 0.0) for record in records.values())
+    source = plan.experts[name].checkpoint.path
+    settings = plan.recipe.exclusive
+    rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
+    used = [ranks[key] for key in ranks if key[1] == name]
+    return {
+        "source": str(source),
+        "adapter": plan.experts[name].is_adapter,
+        "energy": total,
+        "energy_kept": min(total_norms(parts, rescaled) / total, 1.0) if total else 1.0,
+        "rank_mean": sum(used) / len(used) if used else 0.0,
+        "rank_max": max(used, default=0),
+    }
+
+
+def _write_head(plan: Plan, name: str, folder: Path) -> None:
+    head = plan.experts[name].read_head()
+    if not head:
+        return
+    folder.mkdir()
+    save_tensors(head, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
+
+
+def _pack(expert: str, part: LowRank | Sparse, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+    if isinstance(part, LowRank):
+        part = to_eight_bits(part, f"{name!r} of expert {expert!r}") if dtype == EIGHT_BITS else part.to(dtype)
+        return {f"{expert}.up": part.up, f"{expert}.down": part.down}
+    return {f"{expert}.indices": part.indices, f"{expert}.values": part.values.to(dtype)}
+
+
+def _unpack(part: Checkpoint, expert: str, task: TensorTask, rank: int | None) -> Exclusive | None:
+    """What a part file holds of an expert, truncated to its rank; None for a difference of zero."""
+    if f"{expert}.up" in part.specs:
+        factors = LowRank(part.read(f"{expert}.up"), part.read(f"{expert}.down"))
+        return factors.truncate(min(rank or 0, factors.rank))
+    if f"{expert}.indices" in part.specs:
+        return Sparse(part.read(f"{expert}.indices"), part.read(f"{expert}.values"), task.matrix_shape)
+    dense = part.read(f"{expert}.dense")
+    return dense if bool(dense.any()) else None

@@ -1,0 +1,102 @@
+"""Rows of text: what the file holds comes back, and the first bad line is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twinmerge.errors import DataError
+from twinmerge.files.rows import iter_rows, read_rows
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_rows_keep_their_order_and_their_other_fields(tmp_path: Path) -> None:
+    rows = [{"text": "a", "text_pair": "b", "label": "x", "id": 7}, {"text": "", "label": "y", "tags": ["é", None]}]
+    path = write(tmp_path / "rows.jsonl", *map(json.dumps, rows))
+    assert read_rows(path, labelled=True) == rows
+
+
+@given(st.lists(st.fixed_dictionaries({"text": st.text(st.characters(exclude_categories=["Cs"]))}), min_size=1))
+def test_any_text_survives_the_file(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]) -> None:
+    path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", *(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_rows(path, labelled=False) == rows
+
+
+def test_integer_label_becomes_a_string(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 3}')
+    assert read_rows(path, labelled=True) == [{"text": "a", "label": "3"}]
+
+
+def test_label_is_left_alone_where_none_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": 3.5}')
+    assert read_rows(path, labelled=False) == [{"text": "a", "label": 3.5}]
+
+
+def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}')
+    assert [row["text"] for row in read_rows(path, labelled=False)] == ["a", "b"]
+
+
+def test_rows_come_one_by_one(tmp_path: Path) -> None:
+    rows = iter_rows(write(tmp_path / "rows.jsonl", '{"text": "a"}', "broken"), labelled=False)
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not JSON"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{text: a}", r"rows\.jsonl:2: not JSON: Expecting property name"),
+        ('{"text": "a", "score": NaN}', r"rows\.jsonl:2: not JSON: NaN is not a JSON number"),
+        ("", r"rows\.jsonl:2: expected a JSON object, found an empty line"),
+        ('["a"]', r'rows\.jsonl:2: expected a JSON object, found \["a"\]'),
+        ('"' + "a" * 99 + '"', r"rows\.jsonl:2: expected a JSON object, found \"a+\.\.\.$"),
+        ("{}", r"rows\.jsonl:2: the row lacks 'text'; found no fields"),
+        ('{"txt": "a", "label": "x"}', r"rows\.jsonl:2: the row lacks 'text'; found 'txt', 'label'"),
+        ('{"text": 5, "label": "x"}', r"rows\.jsonl:2: 'text' must be a string, found 5"),
+        ('{"text": "a", "text_pair": null, "label": "x"}', r"rows\.jsonl:2: 'text_pair' must be a string, found null"),
+        ('{"text": "a\\ud800", "label": "x"}', r"rows\.jsonl:2: 'text' holds half a surrogate pair at character 1"),
+        ('{"text": "a"}', r"rows\.jsonl:2: the row lacks 'label'; found 'text'"),
+        (
+            '{"text": "a", "label": true}',
+            r"rows\.jsonl:2: 'label' must be a non-empty string or an integer, found true",
+        ),
+        ('{"text": "a", "label": 0.5}', r"rows\.jsonl:2: 'label' must be .* found 0\.5"),
+        ('{"text": "a", "label": ""}', r'rows\.jsonl:2: \'label\' must be .* found ""'),
+        ('{"text": "a", "label": "\\u0000misrouted"}', r"rows\.jsonl:2: 'label' must be"),
+    ],
+)
+def test_bad_line_is_named_with_what_was_found(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"text": "a", "label": "x"}', line)
+    with pytest.raises(DataError, match=message):
+        read_rows(path, labelled=True)
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: not UTF-8 at byte 10"):
+        read_rows(path, labelled=False)
+
+
+def test_empty_file_holds_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl holds no rows"):
+        read_rows(write(tmp_path / "rows.jsonl"), labelled=False)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read rows from .*nowhere\.jsonl: No such file"):
+        read_rows(tmp_path / "nowhere.jsonl", labelled=False)
+
+
+def test_folder_is_no_file_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read rows from .*: Is a directory"):
+        read_rows(tmp_path, labelled=False)

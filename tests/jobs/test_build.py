@@ -1,0 +1,556 @@
+"""The whole build: one recipe, one folder, whole or not at all; whatever is wrong with the input is one line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from torch import Tensor
+
+from tests import tiny
+from tests.tiny import EXPERTS, GATE_ORDER, Family, rewrite
+from twinmerge.errors import InputError, MismatchError, OutputExistsError
+from twinmerge.files.checkpoint import Checkpoint, sha256_of
+from twinmerge.hf.features import check_router
+from twinmerge.hf.loading import load_backbone, load_tokenizer
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import build, open_plan, router_features, router_rows
+from twinmerge.models.compatible import Allow
+from twinmerge.models.provenance import describe_input
+from twinmerge.runtime import build as module
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.recipe import RouterSettings
+
+Get = Callable[[str], Family]
+Twins = Callable[..., Path]
+
+
+@pytest.fixture
+def bert(family: Get, tmp_path: Path) -> Family:
+    """A copy that a test may damage, with a recipe in YAML."""
+    found = Family(shutil.copytree(family("bert").root, tmp_path / "bert"))
+    write_recipe(found)
+    return found
+
+
+def write_recipe(family: Family, **changes: Any) -> Path:
+    sources = {name: {"model": name, "router_data": f"{name}.jsonl"} for name in family.experts}
+    recipe = {"base": "base", "experts": sources, "exclusive": {"rank": 2}, **changes}
+    (family.root / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return family.root / "recipe.yaml"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file's, of the manifest all but the time it was made and the order in the recipe."""
+    found = {p.relative_to(folder).as_posix(): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = json.loads((folder / "twin.json").read_text())
+    del manifest["created"], manifest["files"]
+    return {**found, "twin.json": json.dumps(manifest, sort_keys=True)}
+
+
+# ---- what is built
+
+
+def test_manifest_says_what_was_built_from_what(bert: Family, tmp_path: Path) -> None:
+    artifact = build(bert.root / "recipe.yaml", tmp_path / "new" / "twin")
+    manifest = artifact.manifest
+    assert artifact.path == tmp_path / "new" / "twin"
+    assert list(manifest) == [
+        "format_version",
+        "created",
+        "recipe",
+        "root",
+        "versions",
+        "base",
+        "experts",
+        "tensors",
+        "router",
+        "notes",
+        "files",
+    ]
+    assert artifact.expert_names == GATE_ORDER
+    assert manifest["recipe"]["exclusive"]["rank"] == 2
+    assert "root" not in manifest["recipe"]
+    assert manifest["root"] == str(bert.root)
+    assert manifest["base"] == describe_input(Checkpoint.open(bert.base))
+    for name in GATE_ORDER:
+        weights = bert.root / name / "model.safetensors"
+        assert manifest["experts"][name]["files"][weights.name]["sha256"] == sha256_of(weights)
+    assert [manifest["experts"][name]["source"] for name in GATE_ORDER] == [
+        str(bert.root / name) for name in GATE_ORDER
+    ]
+    assert set(manifest["versions"]) == {"twinmerge", "torch", "transformers", "safetensors"}
+    assert {entry["kind"] for entry in manifest["tensors"].values()} == {"linear", "vector", "embedding"}
+    assert 0 <= manifest["router"]["accuracy"] <= 1
+    assert artifact.verify() == len(manifest["files"])
+
+
+def test_model_card_names_experts_and_figures(twin: Twins) -> None:
+    card = (twin("bert") / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: twinmerge\n")
+    for name in GATE_ORDER:
+        assert re.search(rf"^\| {name} \| .*{name} \| [\d.]+ \| 100\.0% \|$", card, re.MULTILINE)
+    assert "linear on features `all+tokens`" in card
+
+
+def test_bytes_reported_are_the_bytes_on_disk(twin: Twins) -> None:
+    for name in ("bert", "llama"):
+        folder = twin(name)
+        parts = TwinArtifact.open(folder).bytes_per_part()
+        assert sum(parts.values()) == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_router_is_fitted_on_the_shared_experts_features(family: Get, twin: Twins) -> None:
+    folder = twin("bert", router={"features": "all"})
+    model = TwinModel(
+        load_backbone(folder), {name: {} for name in GATE_ORDER}, kinds={}, tokenizer=load_tokenizer(folder)
+    )
+    rows = {name: tiny.text_rows(name) for name in GATE_ORDER}
+    features = router_features(model, rows, "all")
+    router = Router.load(TwinArtifact.open(folder).path / "router")
+    right = [router(features[name]).expert == index for index, name in enumerate(GATE_ORDER)]
+    assert float(torch.cat(right).float().mean()) > 0.9
+    assert router.report["inputs_per_expert"] == 24
+    loaded = TwinModel.from_pretrained(folder)
+    x = loaded.tokenizer([rows["sms"][0]["text"]], return_tensors="pt")
+    assert torch.allclose(loaded.features(**x), features["sms"][:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mlp", "centroid", "knn"])
+def test_every_router_can_be_built(bert: Family, tmp_path: Path, method: str) -> None:
+    router = {"method": method, "features": "layers:[0, 1]", "samples_per_expert": 10}
+    artifact = build(write_recipe(bert, router=router), tmp_path / "twin")
+    assert artifact.manifest["router"]["inputs_per_expert"] == 10
+    assert TwinModel.from_pretrained(tmp_path / "twin").route(input_ids=torch.tensor([[5, 6]])).shape == (1, 3)
+
+
+def test_one_pass_that_leaves_no_layer_to_gate_is_refused_before_anything_is_built(bert: Family) -> None:
+    recipe = bert.recipe(router={"features": "layers:[0,2]", "one_pass": True})
+    message = r"^router\.one_pass needs features of layers below the last, 2, found layers:\[0,2\]$"
+    with pytest.raises(MismatchError, match=message):
+        open_plan(recipe)
+
+
+def test_one_pass_of_a_model_without_one_list_of_layers_is_refused(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], architectures=["ResNetModel"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        MismatchError, match=r"one_pass needs a model whose hidden states pass through one list of layers"
+    ):
+        check_router(tmp_path, RouterSettings(features="layer:0", one_pass=True))
+
+
+def test_rows_of_the_router_come_from_anywhere_in_the_file() -> None:
+    """It may be sorted, and longer than what is needed."""
+    rows = [{"text": str(i)} for i in range(60)]
+    found = module._sample(rows, 10, 0)
+    assert found == sorted(found, key=rows.index)
+    assert len(found) == 10
+    assert rows.index(found[-1]) > 30
+    assert module._sample(rows, 60, 0) == rows
+    assert module._sample(rows, 10, 0) != module._sample(rows, 10, 1)
+
+
+def test_progress_goes_through_all_stages(bert: Family, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    build(bert.root / "recipe.yaml", tmp_path / "twin", progress=lambda *step: told.append(step))
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == [
+        "decomposing",
+        "writing experts",
+        "router features",
+        "router fitted",
+        "hashing experts",
+    ]
+    assert [step for step in told if step[0] == "router features"][-1][1:] == (72, 72)
+
+
+def test_maximum_length_of_the_recipe_is_the_models(bert: Family, tmp_path: Path) -> None:
+    build(write_recipe(bert, max_length=3), tmp_path / "twin")
+    assert TwinModel.from_pretrained(tmp_path / "twin").max_length == 3
+
+
+def test_sharded_checkpoints_give_the_same_twin(bert: Family, tmp_path: Path) -> None:
+    import transformers
+
+    build(bert.root / "recipe.yaml", tmp_path / "whole")
+    for name in ("base", *EXPERTS):
+        cls = transformers.BertModel if name == "base" else transformers.BertForSequenceClassification
+        model = cls.from_pretrained(bert.root / name)
+        (bert.root / name / "model.safetensors").unlink()
+        model.save_pretrained(bert.root / name, max_shard_size="8KB")
+        assert (bert.root / name / "model.safetensors.index.json").exists()
+    build(bert.root / "recipe.yaml", tmp_path / "sharded")
+    whole, sharded = hashes(tmp_path / "whole"), hashes(tmp_path / "sharded")
+    assert {k: v for k, v in whole.items() if k.endswith(".safetensors")} == {
+        k: v for k, v in sharded.items() if k.endswith(".safetensors")
+    }
+
+
+# ---- one seed, one result
+
+
+@pytest.mark.parametrize("router", ["linear", "mlp"])
+def test_order_of_experts_in_the_recipe_changes_no_byte(bert: Family, tmp_path: Path, router: str) -> None:
+    for number, order in enumerate((EXPERTS, EXPERTS[::-1])):
+        recipe = write_recipe(
+            Family(bert.root, order), router={"method": router, "epochs": 2}, exclusive={"budget": 2.0}
+        )
+        build(recipe, tmp_path / str(number))
+    assert hashes(tmp_path / "0") == hashes(tmp_path / "1")
+
+
+def test_seed_changes_the_router(bert: Family, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        build(write_recipe(bert, seed=seed), tmp_path / str(seed))
+    first, second = hashes(tmp_path / "0"), hashes(tmp_path / "1")
+    assert first["model.safetensors"] == second["model.safetensors"]
+    assert first["router/router.safetensors"] != second["router/router.safetensors"]
+
+
+# ---- the place to write to
+
+
+def test_folder_that_exists_is_refused_before_anything_is_read(bert: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    shutil.rmtree(bert.root / "sms")
+    with pytest.raises(OutputExistsError, match="out .*exists"):
+        build(bert.root / "recipe.yaml", out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_folder_that_exists_is_replaced_whole_when_asked(bert: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old.txt").write_text("old")
+    build(bert.root / "recipe.yaml", out, overwrite=True)
+    assert not (out / "old.txt").exists()
+    TwinArtifact.open(out).verify()
+    shutil.rmtree(bert.root / "sms")
+    with pytest.raises(InputError, match=r"experts\.sms\.model"):
+        build(bert.root / "recipe.yaml", out, overwrite=True)
+    TwinArtifact.open(out).verify()  # what was there is there
+
+
+# ---- crashes
+
+
+KILLER = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from twinmerge.runtime import build as module
+from twinmerge.jobs.build import build
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.merging.executor import Threads
+import peft, sklearn.linear_model, transformers
+
+recipe, out, times = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+os.fsync = lambda _: None
+
+def child(seconds=None):
+    # A fork of a process that has imported everything and computed nothing yet; killed after so many seconds.
+    pid = os.fork()
+    if not pid:
+        try:
+            build(recipe, out, resume=True, executor=Threads(2))
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\\n")
+            os._exit(1)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+start = time.perf_counter()
+assert child() == 0
+length = time.perf_counter() - start
+out.rename(out.with_name("calm"))
+moments = random.Random(0)
+for number in range(times):
+    child(moments.uniform(0, 1.1 * length))
+    complete = out.exists()
+    if complete:
+        TwinArtifact.open(out).verify()
+    left = (out.parent / f".{out.name}.partial").exists()
+    assert complete or child() == 0
+    out.rename(out.with_name(str(number)))
+    print(complete, left)
+"""
+
+
+def test_no_moment_of_a_kill_leaves_a_wrong_twin_and_resuming_gives_the_same_bits(bert: Family, tmp_path: Path) -> None:
+    recipe = write_recipe(bert, exclusive={"budget": 2.0}, shared={"method": "ties"})
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(recipe), str(tmp_path / "twin"), "20"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 20
+    assert "False True" in done.stdout  # some were killed at work
+    calm = hashes(tmp_path / "calm")
+    for number in range(20):
+        assert hashes(tmp_path / str(number)) == calm
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_finished_parameters_are_verified_and_not_computed_again(
+    bert: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = bert.root / "recipe.yaml"
+    build(recipe, tmp_path / "calm")
+    kept = tmp_path / "kept"
+
+    def crash(*_: Any) -> None:
+        shutil.copytree(tmp_path / ".twin.partial", kept)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_on_shared", crash)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, tmp_path / "twin")
+    kept.rename(tmp_path / ".twin.partial")
+    parts = sorted((tmp_path / ".twin.partial" / "work").iterdir())
+    parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"x")
+    parts[1].unlink()
+    told: list[tuple[str, int, int]] = []
+    build(recipe, tmp_path / "twin", resume=True, progress=lambda *step: told.append(step))
+    assert told[0] == ("decomposing", len(parts) - 2, len(parts))
+    assert hashes(tmp_path / "twin") == hashes(tmp_path / "calm")
+
+
+def test_work_of_other_inputs_is_not_gone_on_with(bert: Family, tmp_path: Path) -> None:
+    (tmp_path / ".twin.partial").mkdir()
+    (tmp_path / ".twin.partial" / "journal").write_text('["fingerprint", "another"]\n')
+    with pytest.raises(OutputExistsError, match="left by a run with another recipe or other inputs"):
+        build(bert.root / "recipe.yaml", tmp_path / "twin", resume=True)
+
+
+def test_two_builds_into_one_folder_do_not_race(bert: Family, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def meanwhile(stage: str, done: int, total: int) -> None:
+        if stage == "writing experts" and not refused:
+            with pytest.raises(OutputExistsError, match="another process holds") as caught:
+                build(bert.root / "recipe.yaml", tmp_path / "twin", resume=True)
+            refused.append(str(caught.value))
+
+    build(bert.root / "recipe.yaml", tmp_path / "twin", progress=meanwhile)
+    assert refused
+    TwinArtifact.open(tmp_path / "twin").verify()
+
+
+def test_failed_build_leaves_no_empty_parents(bert: Family, tmp_path: Path) -> None:
+    rewrite(bert.root / "sms" / "model.safetensors", nan_in("classifier.bias"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match="NaN"):
+        build(bert.root / "recipe.yaml", tmp_path / "a" / "b" / "twin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_full_disk_and_little_memory_are_said_before_any_work(
+    bert: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"--memory must be at least 451 MB for '.*', found 1$"):
+        build(bert.root / "recipe.yaml", tmp_path / "twin", memory_bytes=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(OSError, match="GB are needed"):
+        build(bert.root / "recipe.yaml", tmp_path / "a" / "twin")
+    assert [path.name for path in tmp_path.iterdir()] == ["bert"]
+
+
+def test_differences_that_are_allowed_are_noted(bert: Family, tmp_path: Path) -> None:
+    other_config("sms", layer_norm_eps=1e-3)(bert)
+    replace_tensors("trec", unrelated)(bert)
+    recipe = bert.root / "recipe.yaml"
+    with pytest.raises(InputError, match=r"'sms' is another model: layer_norm_eps is 1e-12 in base and 0\.001 in sms"):
+        build(recipe, tmp_path / "twin")
+    with pytest.raises(InputError, match="'trec' is no fine-tune of this base: .* or --allow-unrelated"):
+        build(recipe, tmp_path / "twin", allow=Allow(config=True))
+    notes = build(recipe, tmp_path / "twin", allow=Allow(config=True, unrelated=True)).manifest["notes"]
+    assert notes == ["'sms': layer_norm_eps is 1e-12 in base and 0.001 in sms"]
+
+
+# ---- bad input: one clear line, exit 2, nothing written
+
+
+def replace_tensors(name: str, change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Family], None]:
+    def damage(family: Family) -> None:
+        rewrite(family.root / name / "model.safetensors", change)
+
+    return damage
+
+
+def without(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+def nan_in(name: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    def change(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[name].view(-1)[-1] = float("nan")
+        return tensors
+
+    return change
+
+
+def unrelated(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {name: 0.2 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+
+
+def text(name: str, content: str) -> Callable[[Family], None]:
+    return lambda family: (family.root / name).write_text(content) and None
+
+
+def recipe_text(old: str, new: str) -> Callable[[Family], None]:
+    def damage(family: Family) -> None:
+        path = family.root / "recipe.yaml"
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
+
+    return damage
+
+
+def recipe_with(**changes: Any) -> Callable[[Family], None]:
+    return lambda family: write_recipe(family, **changes) and None
+
+
+def other_config(name: str, **changes: Any) -> Callable[[Family], None]:
+    def damage(family: Family) -> None:
+        path = family.root / name / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+LAYER = "bert.encoder.layer.0.output.dense.weight"
+BAD: dict[str, tuple[Callable[[Family], Any], str]] = {
+    "unknown key": (
+        recipe_text("exclusive:\n", "exclusive:\n  densty: 0.2\n"),
+        r"recipe\.yaml:13: unknown key 'densty' under exclusive; did you mean 'density'\?$",
+    ),
+    "missing recipe": (lambda f: (f.root / "recipe.yaml").unlink(), r"recipe\.yaml cannot be read: .*No such file"),
+    "missing base": (
+        lambda f: shutil.rmtree(f.base),
+        r"^base: no file or folder .*base; paths start from the recipe's",
+    ),
+    "missing weights": (
+        lambda f: (f.root / "sms" / "model.safetensors").unlink(),
+        r"sms has neither model\.safetensors nor model\.safetensors\.index\.json",
+    ),
+    "cut weights": (
+        lambda f: (f.root / "sms" / "model.safetensors").write_bytes(
+            (f.root / "sms" / "model.safetensors").read_bytes()[:-9]
+        ),
+        r"sms/model\.safetensors is truncated",
+    ),
+    "missing router data": (lambda f: (f.root / "ag.jsonl").unlink(), r"^experts\.ag\.router_data: no file or folder"),
+    "empty router data": (
+        text("ag.jsonl", ""),
+        r"^experts\.ag\.router_data: .*ag\.jsonl is empty; the router needs inputs",
+    ),
+    "blank router data": (text("ag.jsonl", "\n"), r"ag\.jsonl:1: expected a JSON object, found an empty line"),
+    "one row of router data": (
+        text("ag.jsonl", '{"text": "w5"}\n'),
+        r"^experts\.ag\.router_data holds 1 row; the router needs at least 2 of every expert$",
+    ),
+    "router data that is no JSON": (text("ag.jsonl", '{"text": "w5"}\nw6\n'), r"ag\.jsonl:2: not JSON"),
+    "another architecture": (
+        other_config("sms", model_type="distilbert"),
+        r"^expert 'sms' is a 'distilbert' model, the base is 'bert'; experts must be fine-tuned from the base$",
+    ),
+    "unrelated weights": (
+        replace_tensors("sms", unrelated),
+        r"^expert 'sms' is no fine-tune of this base: the cosine of their matrices must be at least 0\.5, found ",
+    ),
+    "missing tensor": (
+        replace_tensors("sms", without(LAYER)),
+        r"^expert 'sms' lacks 1 of 39 parameters, first 'encoder\.layer\.0\.output\.dense\.weight'; was it fine-tuned",
+    ),
+    "extra tensor": (
+        replace_tensors("sms", lambda t: {**t, "bert.encoder.layer.9.bias": torch.ones(2)}),
+        r"^expert 'sms' has 1 tensors that the base lacks, first 'bert\.encoder\.layer\.9\.bias'; was it fine-tuned",
+    ),
+    "NaN where relatedness is read": (
+        replace_tensors("sms", nan_in(LAYER)),
+        r"^expert 'sms': 'bert\.encoder\.layer\.0\.output\.dense\.weight' in .* has 1 NaN or Inf values",
+    ),
+    "NaN elsewhere": (
+        replace_tensors("sms", nan_in("bert.embeddings.word_embeddings.weight")),
+        r"^expert 'sms': 'bert\.embeddings\.word_embeddings\.weight' in .* has 1 NaN or Inf values, first at index",
+    ),
+    "NaN in a head": (
+        replace_tensors("sms", nan_in("classifier.bias")),
+        r"^expert 'sms': 'classifier\.bias' in .* has 1 NaN or Inf values, first at index \(2,\)",
+    ),
+    "NaN in the base": (
+        replace_tensors("base", nan_in("embeddings.LayerNorm.weight")),
+        r"^base: 'embeddings\.LayerNorm\.weight' in .* has 1 NaN or Inf values",
+    ),
+    "head of no known class": (
+        other_config("sms", architectures=["BertForNothing"]),
+        r"^an expert: config\.json must name a transformers class in architectures, found \['BertForNothing'\]",
+    ),
+    "head that does not fit its class": (
+        replace_tensors("sms", lambda t: {**t, "extra.weight": torch.ones(2)}),
+        r"^the head of BertForSequenceClassification must hold .*\(differs in 'extra\.weight'\)",
+    ),
+    "single expert": (
+        recipe_with(experts={"sms": {"model": "sms", "router_data": "sms.jsonl"}}),
+        r"recipe\.yaml:2: experts: a twin needs at least two experts, found 1",
+    ),
+    "two experts of one name": (
+        recipe_text("  sms:\n", "  trec:\n"),
+        r"recipe\.yaml:6: key 'trec' stands twice, first on line 3; names must differ",
+    ),
+    "negative rank": (
+        recipe_with(exclusive={"rank": -1}),
+        r"exclusive\.rank: input should be greater than .* found -1",
+    ),
+    "fractional rank": (recipe_with(exclusive={"rank": 1.5}), r"exclusive\.rank: .* valid integer, found 1\.5"),
+    "budget of nothing": (recipe_with(exclusive={"budget": 0}), r"exclusive\.budget: .* greater than 0, found 0"),
+    "budget too small": (
+        recipe_with(exclusive={"budget": 0.05}),
+        r"^exclusive\.budget: 0\.05 x [\d,]+ bytes cannot hold the biases and norms of 3 experts; it must be at ",
+    ),
+    "layer that is not there": (
+        recipe_with(router={"features": "layer:9"}),
+        r"^router\.features: layer 9 must be at most 2, the model's last$",
+    ),
+    "base without tokenizer": (
+        lambda f: [path.unlink() for path in f.base.glob("tokenizer*")],
+        "this twin has no tokenizer, so it takes tensors only; add the base's tokenizer files",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_line_and_nothing_is_written(bert: Family, tmp_path: Path, case: str) -> None:
+    damage, message = BAD[case]
+    damage(bert)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(InputError, match=message) as caught:
+        build(bert.root / "recipe.yaml", tmp_path / "twin")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_rows_are_read_before_any_work(bert: Family) -> None:
+    rows = router_rows(bert.plan())
+    assert tuple(rows) == GATE_ORDER
+    assert rows["sms"] == tiny.text_rows("sms")

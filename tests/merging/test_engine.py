@@ -1,0 +1,576 @@
+"""Static merges: the reference, the same bits in any chunks, every wrong input one line and nothing written."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests import reference
+from twinmerge.cli import main
+from twinmerge.errors import CheckpointError, InputError, MismatchError, OutputExistsError, RecipeError
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
+from twinmerge.files.staging import JOURNAL, RESULT
+from twinmerge.jobs.plan import describe
+from twinmerge.merging.engine import MANIFEST, merge_models, plan_merge
+from twinmerge.merging.executor import Serial, Threads
+from twinmerge.merging.methods import METHODS
+from twinmerge.merging.recipe import depths, load_merge
+from twinmerge.merging.rules import Chunk, TaskArithmeticRule
+from twinmerge.models.compatible import Allow
+from twinmerge.twin import merge as module
+
+State = dict[str, Tensor]
+CONFIG = {"model_type": "llama", "rope_theta": 10000.0, "dtype": "float32"}
+
+
+def write(folder: Path, tensors: State, config: dict[str, object] | None = None, shard: int = 10**9) -> Path:
+    folder.mkdir(parents=True)
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype, Path("unused"), t.nbytes) for name, t in tensors.items()]
+    save_checkpoint(specs, tensors.__getitem__, folder, shard)
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    return folder
+
+
+def tensors(seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
+    """A model of two layers; seeds above 0 are fine-tunes of seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed.weight": (9, 4), "layers.0.w": (4, 6), "layers.1.w": (4, 6), "norm.weight": (4,)}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    generator.manual_seed(seed)
+    if seed:
+        state = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in state.items()}
+    return {**{name: t.to(dtype) for name, t in state.items()}, "ids": torch.arange(3)}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    write(tmp_path / "base", tensors())
+    write(tmp_path / "a", tensors(1), shard=100)
+    write(tmp_path / "b", tensors(2))
+    return tmp_path
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def ours(folder: Path, shared: str = "{method: task_arithmetic, scaling: 0.3}", more: str = "") -> Path:
+    return recipe(folder, f"base: base\nexperts: {{a: a, b: b}}\nshared: {shared}\n{more}")
+
+
+def kit(folder: Path, method: str, parameters: str = "weight: 0.5", more: str = "") -> Path:
+    entries = "".join(f"  - model: {folder / name}\n    parameters: {{{parameters}}}\n" for name in "ab")
+    return recipe(folder, f"merge_method: {method}\nbase_model: {folder / 'base'}\nmodels:\n{entries}{more}")
+
+
+def read(folder: Path) -> State:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in checkpoint.specs}
+
+
+def floats(state: State) -> State:
+    return {name: tensor.double() for name, tensor in state.items() if tensor.dtype.is_floating_point}
+
+
+# ---- results
+
+
+def test_task_arithmetic_is_the_reference_and_the_folder_is_a_model(models: Path) -> None:
+    (models / "base" / "tokenizer.json").write_text('{"model": {"vocab": {"x": 0}}}')
+    manifest = merge_models(ours(models), models / "out")
+    merged = read(models / "out")
+    expected = reference.task_arithmetic(floats(tensors()), {"a": floats(tensors(1)), "b": floats(tensors(2))}, 0.3)
+    assert all(torch.allclose(merged[name].double(), expected[name], atol=1e-6) for name in expected)
+    assert torch.equal(merged["ids"], torch.arange(3))
+    names = {"config.json", "model.safetensors", "tokenizer.json", MANIFEST}
+    assert {path.name for path in (models / "out").iterdir()} == names
+    assert manifest == json.loads((models / "out" / MANIFEST).read_text())
+    assert not [path for path in models.iterdir() if path.name.startswith(".")]
+
+
+def test_manifest_names_the_inputs_their_licences_and_what_was_asked_of_their_bytes(models: Path) -> None:
+    (models / "a" / "README.md").write_text("---\nlicense: mit\n---\n")
+    cheap = merge_models(ours(models), models / "cheap")["inputs"]
+    whole = merge_models(ours(models), models / "whole", hash_inputs=True)["inputs"]
+    assert [(entry["source"], entry["licence"]) for entry in cheap] == [
+        (str(models / "base"), None),
+        (str(models / "a"), "mit"),
+        (str(models / "b"), None),
+    ]
+    for name, light, heavy in zip(("base", "a", "b"), cheap, whole, strict=True):
+        assert light["bytes"] == Checkpoint.open(models / name).nbytes
+        assert light["files"].keys() == heavy["files"].keys() == {p.name for p in (models / name).glob("*.safetensors")}
+        for file, entry in heavy["files"].items():
+            assert entry == {"bytes": (models / name / file).stat().st_size, "sha256": sha256_of(models / name / file)}
+            assert set(light["files"][file]) == {"bytes", "header_sha256"}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_of_the_registry_has_the_same_bits_in_any_chunks(
+    models: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ours(models, f"{{method: {method}}}")
+    merge_models(path, models / "whole", executor=Threads(1))
+    monkeypatch.setattr(module, "_CHUNK_ENTRIES", 5)
+    merge_models(path, models / "parts", executor=Threads(3))
+    assert all(torch.equal(tensor, read(models / "parts")[name]) for name, tensor in read(models / "whole").items())
+
+
+def test_ties_within_tensors_streams_too(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = ours(models, "{method: ties, scope: tensor}")
+    merge_models(path, models / "whole")
+    monkeypatch.setattr(module, "_CHUNK_ENTRIES", 5)
+    merge_models(path, models / "parts")
+    assert all(torch.equal(tensor, read(models / "parts")[name]) for name, tensor in read(models / "whole").items())
+
+
+def test_a_method_that_does_not_stream_gets_whole_tensors(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    seen = []
+
+    def function(base: Tensor, vectors: State, **_: object) -> Tensor:
+        seen.append(tuple(base.shape))
+        return base.float()
+
+    changed = replace(METHODS["average"], function=function, streams=False)
+    monkeypatch.setattr("twinmerge.merging.methods.METHODS", {**METHODS, "average": changed})
+    monkeypatch.setattr("twinmerge.merging.rules.METHODS", {**METHODS, "average": changed})
+    monkeypatch.setattr(module, "_CHUNK_ENTRIES", 5)
+    merge_models(ours(models, "{method: average}"), models / "out")
+    assert sorted(seen) == [(4,), (4, 6), (4, 6), (9, 4)]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("normalize", ["false", "true"])
+def test_mergekit_methods_at_density_one_are_their_formulas(models: Path, method: str, normalize: str) -> None:
+    merge_models(kit(models, method, more=f"parameters: {{normalize: {normalize}}}\n"), models / "out")
+    base, vectors = floats(tensors()), [reference.task_vector(floats(tensors()), floats(tensors(i))) for i in (1, 2)]
+    for name, merged in floats(read(models / "out")).items():
+        first, second = (0.5 * vector[name] for vector in vectors)
+        agree = (first + second >= 0) == (first > 0), (first + second >= 0) == (second > 0)
+        if method in ("task_arithmetic", "dare_linear"):
+            agree = torch.ones_like(first) > 0, torch.ones_like(first) > 0
+        total = first * agree[0] + second * agree[1]
+        if normalize == "true":
+            total = total / (0.5 * agree[0].double() + 0.5 * agree[1].double())
+        assert torch.allclose(merged, base[name] + total, atol=1e-6)
+
+
+def test_mergekit_ties_is_ties_within_each_tensor(models: Path) -> None:
+    merge_models(kit(models, "ties", "weight: 1.0, density: 0.25"), models / "theirs")
+    merge_models(ours(models, "{method: ties, density: 0.25, scope: tensor}"), models / "ours")
+    found = floats(read(models / "theirs"))
+    assert all(torch.allclose(tensor, found[name], atol=1e-6) for name, tensor in floats(read(models / "ours")).items())
+
+
+def test_a_rule_with_task_vectors_needs_the_base() -> None:
+    rule = TaskArithmeticRule({"a": 1.0}, False, 1.0)
+    with pytest.raises(ValueError, match="'w': this method needs the base"):
+        rule.merge(Chunk("w", 0, None, {"a": torch.ones(2)}), None)
+
+
+def test_gradients_and_filters_give_each_tensor_its_weight(models: Path) -> None:
+    text = f"""
+merge_method: linear
+models:
+  - model: {models}/a
+    parameters:
+      weight:
+        - {{filter: norm, value: 0.25}}
+        - value: [0, 1]
+  - model: {models}/b
+    parameters: {{weight: [1, 0]}}
+parameters: {{normalize: false}}
+out_dtype: bfloat16
+tokenizer_source: base
+"""
+    merge_models(recipe(models, text), models / "out")
+    a, b, merged = tensors(1), tensors(2), read(models / "out")
+    assert torch.equal(merged["layers.0.w"], b["layers.0.w"].bfloat16())
+    assert torch.equal(merged["layers.1.w"], a["layers.1.w"].bfloat16())
+    assert torch.equal(merged["norm.weight"], (0.25 * a["norm.weight"].double() + b["norm.weight"]).bfloat16())
+    assert json.loads((models / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_slerp_ends_at_its_models(models: Path) -> None:
+    text = f"""
+slices:
+  - sources:
+      - {{model: {models}/base, layer_range: [0, 2]}}
+      - {{model: {models}/a, layer_range: [0, 2]}}
+merge_method: slerp
+base_model: {models}/base
+parameters: {{t: [0, 1]}}
+"""
+    merge_models(recipe(models, text), models / "out")
+    merged = read(models / "out")
+    assert torch.equal(merged["layers.0.w"], tensors()["layers.0.w"])
+    assert torch.allclose(merged["layers.1.w"], tensors(1)["layers.1.w"])
+
+
+def test_depth_is_the_place_in_the_own_stack() -> None:
+    found = depths(["embed", "a.layers.0.w", "a.layers.4.w", "a.layers.1.experts.7.w", "b.0.w"])
+    assert list(found.values()) == [0.0, 0.0, 1.0, 0.25, 0.0]
+
+
+def test_rows_beyond_the_vocabulary_are_kept(models: Path) -> None:
+    for name in ("base", "a", "b"):
+        (models / name / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 7}))
+    merge_models(ours(models, "{method: average}"), models / "out")
+    assert read(models / "out")["embed.weight"].shape == (9, 4)
+
+
+@settings(max_examples=15)
+@given(
+    shapes=st.dictionaries(
+        st.text("ab.01é", min_size=1, max_size=6),
+        st.lists(st.integers(0, 4), max_size=3).map(tuple),
+        min_size=1,
+        max_size=4,
+    ),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    shard=st.integers(8, 400),
+)
+def test_any_names_shapes_dtypes_and_shards_merge(
+    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard: int
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    state = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    write(folder / "base", state)
+    write(folder / "a", state, shard=shard)
+    write(folder / "b", {name: tensor.float() for name, tensor in state.items()})
+    merge_models(ours(folder, "{method: average}"), folder / "out")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read(folder / "out").items())
+
+
+# ---- refusals: one line, exit 2, nothing written
+
+
+def change(folder: Path, edit: Callable[[State], object], config: dict[str, object] | None = None) -> None:
+    state = tensors(1)
+    edit(state)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    write(folder, state, config)
+
+
+def with_value(value: float) -> Callable[[State], object]:
+    return lambda state: state["layers.1.w"].view(-1).__setitem__(7, value)
+
+
+def stale(folder: Path) -> None:
+    (folder / "a" / "model.safetensors").write_bytes((folder / "b" / "model.safetensors").read_bytes())
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "b" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "nan": (lambda f: change(f / "a", with_value(float("nan"))), r"expert 'a': 'layers.1.w' in .*model.* has 1 NaN"),
+    "inf": (lambda f: change(f / "a", with_value(float("inf"))), r"expert 'a': 'layers.1.w' .* has 1 NaN or Inf"),
+    "flipped exponent": (
+        lambda f: change(f / "a", lambda s: s["norm.weight"].__setitem__(1, 1e30)),
+        "'norm.weight' in .* holds 1e.30, more than .* --allow-unrelated",
+    ),
+    "unrelated": (
+        lambda f: change(
+            f / "a", lambda s: s.update({n: torch.randn(t.shape) for n, t in tensors().items() if n != "ids"})
+        ),
+        "expert 'a' is no fine-tune of this base: .* found .*--allow-unrelated",
+    ),
+    "missing": (
+        lambda f: change(f / "a", lambda s: s.pop("norm.weight")),
+        "'a' lacks 1 of 4 tensors, first 'norm.weight'",
+    ),
+    "extra": (
+        lambda f: change(f / "a", lambda s: s.update(head=torch.ones(2))),
+        "'a' has 1 tensors that .* first 'head'",
+    ),
+    "shape": (
+        lambda f: change(f / "a", lambda s: s.update({"embed.weight": torch.ones(8, 4)})),
+        r"'embed.weight' has shape \[8, 4\], .* has \[9, 4\]",
+    ),
+    "kind": (
+        lambda f: change(f / "a", lambda s: s.update({"norm.weight": torch.ones(4, dtype=torch.int32)})),
+        "'a' lacks 1 of 4 tensors, first 'norm.weight'",
+    ),
+    "integers": (lambda f: change(f / "a", lambda s: s.update(ids=torch.zeros(3).long())), "the integers of 'ids' in"),
+    "rope": (
+        lambda f: change(f / "a", len, {**CONFIG, "rope_theta": 5e5}),
+        "rope_theta is 10000.0 in base and 500000.0 in a; --allow-config",
+    ),
+    "truncated": (truncate, "b/model.safetensors is truncated: tensor "),
+    "stale index": (stale, "a holds both model.safetensors and model.safetensors.index.json; one of them is stale"),
+    "adapter": (lambda f: (f / "a" / "adapter_config.json").touch(), "a is a LoRA adapter"),
+    "vocabulary": (
+        lambda f: [
+            (f / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x": place, "y": 1 - place}}}))
+            for place, name in enumerate(("base", "a"))
+        ],
+        "'a' has another vocabulary: token 'x' is 0 in .* and 1 in",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_models_that_cannot_be_right_are_refused_in_one_line(
+    models: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = WRONG[case]
+    spoil(models)
+    before = sorted(models.rglob("*"))
+    path = ours(models)
+    assert main(["merge", str(path), "--out", str(models / "out")]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("twinmerge")]
+    assert len(lines) == 1
+    with pytest.raises(InputError, match=words):
+        raise InputError(lines[0])
+    assert sorted(models.rglob("*")) == sorted([*before, path])
+
+
+KIT_WRONG = {
+    "weight: 0.5, densty: 0.2": "recipe.yaml:5: unknown key 'densty' under models.0.parameters; did you mean 'density'",
+    "weight: 0.5, density: 20": r"recipe.yaml:5: .*density: must be the fraction kept, in \(0, 1\], found 20",
+    "weight: 0.5, density: -0.5": r"in \(0, 1\], found -0.5",
+    "weight: [0.5, .nan]": "must be a finite number, found nan",
+    "weight: []": "an empty list has no value",
+    "weight: [{filtr: x, value: 1}]": "an entry of the list takes filter and value",
+    "weight: [{filter: mlp, value: 1}]": "must give 'weight' for tensor 'embed.weight', found none",
+    "density: 0.5": "must give 'weight' for tensor",
+}
+
+
+@pytest.mark.parametrize("parameters", KIT_WRONG)
+def test_wrong_mergekit_parameters_are_named_with_their_line(models: Path, parameters: str) -> None:
+    with pytest.raises(RecipeError, match=KIT_WRONG[parameters]):
+        merge_models(kit(models, "ties", parameters), models / "out")
+
+
+KIT_UNSUPPORTED = {
+    "tokenizer_source: union": "tokenizer_source: only 'base' is supported, found 'union'",
+    "chat_template: auto": "mergekit's key 'chat_template' is not supported",
+    "typo: 1": "recipe.yaml:8: unknown key 'typo'; did you mean 'dtype'",
+    "slices: []": "slices are supported only as one slice over all layers",
+    "parameters: {normalise: true}": "unknown key 'normalise' under parameters; did you mean 'normalize'",
+}
+
+
+@pytest.mark.parametrize("more", KIT_UNSUPPORTED)
+def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str) -> None:
+    with pytest.raises(RecipeError, match=KIT_UNSUPPORTED[more]):
+        merge_models(kit(models, "ties", more=more + "\n"), models / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("merge_method: passthrough\n", "merge_method 'passthrough' is not supported; known are linear"),
+        ("merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]\n", "ties needs a base_model"),
+        ("merge_method: linear\nmodels: []\n", "none is left to merge"),
+        ("merge_method: linear\nmodels: [{model: a}, {model: a}]\n", "'a' stands twice"),
+        ("merge_method: linear\nmodels: [{model: a+lora}]\n", "a model with a LoRA added"),
+        (
+            "merge_method: slerp\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
+            "found 2 others",
+        ),
+        ("merge_method: linear\nslices: [{sources: 1}]\n", "a slice needs its sources"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [1, 2]}]}]\n", "only over all layers"),
+        (
+            "merge_method: linear\nslices: [{parameters: {}, sources: [{model: a, layer_range: [0, 2]}]}]\n",
+            "a slice takes sources alone here, found parameters",
+        ),
+        ("base: base\nexperts: {a: a}\nshared: {method: ties, scaling: auto}\n", "a static merge needs a number"),
+        ("base: base\nexperts: {}\n", "experts"),
+        ("- 1\n", "must hold keys and values"),
+        ("merge_method: linear\nmodels: 3: 4\n", "not valid YAML"),
+    ],
+)
+def test_recipes_that_make_no_merge_are_refused(models: Path, text: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        merge_models(recipe(models, text), models / "out")
+
+
+def test_a_slice_must_cover_all_layers(models: Path) -> None:
+    sources = "[{model: a, layer_range: [0, 1], parameters: {weight: 1}}]"
+    path = recipe(models, f"merge_method: linear\nslices: [{{sources: {sources}}}]\n")
+    with pytest.raises(MismatchError, match="layer_range ends at 1, the models have 2 layers"):
+        merge_models(path, models / "out")
+
+
+def test_weights_that_cancel_are_refused(models: Path) -> None:
+    entries = f"[{{model: {models}/a, parameters: {{weight: 1}}}}, {{model: {models}/b, parameters: {{weight: -1}}}}]"
+    with pytest.raises(RecipeError, match="must not sum to zero"):
+        merge_models(recipe(models, f"merge_method: linear\nmodels: {entries}\n"), models / "out")
+    assert not (models / "out").exists()
+
+
+def test_a_result_too_large_for_its_dtype_is_refused(models: Path) -> None:
+    path = kit(models, "task_arithmetic", "weight: 1.0e+6", "dtype: float16\n")
+    with pytest.raises(CheckpointError, match="the merged values go up to .*, more than torch.float16 holds"):
+        merge_models(path, models / "out")
+
+
+def test_allowed_differences_are_noted(models: Path) -> None:
+    for case in ("unrelated", "vocabulary"):
+        WRONG[case][0](models)
+    (models / "a" / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 1.0}))
+    notes = merge_models(ours(models), models / "out", allow=Allow(True, True, True))["notes"]
+    assert [("rope_theta" in note, "vocabulary" in note) for note in notes] == [(True, False), (False, True)]
+
+
+# ---- memory, disk, crashes
+
+
+def test_too_little_memory_says_how_much_is_needed(models: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--memory must be at least 450 MB here, found 1"):
+        merge_models(ours(models), models / "out", memory_bytes=10**6, executor=Serial())
+
+
+def test_a_value_that_is_not_finite_in_a_vector_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(models / "b", lambda state: state["norm.weight"].fill_(float("nan")))
+    assert main(["merge", str(ours(models)), "--out", str(models / "out")]) == 2
+    assert "'norm.weight' in" in capsys.readouterr().err
+    assert not (models / "out").exists()
+
+
+def test_bare_files_are_merged_too(models: Path) -> None:
+    for name in ("base", "a", "b"):
+        save_tensors(read(models / name), models / f"{name}.safetensors")
+    path = recipe(
+        models, "base: base.safetensors\nexperts: {a: a.safetensors, b: b.safetensors}\nshared: {method: average}\n"
+    )
+    merge_models(path, models / "out")
+    found = read(models / "out")
+    expected = sum(read(models / name)["layers.0.w"] for name in ("a", "b")) / 2
+    assert torch.allclose(found["layers.0.w"], expected, atol=1e-6)
+
+
+def test_a_full_disk_leaves_nothing(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    with pytest.raises(OSError, match="GB are needed"):
+        merge_models(ours(models), models / "out")
+    assert sorted(p.name for p in models.iterdir()) == ["a", "b", "base", "recipe.yaml"]
+
+
+def test_an_existing_folder_is_refused_or_replaced_whole(models: Path) -> None:
+    (models / "out").mkdir()
+    (models / "out" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="out exists already"):
+        merge_models(ours(models), models / "out")
+    merge_models(ours(models), models / "out", overwrite=True)
+    assert not (models / "out" / "model.safetensors.index.json").exists()
+    read(models / "out")
+
+
+PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from twinmerge.merging.executor import Serial
+from twinmerge.merging.engine import merge_models
+def progress(stage, done, total):
+    if done == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+merge_models(Path(sys.argv[1]), Path(sys.argv[2]), executor=Serial(), progress=progress)
+"""
+
+
+def test_a_killed_merge_is_resumed_to_the_same_bits(models: Path) -> None:
+    path = ours(models, "{method: dare_linear}")
+    merge_models(path, models / "calm")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(path), str(models / "out"), "2"], check=False, timeout=120
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert not (models / "out").exists()
+    work = models / ".out.partial"
+    journal = (work / JOURNAL).read_text().splitlines()
+    (work / JOURNAL).write_text("\n".join(journal[:3]) + '\n["cut o')
+    with (work / RESULT / "model.safetensors").open("r+b") as file:  # damage after the crash: found by its hash
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    seen: list[int] = []
+    merge_models(path, models / "out", resume=True, progress=lambda stage, done, total: seen.append(done))
+    assert seen[0] in (1, 2)
+    names = ["model.safetensors", "config.json"]
+    assert all((models / "out" / name).read_bytes() == (models / "calm" / name).read_bytes() for name in names)
+    assert not work.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_no_moment_of_a_kill_leaves_a_wrong_model(models: Path) -> None:
+    path = ours(models, "{method: dare_linear}")
+    start = time.perf_counter()
+    merge_models(path, models / "calm", executor=Threads(2))
+    calm, length = (models / "calm" / "model.safetensors").read_bytes(), time.perf_counter() - start
+    moments, out = random.Random(0), models / "out"
+    context = multiprocessing.get_context("fork")
+    for _ in range(20):
+        process = context.Process(
+            target=merge_models, args=(path, out), kwargs={"executor": Threads(2), "resume": True}
+        )
+        process.start()
+        time.sleep(moments.uniform(0, 1.5 * length))
+        process.kill()
+        process.join()
+        if not out.exists():
+            merge_models(path, out, resume=True)
+        assert (out / "model.safetensors").read_bytes() == calm
+        shutil.rmtree(out)
+
+
+def test_work_of_another_recipe_is_not_resumed(models: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(ours(models)), str(models / "out"), "1"], check=False, timeout=120
+    )
+    path = ours(models, "{method: average}")
+    with pytest.raises(OutputExistsError, match="left by a run with another recipe"):
+        merge_models(path, models / "out", resume=True)
+    merge_models(path, models / "out")
+    assert torch.equal(read(models / "out")["ids"], torch.arange(3))
+
+
+# ---- the programs
+
+
+def test_plan_says_what_the_merge_needs(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("{method: average}", "{method: ties}"):
+        assert main(["plan", str(ours(models, method)), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+    assert (found["tensors"], found["parameters"], found["layers"]) == (5, 88, 2)
+    assert found["read_bytes"] == 3 * (88 * 4 + 24)
+    assert "entries" in found["estimate_basis"]
+
+
+def test_plan_of_a_model_without_floats_takes_no_time(tmp_path: Path) -> None:
+    for name in ("base", "a", "b"):
+        write(tmp_path / name, {"ids": torch.arange(3)})
+    assert describe(plan_merge(load_merge(ours(tmp_path))), 10**9, Serial(), tmp_path)["estimated_s"] == 0.0
+
+
+def test_merge_and_plan_print_for_people(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(ours(models)), "--out", str(models / "out"), "--memory", "1GB"]) == 0
+    assert "5 tensors" in capsys.readouterr().out
+    assert main(["plan", str(ours(models))]) == 0
+    assert "estimate_basis: " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["plan", "x.yaml", "--memory", "much"])

@@ -1,0 +1,78 @@
+"""What a manifest says of its inputs: hashes that are those of the files, licences as the cards name them."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from twinmerge.errors import MismatchError
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
+from twinmerge.models.provenance import describe_input, header_sha256, licence_of, require_unchanged
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tensors({"a": torch.arange(6.0).reshape(2, 3)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_files_are_described_by_size_and_hash(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    assert describe_input(Checkpoint.open(folder)) == {
+        "source": str(folder),
+        "bytes": 24,
+        "licence": None,
+        "files": {"model.safetensors": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+    }
+
+
+def test_every_shard_is_described(tmp_path: Path) -> None:
+    specs = [TensorSpec(name, (4,), torch.float32, Path(), 16) for name in "abc"]
+    save_checkpoint(specs, lambda _: torch.zeros(4), tmp_path, 16)
+    assert len(describe_input(Checkpoint.open(tmp_path))["files"]) == 3
+
+
+def test_header_hash_tells_shapes_and_not_values(folder: Path) -> None:
+    described = describe_input(Checkpoint.open(folder), whole=False)["files"]["model.safetensors"]
+    first = described["header_sha256"]
+    assert set(described) == {"bytes", "header_sha256"}
+    save_tensors({"a": torch.ones(2, 3)}, folder / "model.safetensors")
+    assert header_sha256(folder / "model.safetensors") == first
+    save_tensors({"a": torch.ones(3, 2)}, folder / "model.safetensors")
+    assert header_sha256(folder / "model.safetensors") != first
+
+
+def test_input_that_changed_is_refused(folder: Path) -> None:
+    entry = describe_input(Checkpoint.open(folder))
+    require_unchanged(entry, Checkpoint.open(folder), "base")
+    save_tensors({"a": torch.ones(2, 3)}, folder / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"^base .* is not what the twin was built from: model\.safetensors"):
+        require_unchanged(entry, Checkpoint.open(folder), "base")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# A model\n", "apache-2.0"),
+        ("---\nlicense: [mit, cc-by-4.0]\n---\n", "mit, cc-by-4.0"),
+        ("---\nlicense: other\nlicense_name: llama3\n---\n", "llama3"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: [x]\n---\n", None),
+        ("---\n- a list\n---\n", None),
+        ("# no front matter\nlicense: mit\n", None),
+        ("---\nlicense: mit\nit never ends\n", None),
+        ("", None),
+        ("---\nlicense: [mit\n---\n", "unreadable: README.md: while parsing a flow sequence"),
+    ],
+)
+def test_licence_is_what_the_card_names(tmp_path: Path, card: str, licence: str | None) -> None:
+    (tmp_path / "README.md").write_text(card)
+    assert licence_of(tmp_path) == licence
+
+
+def test_adapters_card_lies_beside_its_file(tmp_path: Path) -> None:
+    save_tensors({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    described = describe_input(Checkpoint.open(tmp_path / "adapter_model.safetensors"))
+    assert described["licence"] == "mit"
