@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from tests import tiny
 from tests.tiny import GATE_ORDER, random_gate
 from twinmerge.hf.model import TwinModel
+from twinmerge.tensors.low_rank import LowRank
 
 Twins = Callable[..., Path]
 PROMPTS = ["w6 w7 w8 w9 w10", "w30 w31", "w50 w51 w52"]
@@ -70,3 +72,42 @@ def test_sampling_draws_several_answers_under_each_gate(model: TwinModel) -> Non
 def test_prompt_without_a_mask_is_all_real(model: TwinModel) -> None:
     x = prompts(PROMPTS[0])
     assert new_tokens(model, {"input_ids": x["input_ids"]}, do_sample=False) == new_tokens(model, x, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (transformers.GPT2LMHeadModel, tiny.gpt2().config),
+        (transformers.Qwen2ForCausalLM, tiny.text_config(transformers.Qwen2Config, num_key_value_heads=1)),
+        (
+            transformers.OPTForCausalLM,
+            tiny.text_config(transformers.OPTConfig, ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0),
+        ),
+        (transformers.GPTNeoXForCausalLM, tiny.text_config(transformers.GPTNeoXConfig)),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_lora_on_layers_whose_bias_no_expert_changed_writes_each_row_as_its_own_model(cls: Any, config: Any) -> None:
+    """Such a bias is one vector for all rows, and LoRA is most used so."""
+    backbone = tiny.seeded(cls, config)
+    generator = torch.Generator().manual_seed(1)
+    matrices = {
+        name: layer.weight.shape
+        for name, layer in backbone.named_modules()
+        if getattr(layer, "bias", None) is not None and layer.weight.ndim == 2
+    }
+    exclusive = {
+        name: {
+            f"{layer}.weight": LowRank(
+                *(torch.randn(shape, generator=generator).double() for shape in ((out, 2), (2, n)))
+            )
+            for layer, (out, n) in matrices.items()
+        }
+        for name in ("a", "b", "c")
+    }
+    model = TwinModel(backbone.double(), exclusive, kinds={})
+    assert matrices
+    for gate in (torch.eye(3).double(), random_gate(3, dtype=torch.float64)):
+        together = new_tokens(model, prompts(*PROMPTS), gate=gate, do_sample=False)
+        for text, weights, row in zip(PROMPTS, gate, together, strict=True):
+            assert [row] == new_tokens(model.materialize(weights), prompts(text), do_sample=False)

@@ -314,7 +314,10 @@ class GatedLinear(GatedLayer):
         combine = gathered.combine.to(given.dtype)
         if bias is None:
             return combine @ given
-        return torch.addmm(bias.flatten(0, -2).to(given.dtype), combine, given)
+        rows = (
+            bias.flatten(0, -2) if bias.ndim > 1 else bias
+        )  # the shared bias of all rows, where no expert has its own
+        return torch.addmm(rows.to(given.dtype), combine, given)
 
     def _add_sparse_parts(self, y: Tensor, x: Tensor, context: GateContext) -> None:
         for index, matrix in self.used_sparse(context):
