@@ -1,4 +1,4 @@
-"""Knows what must agree between a base and its fine-tunes before their weights may be mixed."""
+"""Says or refuses what differs between a base and its fine-tunes before their weights are mixed."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping

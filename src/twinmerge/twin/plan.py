@@ -11,7 +11,8 @@ import torch
 from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
 from twinmerge.models.compatible import Allow, compare_configs, compare_vocabularies
-from twinmerge.models.expert import Expert, open_expert
+from twinmerge.models.match import open_expert
+from twinmerge.models.source import Expert
 from twinmerge.twin.recipe import Recipe
 
 Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "static"]

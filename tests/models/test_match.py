@@ -16,7 +16,9 @@ from tests import tiny
 from tests.tiny import Family, rewrite
 from twinmerge.errors import CheckpointError, MismatchError
 from twinmerge.files.checkpoint import Checkpoint
-from twinmerge.models.expert import AdapterExpert, Expert, open_expert
+from twinmerge.models.adapter import AdapterExpert
+from twinmerge.models.match import open_expert
+from twinmerge.models.source import Expert
 from twinmerge.twin.plan import as_stored
 
 Get = Callable[[str], Family]
