@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from twinmerge.errors import OutputExistsError
-from twinmerge.tensors import growing
+from twinmerge.files import growing
 
 PIECES = [b"%d\n" % number * (number + 1) for number in range(3)]
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinmerge.errors import CheckpointError, OutputExistsError
+from twinmerge.files import checkpoint as module
 from twinmerge.files.checkpoint import (
     Checkpoint,
     TensorSpec,
@@ -19,7 +20,6 @@ from twinmerge.files.checkpoint import (
     save_tensors,
     sha256_of,
 )
-from twinmerge.tensors import checkpoint as module
 
 DTYPES = [
     torch.float64,

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.tensors import kill_growing
+from tests.files import kill_growing
 from twinmerge.errors import InputError, OutputExistsError
+from twinmerge.files import lock
 from twinmerge.files.growing import CONTENT, JOURNAL, growing_file
-from twinmerge.tensors import lock
 
 F = {"twin": "abc", "limits": {"rows": 3}}
 

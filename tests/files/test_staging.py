@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinmerge.errors import CheckpointError, OutputExistsError
+from twinmerge.files import lock
+from twinmerge.files import staging as module
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
 from twinmerge.files.staging import fingerprint_of, require_space, resumable_folder
 from twinmerge.files.writer import CheckpointWriter
-from twinmerge.tensors import lock
-from twinmerge.tensors import staging as module
 
 
 def spec(name: str, entries: int, dtype: torch.dtype = torch.float32) -> TensorSpec:
@@ -249,7 +249,7 @@ def failing_work(target: Path, used: Path | None = None, **settings: bool) -> Ma
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from twinmerge.tensors import staging
+from twinmerge.files import staging
 moment, rename = int(sys.argv[2]), Path.rename
 def step():
     global moment

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from twinmerge.cli import main as twinmerge
-from twinmerge.runtime import predict
+from twinmerge.jobs import predict
 
 WINDOW = 16
 

@@ -23,10 +23,10 @@ from twinmerge.files.checkpoint import Checkpoint, sha256_of
 from twinmerge.hf.features import check_router
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs import build as module
 from twinmerge.jobs.build import build, open_plan, router_features, router_rows
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
-from twinmerge.runtime import build as module
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.recipe import RouterSettings
 
@@ -248,7 +248,7 @@ def test_folder_that_exists_is_replaced_whole_when_asked(bert: Family, tmp_path:
 KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-from twinmerge.runtime import build as module
+from twinmerge.jobs import build as module
 from twinmerge.jobs.build import build
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.merging.executor import Threads

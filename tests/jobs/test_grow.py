@@ -15,9 +15,9 @@ from tests.tiny import GATE_ORDER, Family
 from twinmerge.errors import ArtifactError, DataError, InputError, MismatchError, OutputExistsError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, sha256_of
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs import grow
 from twinmerge.jobs.build import build
 from twinmerge.routing.router import Router
-from twinmerge.runtime import grow
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.ranks import Exclusive
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.runtime import kill_predict
+from tests.jobs import kill_predict
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS
 from twinmerge.errors import DataError, GateError, InputError, OutputExistsError
 from twinmerge.hf.batches import BatchLimits, PredictSettings
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs import predict as module
 from twinmerge.jobs.predict import predict, predict_file
-from twinmerge.runtime import predict as module
 
 Twins = Callable[..., Path]
 Row = dict[str, Any]

@@ -25,13 +25,13 @@ from twinmerge.errors import CheckpointError, InputError, MismatchError, OutputE
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
 from twinmerge.files.staging import JOURNAL, RESULT
 from twinmerge.jobs.plan import describe
+from twinmerge.merging import engine as module
 from twinmerge.merging.engine import MANIFEST, merge_models, plan_merge
 from twinmerge.merging.executor import Serial, Threads
 from twinmerge.merging.methods import METHODS
 from twinmerge.merging.recipe import depths, load_merge
 from twinmerge.merging.rules import Chunk, TaskArithmeticRule
 from twinmerge.models.compatible import Allow
-from twinmerge.twin import merge as module
 
 State = dict[str, Tensor]
 CONFIG = {"model_type": "llama", "rope_theta": 10000.0, "dtype": "float32"}

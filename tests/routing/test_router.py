@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from twinmerge.errors import DataError
 from twinmerge.files.checkpoint import sha256_of
+from twinmerge.routing import router as module
 from twinmerge.routing.router import HEADS, Router, Routing, calibration_error, fit_router, group_gates
-from twinmerge.twin import router as module
 from twinmerge.twin.recipe import RouterSettings
 
 METHODS = sorted(HEADS)

@@ -18,7 +18,7 @@ from twinmerge.files.checkpoint import Checkpoint, sha256_of
 from twinmerge.files.writer import copy_side_files
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin import weights as module
+from twinmerge.twin import decompose as module
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, decompose_tensor, merged_tensors, prepare, write_weights
 from twinmerge.twin.plan import Plan
