@@ -15,6 +15,7 @@ from twinmerge.models.compatible import (
     plausible_bound,
     require_plausible,
     require_related,
+    require_unquantised,
 )
 
 
@@ -87,6 +88,63 @@ def test_what_only_newer_versions_write_out_is_no_difference_but_rope_is(folders
     other = opened(folders[1], 1.0, '{"hidden_size": 8, "rope_theta": 500000.0}')
     with pytest.raises(MismatchError, match="rope_theta is 10000.0 in base and 500000.0 in a"):
         list(compare_configs(older, "a", other, Allow()))
+
+
+def nested(folders: tuple[Path, Path], ours: object, theirs: object) -> list[str]:
+    base, expert = (opened(folder, 1.0, json.dumps(c)) for folder, c in zip(folders, (ours, theirs), strict=True))
+    return list(compare_configs(base, "a", expert, Allow(config=True)))
+
+
+@pytest.mark.parametrize("key", ["text_config", "vision_config", "quantization_config"])
+def test_nested_key_that_only_one_side_has_is_no_other_model(folders: tuple[Path, Path], key: str) -> None:
+    older = {key: {"hidden_size": 8, "inner": {"a": 1}, "dropout": 0.1, "torch_dtype": "float16"}}
+    newer = {key: {"hidden_size": 8, "inner": {"a": 1, "b": 2}, "dropout": 0.0, "dtype": "float32", "mlp_bias": True}}
+    assert nested(folders, older, newer) == []
+    other = {key: {"hidden_size": 8, "inner": {"a": 2}}}
+    assert nested(folders, older, other) == [f"'a': {key}.inner.a is 1 in base and 2 in a"]
+    assert nested(folders, older, {key: 3})[0].startswith(f"'a': {key} is {{'hidden_size'")
+
+
+def test_rope_of_nested_models_and_by_layer_type_is_compared(folders: tuple[Path, Path]) -> None:
+    kinds = {
+        "full": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding": {"rope_theta": 1e4, "rope_type": "default"},
+    }
+    ours = {"text_config": {"rope_parameters": kinds}}
+    assert nested(folders, ours, {"text_config": {"rope_parameters": {**kinds, "other": {"rope_theta": 5.0}}}}) == []
+    other = {"text_config": {"rope_parameters": {**kinds, "full": {"rope_theta": 5e5, "rope_type": "default"}}}}
+    assert "rope_parameters.full.rope_theta is 1000000.0" in nested(folders, ours, other)[0]
+    other = {"text_config": {"rope_theta": 5e5}}
+    assert (
+        "text_config.rope_theta is 10000.0 in base and 500000.0" in nested(folders, {"text_config": {"a": 1}}, other)[0]
+    )
+    old, new = {"type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}
+    assert "rope_scaling.rope_type is 'linear'" in nested(folders, {"rope_scaling": old}, {"rope_scaling": new})[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "found"),
+    [
+        (["a.qweight", "a.scales"], {"quant_method": "gptq"}, "quantization_config of gptq in config.json"),
+        (["w"], {"quant_method": "bitsandbytes"}, "quantization_config of bitsandbytes in config.json"),
+        (["w"], {"load_in_8bit": True}, "quantization_config of an unnamed method in config.json"),
+        *((["w", name], None, f"'{name}' in model.safetensors") for name in ("a.qweight", "a.weight.absmax", "a.SCB")),
+        *((["w", name], None, f"'{name}' in model.safetensors") for name in ("a.weight_scale_inv", "x.down_blocks")),
+        (["w", "int.weight"], None, "'int.weight' in model.safetensors"),
+    ],
+)
+def test_quantised_folder_is_named_as_such(tmp_path: Path, names: list[str], settings: object, found: str) -> None:
+    tensors = {n: torch.ones(2, dtype=torch.int8 if n.startswith("int") else torch.float32) for n in names}
+    save_tensors(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with pytest.raises(MismatchError, match=f"is quantised \\({found}\\): its numbers are codes"):
+        require_unquantised(Checkpoint.open(tmp_path))
+
+
+def test_integer_buffers_and_plain_eight_bits_are_not_quantised(tmp_path: Path) -> None:
+    tensors = {"position_ids": torch.arange(3), "w.weight": torch.ones(3).to(torch.float8_e4m3fn)}
+    save_tensors(tensors, tmp_path / "model.safetensors")
+    require_unquantised(Checkpoint.open(tmp_path))
 
 
 def test_values_out_of_all_proportion_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Knows how a model folder becomes a transformers model, and what its tensors are called in one."""
+"""Makes transformers models of model folders, and gives folders the tensor names of their classes."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging
 
 from twinmerge.errors import ArtifactError, MismatchError
-from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.checkpoint import Checkpoint, read_json
+
+_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""For every `from_pretrained`: nothing is fetched, no Python of a folder is run, nobody is asked on the terminal."""
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -25,10 +28,20 @@ def load_config(folder: Path) -> PretrainedConfig:
         MismatchError: if there is none, or of a type unknown to transformers.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **_LOCAL)
         return config
     except (OSError, ValueError, KeyError) as error:
-        raise MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}") from error
+        raise _unusable(folder, "config.json", error) from error
+
+
+def _unusable(folder: Path, file: str, error: Exception) -> MismatchError:
+    """Why transformers does not take a folder's file, in one line."""
+    if "auto_map" in (read_json(folder / file) if (folder / file).is_file() else {}):
+        return MismatchError(
+            f"{folder}: by auto_map in {file} its class is Python code of the folder, which is never run here; "
+            "save the model with a class that transformers has, and without auto_map"
+        )
+    return MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}")
 
 
 def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedModel]:
@@ -48,10 +61,17 @@ def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedM
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer, None if it has none; one without a padding token pads with its end token."""
+    """The folder's tokenizer, None if it has none; one without a padding token pads with its end token.
+
+    Raises:
+        MismatchError: if transformers has no such tokenizer.
+    """
     if not (folder / "tokenizer_config.json").exists():
         return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(folder, "tokenizer_config.json", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -68,9 +88,7 @@ def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | N
     config = load_config(like or folder)
     cls: Any = model_class(config, like or folder)
     with quiet():
-        model, info = cls.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-        )
+        model, info = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **_LOCAL)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")

@@ -131,6 +131,7 @@ def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
     check_router(base, recipe.router)
     plan = make_plan(recipe, parameter_kinds(base), allow=allow, by_class=by_class)
     require_shapes_of_class(plan.base)
+    load_tokenizer(base)
     return plan
 
 

@@ -30,6 +30,7 @@ from twinmerge.models.compatible import (
     plausible_bound,
     require_plausible,
     require_related,
+    require_unquantised,
 )
 from twinmerge.models.provenance import describe_input
 
@@ -97,6 +98,7 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
             )
         if path not in opened:
             opened[path] = Checkpoint.open(path)
+            require_unquantised(opened[path])
         return opened[path]
 
     reference = open_once(merge.reference)

@@ -30,6 +30,8 @@ HARMLESS = frozenset(
 """Keys of config.json that change neither what a weight means nor how the layers compute."""
 _ROPE_LEFT_OUT = {"rope_theta": 10000.0, "rope_scaling": None}
 """What models with rope take where config.json does not say."""
+_QUANTISED = {"qweight", "absmax", "SCB", "weight_scale", "weight_scale_inv", "weight_packed", "W_q"}
+"""What tensors of a quantised layer are called: GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors, HQQ."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,6 @@ def compare_configs(reference: Checkpoint, name: str, other: Checkpoint, allow: 
     differences = [
         f"{key} is {ours!r} in {reference.path.name} and {theirs!r} in {other.path.name}"
         for key, ours, theirs in _differences(reference.config, other.config)
-        if key not in HARMLESS and not key.endswith(("dropout", "dropout_prob"))
     ]
     if differences and not allow.config:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
@@ -155,6 +156,27 @@ def require_related(
     return cosine
 
 
+def require_unquantised(model: Checkpoint) -> None:
+    """Refuse weights in a quantised form, whose numbers are codes and no values to be merged.
+
+    Raises:
+        MismatchError: naming the form and what to do.
+    """
+    settings = model.config.get("quantization_config") or {}
+    found = [f"quantization_config of {settings.get('quant_method', 'an unnamed method')} in config.json"] * bool(
+        settings
+    )
+    for name, spec in model.specs.items():
+        leaf = name.rpartition(".")[2]
+        if leaf in _QUANTISED or leaf.endswith("_blocks") or (leaf == "weight" and not spec.dtype.is_floating_point):
+            found.append(f"{name!r} in {spec.file.name}")
+    if found:
+        raise MismatchError(
+            f"{model.path} is quantised ({found[0]}): its numbers are codes, which cannot be merged; give the model "
+            "it was quantised from, or load it with transformers, call dequantize() and save it in bfloat16"
+        )
+
+
 def plausible_bound(largest: float) -> float:
     """What no value of a fine-tune goes beyond, where the base's go up to `largest`."""
     return _IMPLAUSIBLE * max(largest, 1.0)
@@ -194,7 +216,7 @@ def _floats(checkpoint: Checkpoint) -> dict[str, None]:
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys on which two configs disagree; None, False, 0 and the like are one value.
+    """Keys, nested ones too, on which two configs disagree; None, False, 0 and the like are one value.
 
     What a key that is left out stands for is known to its class alone, and newer versions of transformers write out
     more of them: only rope, of which a wrong guess ruins a model, is compared then.
@@ -202,13 +224,19 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator
     ours, theirs = ({**_ROPE_LEFT_OUT, **_with_old_rope(config)} for config in (ours, theirs))
     for key in sorted(set(ours) & set(theirs)):
         first, second = ours[key], theirs[key]
-        if first != second and (first or second):
+        if first == second or not (first or second) or key in HARMLESS or key.endswith(("dropout", "dropout_prob")):
+            continue
+        if first and second and isinstance(first, dict) and isinstance(second, dict):
+            yield from ((f"{key}.{inner}", *values) for inner, *values in _differences(first, second))
+        else:
             yield key, first, second
 
 
 def _with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rope as older configs say it: transformers 5 writes `rope_theta` and `rope_scaling` as one `rope_parameters`."""
     new = config.get("rope_parameters")
+    if "type" in config and "rope_type" not in config:
+        return {**config, "rope_type": config["type"]}
     if not isinstance(new, dict) or "rope_theta" not in new:
         return dict(config)
     scaling = {key: value for key, value in new.items() if key != "rope_theta"}

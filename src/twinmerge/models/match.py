@@ -8,6 +8,7 @@ from typing import Any
 from twinmerge.errors import MismatchError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.models.adapter import open_adapter
+from twinmerge.models.compatible import require_unquantised
 from twinmerge.models.source import Expert
 
 
@@ -33,7 +34,9 @@ def open_expert(
     """
     if (folder / "adapter_config.json").exists():
         return open_adapter(name, folder, base, transposed, _resolver(base))
-    checkpoint = by_class(Checkpoint.open(folder))
+    opened = Checkpoint.open(folder)
+    require_unquantised(opened)
+    checkpoint = by_class(opened)
     _require_same_architecture(name, checkpoint.config, base.config)
     match = _match(base, checkpoint)
     missing = [

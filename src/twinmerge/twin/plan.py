@@ -10,7 +10,7 @@ import torch
 
 from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
-from twinmerge.models.compatible import Allow, compare_configs, compare_vocabularies
+from twinmerge.models.compatible import Allow, compare_configs, compare_vocabularies, require_unquantised
 from twinmerge.models.match import open_expert
 from twinmerge.models.source import Expert
 from twinmerge.twin.recipe import Recipe
@@ -133,7 +133,9 @@ def make_plan(
         MismatchError: if an expert does not fit the base.
         CheckpointError: if a file cannot be read.
     """
-    base = by_class(Checkpoint.open(recipe.locate(recipe.base, "base")))
+    opened = Checkpoint.open(recipe.locate(recipe.base, "base"))
+    require_unquantised(opened)
+    base = by_class(opened)
     unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
     if unknown:
         raise MismatchError(
