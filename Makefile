@@ -3,6 +3,9 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 # held to 100 %: numbers, files, merge methods, the artifact and the router
 EXACT := src/twinmerge/tensors/*,src/twinmerge/files/*,src/twinmerge/models/*,src/twinmerge/merging/*,src/twinmerge/twin/*,src/twinmerge/routing/*
+# packages that commands and tests import; compiled by set-up, on all cores, as no command may do it where PYTHONDONTWRITEBYTECODE is set
+COMPILED := torch torchgen sympy mpmath numpy scipy sklearn transformers tokenizers accelerate peft huggingface_hub pydantic jaxtyping jinja2 \
+  rich yaml matplotlib hypothesis _pytest pluggy xdist execnet coverage beartype
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -20,6 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || python3 -m venv .venv
 	@echo 'installing the packages of constraints.txt into .venv, a minute or two'
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
+	@start=$$(date +%s); cd $(BIN)/../lib/python3*/site-packages && \
+	  env -u PYTHONDONTWRITEBYTECODE ../../../bin/python -m compileall -q -j 0 -x '/tests?/|/torch/testing/|/transformers/models/' $(COMPILED) && \
+	  echo "compiled what commands and tests import in $$(($$(date +%s) - start)) s"
 	@touch $@
 
 lint: $(STAMP) ## style, types, import directions, generated pages

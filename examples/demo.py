@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from twinmerge.files.cache import cache_folder
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 TASKS = ("election", "movie", "sms", "trec")
@@ -28,7 +30,7 @@ def main() -> int:
     """Train what is missing, build, answer four questions, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that train experts")
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("TWINMERGE_CACHE", "~/.cache/twinmerge")))
+    parser.add_argument("--cache", type=Path, default=cache_folder())
     options = parser.parse_args()
     cache = options.cache.expanduser().resolve()
     os.environ["TWINMERGE_CACHE"] = str(cache)

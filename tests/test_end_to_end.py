@@ -5,7 +5,6 @@ seconds.
 """
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import twinmerge as tm
 from suites.text import data, prepare, train
 from suites.text.archives import fetch
 from twinmerge.cli import main
+from twinmerge.files.cache import cache_folder
 from twinmerge.files.rows import read_rows
 
 TASKS = ("sms", "trec")
@@ -26,9 +26,8 @@ TRAINED_ROWS, ROUTER_ROWS, TEST_ROWS = 192, 120, 80
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base, two experts, router and test rows."""
-    cache = Path(os.environ.get("TWINMERGE_CACHE", "~/.cache/twinmerge")).expanduser()
     folder = tmp_path_factory.mktemp("real")
-    kept, ours = prepare.Layout(cache, 0), prepare.Layout(folder, 0)
+    kept, ours = prepare.Layout(cache_folder(), 0), prepare.Layout(folder, 0)
     for archive in prepare.archives_for(TASKS):
         fetch(archive, kept.archives)
     (folder / "archives").symlink_to(kept.archives)

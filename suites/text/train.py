@@ -1,4 +1,4 @@
-"""Knows how one expert is made: a MiniLM fine-tuned in full on the training split of one task."""
+"""Makes one expert: a MiniLM fine-tuned in full on the training split of one task."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from suites.text.data import Metric, Row, read_rows
+from twinmerge.runtime.precision import Precision, autocast
 
-Precision = Literal["float32", "bfloat16"]
 Report = Callable[[str, int, float], None]
 """Called with the task, the steps done, and the loss of the last one."""
 
@@ -180,12 +180,6 @@ def measure(metric: Metric, truth: Sequence[int], predicted: Sequence[int], posi
     return sum(scores) / len(scores)
 
 
-def fastest_precision() -> Precision:
-    """Return bfloat16 where the processor computes in it, as it is twice as fast there; float32 elsewhere."""
-    capabilities = torch.cpu.get_capabilities()
-    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
-
-
 def _start_head(model: Any, tokenizer: Any, rows: Sequence[Row], job: Job) -> None:
     """Set the head to a logistic regression on the frozen encoder.
 
@@ -232,7 +226,7 @@ def _fit(
     step = 0
     for _ in range(recipe.epochs):
         for batch in batches_of_epoch(order):
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            with autocast(recipe.precision):
                 logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             loss = cross_entropy(logits.float(), batch.labels)
             optimizer.zero_grad()

@@ -150,6 +150,17 @@ def test_another_precision_is_run_again(run: Any, suite: Suite, monkeypatch: pyt
         run_suite(suite.model_copy(update={"precision": "bfloat16"}), run[0])
 
 
+def test_auto_is_the_fastest_precision_of_the_machine_and_the_result_names_it(
+    run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = run
+    monkeypatch.setattr("twinmerge.runtime.precision.fastest", lambda: "float32")
+    monkeypatch.setenv("TWINMERGE_CACHE", str(out / "cache"))
+    again = run_suite(suite.model_copy(update={"precision": "auto"}), out, contestants=["whole"])
+    assert again.contestants == [one for one in result.contestants if one.name == "whole"], "it is not run again"
+    assert again.contestants[0].settings["precision"] == "float32"
+
+
 def test_router_ablation_covers_features_methods_and_counts(run: Any) -> None:
     _, result = run
     assert {one.method for one in result.routers} == {"linear", "mlp", "centroid", "knn"}

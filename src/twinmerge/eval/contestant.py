@@ -69,7 +69,7 @@ class _Contestant:
     def __init__(self, at: SeedRun, name: str, spec: ContestantSpec) -> None:
         self.at, self.name, self.spec = at, name, spec
         self.stage = f"{name} (seed {at.seed})"
-        self.settings: dict[str, Any] = {"seed": at.seed}
+        self.settings: dict[str, Any] = {"seed": at.seed, "precision": at.suite.precision}
         self.rows = [row for _, row in at.test]
         self.truth = [task for task, _ in at.test]
 

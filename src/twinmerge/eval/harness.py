@@ -31,6 +31,7 @@ from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
 from twinmerge.files.progress import Progress, silent
 from twinmerge.routing.router import Router, Routing
+from twinmerge.runtime.precision import resolve
 from twinmerge.twin.recipe import RouterSettings
 
 
@@ -64,6 +65,7 @@ def run_suite(
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     seeds = list(seeds or suite.seeds)
+    suite = suite.model_copy(update={"precision": resolve(suite.precision)})
     results: list[ContestantResult] = []
     predictions: list[Predictions] = []
     routers: list[RouterResult] = []

@@ -19,6 +19,7 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import open_plan, router_features, router_rows
 from twinmerge.merging.methods import SharedParams
 from twinmerge.routing.router import Router, Routing, fit_router
+from twinmerge.runtime.precision import autocast, resolve
 from twinmerge.twin.decompose import merged_tensors
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
@@ -65,7 +66,7 @@ class SeedRun:
 
     def autocast(self) -> torch.autocast:
         """The precision of the suite, for forward passes."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.suite.precision == "bfloat16")
+        return autocast(resolve(self.suite.precision))
 
     def model(self, backbone: Any, exclusive: dict[str, Any] | None = None, kinds: Any = None) -> TwinModel:
         """A backbone with every expert's head in front; exclusive parts are computed in its dtype."""

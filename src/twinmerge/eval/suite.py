@@ -1,6 +1,5 @@
 """Knows what a suite file says: tasks, where their rows and experts lie, and who is compared."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,12 +8,12 @@ from pydantic import Field, field_validator, model_validator
 from twinmerge.errors import RecipeError
 from twinmerge.eval.results import Slug
 from twinmerge.eval.tasks import Task
+from twinmerge.files.cache import CACHE_VARIABLE, cache_folder
 from twinmerge.files.rows import Row, read_rows
 from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.methods import PretrainedParams, SharedParams
+from twinmerge.runtime.precision import PrecisionChoice
 from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, RouterSettings
-
-CACHE_VARIABLE, DEFAULT_CACHE = "TWINMERGE_CACHE", "~/.cache/twinmerge"
 
 Shared = Annotated[SharedParams, Field(discriminator="method")]
 
@@ -88,7 +87,8 @@ class Suite(Strict):
         validation_rows: of each task, to choose scalings on.
         test_rows: of each task, the first ones; None is all.
         max_length: tokens an input is cut at.
-        precision: of the matrix products of every contestant alike; bfloat16 is autocast, weights stay as they are.
+        precision: of the matrix products of every contestant alike; bfloat16 is autocast, weights stay as they are;
+            auto is the faster of the two on this machine.
         shared: of the suite's router: the shared expert whose features it sees.
         router: picks head and gate of every contestant without a router of its own.
         router_ablation: whether features, methods and numbers of inputs are compared, at the first seed.
@@ -110,7 +110,7 @@ class Suite(Strict):
     validation_rows: Annotated[int, Field(ge=1)] = 200
     test_rows: Annotated[int, Field(ge=1)] | None = None
     max_length: int | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: PrecisionChoice = "float32"
     shared: Shared
     router: RouterSettings = RouterSettings()
     router_ablation: bool = False
@@ -142,7 +142,7 @@ class Suite(Strict):
 
     def root_of(self, seed: int) -> Path:
         """The folder of one seed's experts and rows."""
-        cache = os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)
+        cache = str(cache_folder())
         root = self.root.replace("${" + CACHE_VARIABLE + "}", cache).replace("$" + CACHE_VARIABLE, cache)
         return (self.folder / Path(root.replace("{seed}", str(seed))).expanduser()).resolve()
 

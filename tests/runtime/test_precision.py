@@ -1,0 +1,80 @@
+"""The precision is what this machine is fastest at, the same every time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from twinmerge.runtime import precision
+from twinmerge.runtime.precision import autocast, fastest, resolve
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TWINMERGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What measuring finds next."""
+    answers = ["bfloat16", "float32"]
+    monkeypatch.setattr(precision, "fastest", lambda: answers.pop(0))
+    return answers
+
+
+@pytest.mark.parametrize("chosen", ["float32", "bfloat16"])
+def test_a_precision_that_is_named_is_not_measured(chosen: precision.Precision, measured: list[str]) -> None:
+    assert resolve(chosen) == chosen
+    assert len(measured) == 2
+
+
+def test_a_machine_is_measured_once(measured: list[str], cache: Path) -> None:
+    assert [resolve("auto"), resolve("auto")] == ["bfloat16", "bfloat16"]
+    assert list(json.loads((cache / "precision.json").read_text()).values()) == ["bfloat16"]
+
+
+@pytest.mark.parametrize("variable", ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"])
+def test_limits_on_the_processor_are_another_machine(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    assert resolve("auto") == "bfloat16"
+    monkeypatch.setenv(variable, "avx2")
+    assert resolve("auto") == "float32"
+    monkeypatch.delenv(variable)
+    assert resolve("auto") == "bfloat16"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"KEY": "float8"}'])
+def test_a_damaged_memory_is_measured_anew(measured: list[str], cache: Path, content: str) -> None:
+    cache.mkdir()
+    (cache / "precision.json").write_text(content.replace("KEY", precision._machine()))
+    assert [resolve("auto"), resolve("auto")] == ["bfloat16", "bfloat16"]
+
+
+def test_a_cache_that_cannot_be_written_is_measured_every_time(measured: list[str], cache: Path) -> None:
+    cache.write_text("a file")
+    assert [resolve("auto"), resolve("auto")] == ["bfloat16", "float32"]
+
+
+def test_autocast_computes_in_the_precision() -> None:
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with autocast(name):  # type: ignore[arg-type]
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
+
+
+def test_what_is_measured_is_one_of_the_two() -> None:
+    assert fastest() in ("float32", "bfloat16")
+
+
+def test_without_instructions_for_bfloat16_float32_is_the_fastest() -> None:
+    limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    program = "from twinmerge.runtime.precision import resolve; print(resolve('auto'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | limits, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "float32"
