@@ -44,6 +44,7 @@ from twinmerge.runtime import compose
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gate import keep_large
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import RouterSettings
 
 SEED, RANK, EXPERTS, DROP = 0, 8, 8, 0.02
@@ -375,7 +376,7 @@ def untrained_router(experts: int, features: int) -> Router:
     torch.manual_seed(SEED)
     names = [f"e{index:03d}" for index in range(experts)]
     rows = {name: torch.randn(8, features) for name in names}
-    return fit_router(rows, RouterSettings(method="mlp", features="last", epochs=1), seed=SEED)
+    return fit_router(rows, RouterSettings(method="mlp", features=Features.parse("last"), epochs=1), seed=SEED)
 
 
 @contextmanager
@@ -413,7 +414,7 @@ def routed_case(options: Options) -> dict[str, Any]:
         name: read_rows(options.suite / "data" / f"{task}.router.jsonl", labelled=False)[:200]
         for name, task in zip(ours.twin.expert_names, tasks, strict=True)
     }
-    all_layers = router_features(ours.twin, rows, "all")
+    all_layers = router_features(ours.twin, rows, Layers("all"))
     ids = {name: ids_of(ours.twin, own) for name, own in rows.items()}
     texts = [
         row["text"]
@@ -427,7 +428,7 @@ def routed_case(options: Options) -> dict[str, Any]:
     for title, given in ROUTERS.items():
         settings = RouterSettings(**given)
         width = 2 * ours.static.config.hidden_size if settings.one_pass else None  # layers 0 and 1 come first
-        features = {name: own[:, :width] for name, own in all_layers.items()} if settings.hidden else None
+        features = {name: own[:, :width] for name, own in all_layers.items()} if settings.features.layers else None
         router = fit_router(features, settings, seed=SEED, ids=ids)
         second_look = router.report.get("second_look", second_look)
         contestants[f"twin, {title}"] = run = routed(ours.twin, router, inputs)

@@ -13,6 +13,7 @@ from twinmerge.eval.harness import run_suite
 from twinmerge.eval.seed import SeedRun, slice_features
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
+from twinmerge.twin.features import Layers
 
 SUITE = """
 name: tiny
@@ -184,11 +185,11 @@ def test_an_unknown_contestant_is_named(suite: Suite, tmp_path: Path) -> None:
 
 def test_slices_of_all_features_are_the_layers() -> None:
     features = torch.arange(12.0).reshape(1, 12)
-    assert slice_features(features, "embeddings", 4).tolist() == [[0, 1, 2, 3]]
-    assert slice_features(features, "layer:1", 4).tolist() == [[4, 5, 6, 7]]
-    assert slice_features(features, "last", 4).tolist() == [[8, 9, 10, 11]]
-    assert slice_features(features, "layers:[0, 2]", 4).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11]]
-    assert slice_features(features, "all", 4) is features
+    assert slice_features(features, Layers((0,)), 4).tolist() == [[0, 1, 2, 3]]
+    assert slice_features(features, Layers((1,)), 4).tolist() == [[4, 5, 6, 7]]
+    assert slice_features(features, Layers("last"), 4).tolist() == [[8, 9, 10, 11]]
+    assert slice_features(features, Layers((0, 2)), 4).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11]]
+    assert torch.equal(slice_features(features, Layers("all"), 4), features)
 
 
 @pytest.mark.parametrize(

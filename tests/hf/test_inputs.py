@@ -13,6 +13,7 @@ from twinmerge.hf.batches import BatchLimits
 from twinmerge.hf.inputs import encode, features_of, ids_of, length_limit, pad, tokenize, tokenized_batches
 from twinmerge.hf.model import TwinModel
 from twinmerge.routing.tokens import PADDING, token_ids
+from twinmerge.twin.features import Layers
 
 Twins = Callable[..., Path]
 
@@ -54,9 +55,9 @@ def test_padding_goes_where_it_is_asked_for(model: TwinModel) -> None:
 def test_features_of_rows_are_those_of_each_alone(twin: Twins, name: str) -> None:
     """GPT-2 counts positions, and its tokenizer pads on the left: positions must start at the first real token."""
     model = TwinModel.from_pretrained(twin(name))
-    for chosen, values in features_of(model, rows(), "last", BatchLimits(rows=4)):
+    for chosen, values in features_of(model, rows(), Layers("last"), BatchLimits(rows=4)):
         for index, value in zip(chosen, values, strict=True):
-            alone = model.features_as("last", **tokenize(model, [rows()[index]]))[0]
+            alone = model.features_as(Layers("last"), **tokenize(model, [rows()[index]]))[0]
             assert torch.allclose(value, alone, atol=1e-5)  # padded and not
 
 

@@ -20,6 +20,7 @@ from twinmerge.hf.heads import load_head
 from twinmerge.hf.loading import backbone_from, load_backbone, load_tokenizer, model_class
 from twinmerge.hf.model import TwinModel, TwinOutput
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.features import Features, Layers
 
 Get = Callable[[str], Family]
 Twins = Callable[..., Path]
@@ -273,6 +274,12 @@ def test_inputs_of_no_expert_are_left_to_the_shared_one(twin: Twins) -> None:
 # ---- features
 
 
+def layers_of(words: str) -> Layers:
+    layers = Features.parse(words).layers
+    assert layers is not None
+    return layers
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_features_are_means_over_the_real_tokens_of_the_shared_expert(twin: Twins, name: str) -> None:
     folder = twin(name)
@@ -292,20 +299,22 @@ def test_features_are_means_over_the_real_tokens_of_the_shared_expert(twin: Twin
         "layer:1": means[1:2],
         "layers:[2, 0]": [means[2], means[0]],
     }.items():
-        assert torch.allclose(model.features_as(spec, **x), torch.cat(expected, dim=1), atol=1e-5)
-    assert torch.allclose(model.features(**x), model.features_as("all", **x))
+        assert torch.allclose(model.features_as(layers_of(spec), **x), torch.cat(expected, dim=1), atol=1e-5)
+    assert torch.allclose(model.features(**x), model.features_as(layers_of("all"), **x))
 
 
 def test_features_without_a_mask_take_every_token(twin: Twins) -> None:
     model, x = TwinModel.from_pretrained(twin("bert")), batch(ROWS[0])
     assert torch.allclose(
-        model.features_as("last", input_ids=x["input_ids"]), model.features_as("last", **x), atol=1e-6
+        model.features_as(layers_of("last"), input_ids=x["input_ids"]),
+        model.features_as(layers_of("last"), **x),
+        atol=1e-6,
     )
 
 
 def test_layer_beyond_the_last_is_named(twin: Twins) -> None:
     with pytest.raises(MismatchError, match=r"^router\.features: layer 7 must be at most 2, the model's last$"):
-        TwinModel.from_pretrained(twin("bert")).features_as("layers:[0,7]", **batch("w5"))
+        TwinModel.from_pretrained(twin("bert")).features_as(layers_of("layers:[0,7]"), **batch("w5"))
 
 
 # ---- dtypes

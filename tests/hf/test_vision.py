@@ -23,6 +23,7 @@ from twinmerge.tensors.low_rank import LowRank
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.export import export_peft, export_stacked
+from twinmerge.twin.features import Layers
 
 TRANSFORMER: Mapping[str, int] = {
     "hidden_size": 16,
@@ -203,7 +204,7 @@ def test_features_are_means_over_positions(made: Made) -> None:
     for layer in (0, len(states) - 1):
         values = states[layer].float()
         expected = values.mean(dim=(2, 3)) if values.ndim == 4 else values.mean(dim=1)
-        assert torch.allclose(model.features_as(f"layer:{layer}", pixel_values=x), expected, atol=1e-6)
+        assert torch.allclose(model.features_as(Layers((layer,)), pixel_values=x), expected, atol=1e-6)
 
 
 def test_statistics_and_other_static_values_are_the_shared_experts(made: Made) -> None:

@@ -27,7 +27,9 @@ from twinmerge.jobs import build as module
 from twinmerge.jobs.build import build, open_plan, router_features, router_rows
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
+from twinmerge.routing.router import Router
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
 
 Get = Callable[[str], Family]
@@ -115,7 +117,7 @@ def test_router_is_fitted_on_the_shared_experts_features(family: Get, twin: Twin
         load_backbone(folder), {name: {} for name in GATE_ORDER}, kinds={}, tokenizer=load_tokenizer(folder)
     )
     rows = {name: tiny.text_rows(name) for name in GATE_ORDER}
-    features = router_features(model, rows, "all")
+    features = router_features(model, rows, Layers("all"))
     router = Router.load(TwinArtifact.open(folder).path / "router")
     right = [router(features[name]).expert == index for index, name in enumerate(GATE_ORDER)]
     assert float(torch.cat(right).float().mean()) > 0.9

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from twinmerge.errors import InputError, RecipeError
 from twinmerge.files.schema import load_yaml
 from twinmerge.merging.methods import TaskArithmeticParams, TiesParams
+from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import DEFAULT_BUDGET, ExclusiveSettings, ExpertSource, Recipe, RouterSettings
 
 GOOD = """base: base
@@ -35,7 +36,7 @@ def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     assert recipe == Recipe(base="base", experts=SOURCES, root=tmp_path)
     assert recipe.shared == TaskArithmeticParams(scaling=0.3)
     assert recipe.exclusive.budget == DEFAULT_BUDGET
-    assert (recipe.router.method, recipe.router.features, recipe.seed) == ("linear", "all+tokens", 0)
+    assert (recipe.router.method, str(recipe.router.features), recipe.seed) == ("linear", "all+tokens", 0)
 
 
 def test_every_section_is_read(tmp_path: Path) -> None:
@@ -60,9 +61,30 @@ def test_section_without_a_policy_takes_the_default_budget() -> None:
     assert ExclusiveSettings(compression="random", density=0.5).budget is None
 
 
-@given(st.sampled_from(["last", "all", "embeddings", "layer:0", "layer:12", "layers:[1]", "layers:[0, 3,5]"]))
-def test_known_features_are_taken(features: str) -> None:
-    assert RouterSettings(features=features).features == features
+@pytest.mark.parametrize(
+    ("words", "features"),
+    [
+        ("last", Features(Layers("last"))),
+        ("all", Features(Layers("all"))),
+        ("embeddings", Features(Layers((0,)))),
+        ("layer:12", Features(Layers((12,)))),
+        ("layers:[3,0,5]", Features(Layers((3, 0, 5)))),
+        ("tokens", Features(None, tokens=True)),
+        ("all+tokens", Features(Layers("all"), tokens=True)),
+        ("layer:2+tokens", Features(Layers((2,)), tokens=True)),
+        ("cascade", Features(Layers("all"), tokens=True, form="cascade")),
+    ],
+)
+def test_words_of_a_recipe_become_typed_features_and_words_again(words: str, features: Features) -> None:
+    settings = RouterSettings(features=words)
+    assert settings.features == features == RouterSettings(features=features).features
+    assert settings.model_dump()["features"] == str(features) == words
+
+
+def test_other_spellings_of_features_are_known() -> None:
+    assert Features.parse("layers:[ 0, 3,5 ]") == Features(Layers((0, 3, 5)))
+    assert Features.parse("layers:[1]") == Features.parse("layer:1")
+    assert str(Features.parse("layer:0")) == "embeddings"
 
 
 def test_recipe_does_not_change() -> None:

@@ -11,6 +11,7 @@ from twinmerge.eval.metrics import expected_calibration_error, reliability
 from twinmerge.eval.results import RouterResult
 from twinmerge.files.progress import Progress
 from twinmerge.routing.router import Router, Routing
+from twinmerge.twin.features import Features
 from twinmerge.twin.recipe import RouterSettings
 
 INPUTS_PER_EXPERT = (1000, 100, 10)
@@ -54,7 +55,8 @@ def router_ablation(
     found = []
     for index, (method, spec, count) in enumerate(variants):
         started = time.monotonic()
-        chosen = settings.model_copy(update={"method": method, "features": spec, "samples_per_expert": count})
+        varied = {"method": method, "features": Features.parse(spec), "samples_per_expert": count}
+        chosen = settings.model_copy(update=varied)
         router, routing = route(chosen)
         plain = (routing.router_logits / router.temperature).softmax(dim=1)
         gate = torch.where(routing.fallback[:, None], plain, routing.gate)[: len(labels)]

@@ -1,6 +1,5 @@
 """Knows one seed of a suite: rows, experts, the suite's router, and what contestants share, computed once."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from twinmerge.merging.methods import SharedParams
 from twinmerge.routing.router import Router, Routing, fit_router
 from twinmerge.runtime.precision import autocast, resolve
 from twinmerge.twin.decompose import merged_tensors
+from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
 
@@ -100,7 +100,7 @@ class SeedRun:
         if key not in self._features:
             rows, others = self._router_rows, self._others
             with self.autocast():
-                found = router_features(model, {**rows, "": others}, "all", self.progress)
+                found = router_features(model, {**rows, "": others}, Layers("all"), self.progress)
             self._features[key] = ({name: found[name] for name in rows}, found[""])
         return self._features[key]
 
@@ -130,13 +130,13 @@ class SeedRun:
         """Fit a router on a shared expert's features and route every test and unseen row."""
         fitted, others = self.features(model, key)
         size = model.backbone.config.hidden_size
-        hidden = settings.hidden
-        chosen = {n: slice_features(f, hidden, size) for n, f in fitted.items()} if hidden else None
-        ids, other_ids = self.ids(model) if settings.tokens else (None, None)
+        layers = settings.features.layers
+        chosen = None if layers is None else {n: slice_features(f, layers, size) for n, f in fitted.items()}
+        ids, other_ids = self.ids(model) if settings.features.tokens else (None, None)
         router = fit_router(chosen, settings, seed=self.seed, ids=ids)
 
         def features(rows: Tensor | None) -> Tensor:
-            return slice_features(others if rows is None else others[rows], hidden or "all", size)
+            return slice_features(others if rows is None else others[rows], layers or Layers("all"), size)
 
         return router, router.decide(other_ids, features)
 
@@ -157,16 +157,7 @@ class SeedRun:
         return labels
 
 
-def slice_features(features: Tensor, spec: str, size: int) -> Tensor:
-    """Columns of features `all` (rows, (layers + 1) * size) that another specification asks for."""
-    count = features.shape[1] // size
-    if spec == "all":
-        return features
-    layers = (
-        [count - 1]
-        if spec == "last"
-        else [0]
-        if spec == "embeddings"
-        else json.loads(f"[{spec.split(':')[1].strip('[]')}]")
-    )
-    return torch.cat([features[:, layer * size : (layer + 1) * size] for layer in layers], dim=1)
+def slice_features(features: Tensor, layers: Layers, size: int) -> Tensor:
+    """Columns of features `all` (rows, (layers + 1) * size) that belong to some layers."""
+    states = features.reshape(len(features), -1, size)
+    return states[:, layers.among(states.shape[1])].flatten(1)

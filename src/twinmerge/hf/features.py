@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from twinmerge.errors import MismatchError
 from twinmerge.hf.loading import without_weights
 from twinmerge.runtime.gate import GateSlot
+from twinmerge.twin.features import Features
 from twinmerge.twin.recipe import RouterSettings
 
 
@@ -63,15 +64,6 @@ def show(slot: GateSlot, index: int, layer: nn.Module, args: tuple[Any, ...], kw
         slot.probe.see(index, args[0] if args else kwargs["hidden_states"])
 
 
-def layers_of(spec: str, count: int) -> list[int]:
-    """Which of a model's hidden states a specification names; 0 is the embeddings."""
-    if spec == "all":
-        return list(range(count))
-    if spec == "embeddings":
-        return [0]
-    return [int(part) for part in spec.partition(":")[2].strip("[]").split(",")]
-
-
 def pool(states: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the real tokens of (batch, seq, hidden), the positions of (batch, hidden, h, w), in float32."""
     states = states.float()
@@ -93,17 +85,15 @@ def check_router(folder: Path, settings: RouterSettings) -> None:
     Raises:
         MismatchError: if `one_pass` leaves no layer to gate, or the model has no single list of layers to watch.
     """
-    if not settings.one_pass or settings.hidden is None:
-        return
-    check_one_pass(settings.hidden, len(hidden_layers(without_weights(folder))))
+    if settings.one_pass:
+        check_one_pass(settings.features, len(hidden_layers(without_weights(folder))))
 
 
-def check_one_pass(features: str, layers: int) -> None:
-    """A router that looks at `features` must leave layers above it, of so many."""
-    highest = max(layers_of(features, layers + 1), default=layers)
-    if highest >= layers:
-        raise MismatchError(
-            f"router.one_pass needs features of layers below the last, {layers}, found {features}"
-            if layers
-            else "router.one_pass needs a model whose hidden states pass through one list of layers"
-        )
+def check_one_pass(features: Features, layers: int) -> list[int]:
+    """The hidden states that a router looks at, which must leave layers above them, of so many."""
+    if not layers:
+        raise MismatchError("router.one_pass needs a model whose hidden states pass through one list of layers")
+    chosen = [] if features.layers is None else features.layers.among(layers + 1)
+    if not chosen or max(chosen) >= layers:
+        raise MismatchError(f"router.one_pass needs features of layers below the last, {layers}, found {features}")
+    return chosen

@@ -11,6 +11,7 @@ from twinmerge.files.rows import Row
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.hf.model import TwinModel
 from twinmerge.routing.tokens import stack_ids
+from twinmerge.twin.features import Layers
 
 Encoded = dict[str, list[int]]
 """One row's `input_ids`, `attention_mask` and what else the tokenizer makes, (seq,) each."""
@@ -80,11 +81,11 @@ def tokenized_batches(
 
 
 def features_of(
-    model: TwinModel, rows: Sequence[Row], spec: str, limits: BatchLimits = DEFAULTS.limits
+    model: TwinModel, rows: Sequence[Row], layers: Layers, limits: BatchLimits = DEFAULTS.limits
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Router features of all rows, batch by batch: (indices of rows, (batch, feature))."""
     for chosen, inputs in tokenized_batches(model, rows, limits):
-        yield chosen, model.features_as(spec, **inputs)
+        yield chosen, model.features_as(layers, **inputs)
 
 
 def ids_of(model: TwinModel, rows: Sequence[Row]) -> Tensor:

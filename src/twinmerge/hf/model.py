@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import GateError, MismatchError
-from twinmerge.hf.features import EnoughError, Probe, check_one_pass, hidden_layers, layers_of, pool, show
+from twinmerge.errors import GateError
+from twinmerge.hf.features import EnoughError, Probe, check_one_pass, hidden_layers, pool, show
 from twinmerge.hf.heads import load_head, take, with_outputs
 from twinmerge.hf.kinds import exchange_layers
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
@@ -24,6 +24,7 @@ from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
 from twinmerge.runtime.layers import GatedLayer, GatedLinear, join_banks, join_readers
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Kind
 from twinmerge.twin.ranks import Exclusive
 
@@ -263,31 +264,24 @@ class TwinModel(nn.Module):
         Raises:
             GateError: if there is no router, or it looks at tokens only.
         """
-        hidden = self._required_router().settings.hidden
-        if hidden is None:
+        layers = self._required_router().settings.features.layers
+        if layers is None:
             raise GateError("this twin's router looks at tokens, not at features of the shared expert")
-        return self.features_as(hidden, **inputs)
+        return self.features_as(layers, **inputs)
 
     @torch.inference_mode()
-    def features_as(self, spec: str, **inputs: Any) -> Tensor:
-        """Features by another specification than the router's, (batch, feature): `last`, `all`, `layer:K`, ..."""
+    def features_as(self, layers: Layers, **inputs: Any) -> Tensor:
+        """Features of other hidden states than the router's, (batch, feature)."""
         mask = inputs.get("attention_mask")
-        if spec == "last":
+        if layers.chosen == "last":
             return pool(self.encode(None, **inputs)[0], mask)
-        chosen = layers_of(spec, len(self.layers) + 1)
-        if self.layers and max(chosen) < len(self.layers):
+        if self.layers and max(chosen := layers.among(len(self.layers) + 1)) < len(self.layers):
             probe = Probe(chosen, mask)
             with suppress(EnoughError), self.slot.use(None), self.slot.watch(probe):
                 self.backbone.base_model(**inputs, return_dict=True)
             return probe.features()
         states = self.encode(None, **inputs, output_hidden_states=True)["hidden_states"]
-        chosen = layers_of(spec, len(states))
-        beyond = [layer for layer in chosen if layer >= len(states)]
-        if beyond:
-            raise MismatchError(
-                f"router.features: layer {beyond[0]} must be at most {len(states) - 1}, the model's last"
-            )
-        return torch.cat([pool(states[layer], mask) for layer in chosen], dim=1)
+        return torch.cat([pool(states[layer], mask) for layer in layers.among(len(states))], dim=1)
 
     @torch.inference_mode()
     def generate(self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any) -> Any:
@@ -384,7 +378,8 @@ class TwinModel(nn.Module):
         def features(rows: Tensor | None) -> Tensor:
             return self.features(**(inputs if rows is None else take(inputs, rows.tolist(), _rows(inputs))))
 
-        return self._without_small(router.decide(token_ids(inputs) if router.settings.tokens else None, features))
+        ids = token_ids(inputs) if router.settings.features.tokens else None
+        return self._without_small(router.decide(ids, features))
 
     def _without_small(self, routing: Routing) -> Routing:
         return replace(routing, gate=keep_large(routing.gate, self.drop_below))
@@ -392,7 +387,7 @@ class TwinModel(nn.Module):
     def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
         """One pass: what lies below is computed once and serves both the router and the answer."""
         router = self._required_router()
-        ids = token_ids(inputs) if router.settings.tokens else None
+        ids = token_ids(inputs) if router.settings.features.tokens else None
         routings: list[Routing] = []
 
         def gate_of(features: Tensor) -> Tensor:
@@ -408,9 +403,7 @@ class TwinModel(nn.Module):
         Raises:
             MismatchError: if the router looks at the last layer, above which nothing is left to gate.
         """
-        features = self._required_router().settings.hidden or "all"
-        check_one_pass(features, len(self.layers))
-        chosen = layers_of(features, len(self.layers) + 1)
+        chosen = check_one_pass(self._required_router().settings.features, len(self.layers))
 
         def gate_from_here(features: Tensor) -> None:
             self.slot.context = self._context(gate_of(features), _tokens(inputs), 1)

@@ -27,6 +27,7 @@ from twinmerge.routing.router import Router, fit_router
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import write_weights
+from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Plan, make_plan
 from twinmerge.twin.recipe import Recipe
 
@@ -164,14 +165,14 @@ def require_heads(plan: Plan) -> None:
 
 
 def router_features(
-    model: TwinModel, rows: Mapping[str, Sequence[Row]], spec: str, progress: Progress = silent
+    model: TwinModel, rows: Mapping[str, Sequence[Row]], layers: Layers, progress: Progress = silent
 ) -> dict[str, torch.Tensor]:
     """Features of the shared expert on every expert's inputs: (rows, feature) by expert."""
     total, done = sum(len(part) for part in rows.values()), 0
     features = {}
     for name, part in rows.items():
         collected: list[torch.Tensor] = [torch.empty(0)] * len(part)
-        for chosen, values in features_of(model, part, spec):
+        for chosen, values in features_of(model, part, layers):
             for index, value in zip(chosen, values, strict=True):
                 collected[index] = value.cpu()
             done += len(chosen)
@@ -193,8 +194,9 @@ def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], p
     settings = recipe.router
     count = min(settings.samples_per_expert, *(len(part) for part in rows.values()))
     sampled = {name: _sample(part, count, recipe.seed) for name, part in rows.items()}
-    features = router_features(model, sampled, settings.hidden, progress) if settings.hidden else None
-    ids = {name: ids_of(model, part) for name, part in sampled.items()} if settings.tokens else None
+    looked = settings.features
+    features = None if looked.layers is None else router_features(model, sampled, looked.layers, progress)
+    ids = {name: ids_of(model, part) for name, part in sampled.items()} if looked.tokens else None
     router = fit_router(features, settings, seed=recipe.seed, ids=ids)
     progress("router fitted", 1, 1)
     return router

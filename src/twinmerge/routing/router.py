@@ -260,7 +260,7 @@ class Router(nn.Module):
         """Route a batch by everything the router looks at.
 
         Args:
-            features: (batch, feature), as `settings.hidden` says, any float dtype; None if that is None.
+            features: (batch, feature), of `settings.features.layers`, any float dtype; None if that is None.
             ids: (batch, seq) as `ngrams.token_ids` gives them; None if the router does not look at tokens.
 
         Returns:
@@ -281,7 +281,7 @@ class Router(nn.Module):
             features: gives (count, feature) for row numbers (count,), for all rows given None. A cascade asks for the
                 rows of which tokens alone are not certain; a router of tokens never asks.
         """
-        if self.settings.features != "cascade":
+        if self.settings.features.form != "cascade":
             whole: Routing = self(features(None) if self.head is not None else None, ids)
             return whole
         first, certain = self._first_look(ids)
@@ -323,9 +323,10 @@ class Router(nn.Module):
         state = {name: checkpoint.read(name) for name in checkpoint.specs}
         settings = RouterSettings(**content["settings"])
         names, size = content["expert_names"], len(state["mean"])
-        shape = {"rows": len(state["head.labels"])} if settings.method == "knn" and settings.hidden else {}
-        head = HEADS[settings.method](size, len(names), **shape) if settings.hidden else None
-        ngrams = NgramHead(len(names), len(state["ngrams.keys"])) if settings.tokens else None
+        hidden = settings.features.layers is not None
+        shape = {"rows": len(state["head.labels"])} if settings.method == "knn" and hidden else {}
+        head = HEADS[settings.method](size, len(names), **shape) if hidden else None
+        ngrams = NgramHead(len(names), len(state["ngrams.keys"])) if settings.features.tokens else None
         router = cls(head, names, size, settings, ngrams)
         router.load_state_dict(state)
         router.report = content["report"]
@@ -355,10 +356,10 @@ def fit_router(
 
     Args:
         features: (rows, feature) by expert, in any order: the gate's columns are the sorted names; the same number of
-            rows is used of each. None if `settings.hidden` is.
+            rows is used of each. None if `settings.features.layers` is.
         settings: method and its parameters.
         seed: of the split, the initialisation and the order of training.
-        ids: (rows, seq) tokens of the same rows, as `ngrams.token_ids` gives them; needed if `settings.tokens`.
+        ids: (rows, seq) tokens of the same rows, as `ngrams.token_ids` gives them; needed if `settings` looks at them.
 
     Returns:
         A router in eval mode, with `report`: accuracy and calibration error (ECE, 15 bins) on inputs while they were
@@ -368,10 +369,11 @@ def fit_router(
         DataError: if an expert has too few inputs to hold any out, or they have no n-gram in common.
         ValueError: if what the settings look at is not given.
     """
-    given = {"features": features if settings.hidden else None, "ids": ids if settings.tokens else None}
+    looked = settings.features
+    given = {"features": None if looked.layers is None else features, "ids": ids if looked.tokens else None}
     data = {what: values for what, values in given.items() if values is not None}
-    if ("features" in data, "ids" in data) != (settings.hidden is not None, settings.tokens):
-        wanted = [what for what, asked in (("hidden states", settings.hidden), ("ids", settings.tokens)) if asked]
+    if ("features" in data, "ids" in data) != (looked.layers is not None, looked.tokens):
+        wanted = [what for what, asked in (("hidden states", looked.layers), ("ids", looked.tokens)) if asked]
         raise ValueError(f"features {settings.features} need {' and '.join(wanted)}")
     rows_of = {name: len(values) for name, values in next(iter(data.values())).items()}
     names = sorted(rows_of)
@@ -435,7 +437,7 @@ def _calibrate(router: Router, features: Tensor | None, ids: Tensor | None, labe
         router.fallback_distance = distance.quantile(settings.fallback)
     gate = (logits / router.temperature).softmax(dim=1)
     second_look = {}
-    if settings.features == "cascade" and ngrams is not None:
+    if settings.features.form == "cascade" and ngrams is not None:
         first = router._first_look(ids)[0].gate
         ngrams.certainty = _least_certainty(first, gate, labels)
         certain = first.amax(dim=1) >= ngrams.certainty

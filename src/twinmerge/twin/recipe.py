@@ -9,10 +9,10 @@ from pydantic import Field, field_validator, model_validator
 from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.methods import SharedParams, TaskArithmeticParams
 from twinmerge.models.source import locate
+from twinmerge.twin.features import Features, FeaturesField, Layers
 
 DEFAULT_BUDGET = 0.06
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_LAYERS = re.compile(r"layers:\[\s*\d+(\s*,\s*\d+)*\s*\]")
 
 
 class ExpertSource(Strict):
@@ -86,7 +86,7 @@ class RouterSettings(Strict):
     """
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
-    features: str = "all+tokens"
+    features: FeaturesField = Features(Layers("all"), tokens=True)
     one_pass: bool = False
     samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 1000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -95,37 +95,13 @@ class RouterSettings(Strict):
     neighbours: Annotated[int, Field(ge=1, strict=True)] = 10
     fallback: Annotated[float, Field(gt=0.5, le=1)] | None = 0.999
 
-    @field_validator("features")
-    @classmethod
-    def _known_features(cls, features: str) -> str:
-        hidden = features.removesuffix("+tokens")
-        known = hidden in ("last", "all", "embeddings") or re.fullmatch(r"layer:\d+", hidden)
-        if not known and not _LAYERS.fullmatch(hidden) and features not in ("tokens", "cascade"):
-            raise ValueError(
-                "must be last, all, embeddings, layer:K or layers:[...], each alone or with +tokens, or tokens, or "
-                f"cascade, found {features!r}"
-            )
-        return features
-
     @model_validator(mode="after")
     def _layers_left_to_gate(self) -> "RouterSettings":
-        if self.one_pass and self.hidden in (None, "last", "all"):
+        if self.one_pass and (self.features.layers is None or not isinstance(self.features.layers.chosen, tuple)):
             raise ValueError(
                 f"one_pass needs features of layers below the last, such as layers:[0,1], found {self.features}"
             )
         return self
-
-    @property
-    def hidden(self) -> str | None:
-        """Which hidden states the router looks at; None for tokens alone."""
-        if self.features == "cascade":
-            return "all"
-        return None if self.features == "tokens" else self.features.removesuffix("+tokens")
-
-    @property
-    def tokens(self) -> bool:
-        """Whether it looks at tokens."""
-        return self.features in ("tokens", "cascade") or self.features.endswith("+tokens")
 
 
 class Recipe(Strict):
