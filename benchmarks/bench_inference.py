@@ -40,10 +40,10 @@ from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import router_features
 from twinmerge.routing.router import Router, Routing, fit_router, group_gates
-from twinmerge.runtime import compose
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gate import keep_large
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense
 from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import RouterSettings
 
@@ -83,7 +83,7 @@ def synthetic_experts(backbone: torch.nn.Module, count: int, rank: int) -> dict[
 
     def part(kind: str, like: Tensor) -> Any:
         if kind == "vector":
-            return (0.02 * random(*like.shape)).to(like.dtype)
+            return Dense((0.02 * random(*like.shape)).to(like.dtype))
         up, down = random(like.shape[0], rank), random(rank, like.shape[1])
         return LowRank((0.02 * up).to(like.dtype), (0.05 * down).to(like.dtype))
 
@@ -181,7 +181,7 @@ def published(ours: Encoder, router: Router, inputs: Inputs) -> Callable[[], Ten
     Every parameter of every expert is a dense vector in memory; scaled by the gate, summed, added, loaded.
     """
     dense = [
-        {n: compose.dense(own[n], value.shape) if n in own else 0 * value for n, value in ours.shared.items()}
+        {n: own[n].dense().reshape(value.shape) if n in own else 0 * value for n, value in ours.shared.items()}
         for own in ours.exclusive.values()
     ]
     routing_model, answering = ours.static, copy.deepcopy(ours.static)

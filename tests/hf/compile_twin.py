@@ -7,6 +7,7 @@ from transformers import BertConfig, BertModel
 
 from twinmerge.hf.model import TwinModel
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense
 
 INPUTS = {
     "input_ids": torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16], [17, 18, 0, 0]]),
@@ -26,7 +27,7 @@ def main() -> None:
     backbone = BertModel(config, add_pooling_layer=False).eval()
     exclusive = {
         f"e{expert}": {
-            name: 0.1 * torch.randn(value.shape)
+            name: Dense(0.1 * torch.randn(value.shape))
             if value.ndim == 1
             else LowRank(0.3 * torch.randn(value.shape[0], 1 + expert), 0.3 * torch.randn(1 + expert, value.shape[1]))
             for name, value in backbone.named_parameters()

@@ -19,6 +19,7 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.hf.heads import load_head
 from twinmerge.hf.loading import backbone_from, load_backbone, load_tokenizer, model_class
 from twinmerge.hf.model import TwinModel, TwinOutput
+from twinmerge.tensors.parts import Dense
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Features, Layers
 
@@ -401,7 +402,7 @@ def test_part_of_a_layer_that_cannot_be_gated_is_refused() -> None:
     torch.manual_seed(0)
     config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_channels=1)
     backbone = transformers.ResNetModel(config)
-    parts = {"a": {"embedder.embedder.normalization.weight": torch.ones(4)}}
+    parts = {"a": {"embedder.embedder.normalization.weight": Dense(torch.ones(4))}}
     with pytest.raises(
         ArtifactError, match=r"embedder\.embedder\.normalization \(BatchNorm2d\) cannot be gated; rebuild"
     ):

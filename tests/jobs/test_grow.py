@@ -18,8 +18,8 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import grow
 from twinmerge.jobs.build import build
 from twinmerge.routing.router import Router
+from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
-from twinmerge.twin.ranks import Exclusive
 
 Get = Callable[[str], Family]
 
@@ -63,8 +63,8 @@ def new_expert(source: Path, folder: Path, name: str = "news") -> dict[str, Path
     return {"model": folder / name, "router_data": folder / f"{name}.jsonl"}
 
 
-def entries(part: Exclusive) -> list[torch.Tensor]:
-    return [part] if isinstance(part, torch.Tensor) else list(vars(part).values())
+def entries(part: Part) -> list[torch.Tensor]:
+    return list(part.pack().values())
 
 
 # ---- what stays, what is new

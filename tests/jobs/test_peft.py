@@ -18,8 +18,8 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.hf.loading import load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
+from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
-from twinmerge.twin.ranks import Exclusive
 
 Get = Callable[[str], Family]
 Twins = Callable[..., Path]
@@ -44,7 +44,7 @@ def with_adapter(folder: Path, expert: str, dtype: torch.dtype = torch.float64) 
 def without_vectors(folder: Path) -> TwinModel:
     """The twin with what PEFT carries, and nothing else."""
     artifact = TwinArtifact.open(folder)
-    parts: Mapping[str, Mapping[str, Exclusive]] = {
+    parts: Mapping[str, Mapping[str, Part]] = {
         expert: {
             name: part.to(torch.float64)
             for name, part in artifact.exclusive(expert).items()

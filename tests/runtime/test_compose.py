@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
-from twinmerge.runtime.compose import dense, theta
+from twinmerge.runtime.compose import theta
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense, Part
 from twinmerge.tensors.sparse import keep_largest
-from twinmerge.twin.ranks import Exclusive
 
 SHAPES = {"weight": (5, 4), "conv": (3, 2, 2, 2), "bias": (5,)}
 
 
-def random_parts(seed: int, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], list[dict[str, Exclusive]]]:
+def random_parts(seed: int, dtype: torch.dtype = torch.float64) -> tuple[dict[str, Tensor], list[dict[str, Part]]]:
     """A shared state, and three experts: factors, sparse parts, and nothing for some parameters."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -23,10 +23,10 @@ def random_parts(seed: int, dtype: torch.dtype = torch.float64) -> tuple[dict[st
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     shared = {name: make(*shape) for name, shape in SHAPES.items()}
-    experts: list[dict[str, Exclusive]] = [
-        {"weight": LowRank(make(5, 2), make(2, 4)), "conv": LowRank(make(3, 1), make(1, 8)), "bias": make(5)},
+    experts: list[dict[str, Part]] = [
+        {"weight": LowRank(make(5, 2), make(2, 4)), "conv": LowRank(make(3, 1), make(1, 8)), "bias": Dense(make(5))},
         {"weight": keep_largest(make(5, 4), 0.3), "conv": keep_largest(make(3, 8), 0.5)},
-        {"bias": make(5)},
+        {"bias": Dense(make(5))},
     ]
     return shared, experts
 
@@ -36,7 +36,8 @@ def random_parts(seed: int, dtype: torch.dtype = torch.float64) -> tuple[dict[st
 def test_weights_of_a_gate_are_those_of_the_reference(seed: int, gate: list[float]) -> None:
     shared, experts = random_parts(seed)
     differences = {
-        str(i): {name: dense(part, SHAPES[name]) for name, part in parts.items()} for i, parts in enumerate(experts)
+        str(i): {name: part.dense().reshape(SHAPES[name]) for name, part in parts.items()}
+        for i, parts in enumerate(experts)
     }
     expected = reference.compose(shared, differences, {str(i): weight for i, weight in enumerate(gate)})
     for weights in (theta(shared, experts, gate), theta(shared, experts, torch.tensor(gate, dtype=torch.float64))):

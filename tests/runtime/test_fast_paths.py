@@ -11,6 +11,7 @@ from twinmerge.routing.router import fit_router
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense
 from twinmerge.twin.recipe import RouterSettings
 
 EXPERTS = 3
@@ -36,7 +37,7 @@ def exclusive_of(model: torch.nn.Module) -> dict[str, dict[str, object]]:
     parts: dict[str, dict[str, object]] = {}
     for expert in range(EXPERTS):
         parts[f"e{expert}"] = {
-            name: 0.1 * torch.randn(value.shape)
+            name: Dense(0.1 * torch.randn(value.shape))
             if value.ndim == 1
             else LowRank(0.3 * torch.randn(value.shape[0], 1 + expert), 0.3 * torch.randn(1 + expert, value.shape[1]))
             for name, value in model.named_parameters()

@@ -21,6 +21,7 @@ from twinmerge.runtime.layers import (
     join_readers,
 )
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense
 from twinmerge.tensors.sparse import keep_largest
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64, sums of a few dozen terms in another order
@@ -51,7 +52,7 @@ def linear_layer(ranks: list[int], slot: GateSlot, *, bias: bool, kind: type[Gat
     shared = nn.Linear(IN, OUT, bias=bias, dtype=torch.float64)
     parts = {"weight": {e: factors(OUT, IN, rank) for e, rank in enumerate(ranks)}}
     if bias:
-        parts["bias"] = {e: torch.randn(OUT, dtype=torch.float64) for e in range(len(ranks))}
+        parts["bias"] = {e: Dense(torch.randn(OUT, dtype=torch.float64)) for e in range(len(ranks))}
     layer = GatedLinear(shared, parts, len(ranks), slot)
     layer.parts = parts
     return layer
@@ -59,7 +60,7 @@ def linear_layer(ranks: list[int], slot: GateSlot, *, bias: bool, kind: type[Gat
 
 def expected(layer: GatedLinear, x: Tensor, gate: Tensor) -> Tensor:
     parts = layer.parts
-    biases = [parts["bias"][e] if "bias" in parts else None for e in range(gate.shape[1])]
+    biases = [parts["bias"][e].values if "bias" in parts else None for e in range(gate.shape[1])]
     pairs = [parts["weight"][e] for e in range(gate.shape[1])]
     return gated_linear(
         x, layer.shared.weight, layer.shared.bias, [p.up for p in pairs], [p.down for p in pairs], biases, gate
@@ -160,10 +161,10 @@ def test_layer_norm_is_its_formula(kind: str, seed: int) -> None:
     torch.manual_seed(seed)
     slot, gate = GateSlot(), a_gate(kind, 3)
     shared = nn.LayerNorm(OUT, dtype=torch.float64)
-    parts = {name: {e: torch.randn(OUT, dtype=torch.float64) for e in range(3)} for name in ("weight", "bias")}
+    parts = {name: {e: Dense(torch.randn(OUT, dtype=torch.float64)) for e in range(3)} for name in ("weight", "bias")}
     layer = GatedNorm(shared, parts, 3, slot)
     x = torch.randn(BATCH, TOKENS, OUT, dtype=torch.float64)
-    weights, biases = ([parts[name][e] for e in range(3)] for name in ("weight", "bias"))
+    weights, biases = ([parts[name][e].values for e in range(3)] for name in ("weight", "bias"))
     want = gated_layer_norm(x, shared.weight, shared.bias, weights, biases, gate, shared.eps)
     kept = x.clone()
     with slot.use(GateContext(gate)):
@@ -306,7 +307,7 @@ def test_convolutions_are_their_dense_weights_row_by_row(kind: str, groups: int)
     wide = shared.weight[0].numel()
     parts = {
         "weight": {0: factors(6, wide, 2), 1: factors(6, wide, 1), 2: keep_largest(torch.randn(6, wide).double(), 0.3)},
-        "bias": {e: torch.randn(6, dtype=torch.float64) for e in range(3)},
+        "bias": {e: Dense(torch.randn(6, dtype=torch.float64)) for e in range(3)},
     }
     layer = (GatedConv if groups == 1 else GatedGroupedConv)(shared, parts, 3, slot)
     x = torch.randn(BATCH, 4, 5, 5, dtype=torch.float64)

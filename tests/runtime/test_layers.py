@@ -19,12 +19,12 @@ from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gate import GateContext, GateSlot, Path
 from twinmerge.runtime.layers import LAYERS, GatedLayer
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense, Part
 from twinmerge.tensors.sparse import keep_largest
-from twinmerge.twin.ranks import Exclusive
 
 EXPERTS = 3
 DOUBLE = torch.float64
-Parts = list[dict[str, Exclusive]]
+Parts = list[dict[str, Part]]
 
 LAYER: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (3, 6)),
@@ -63,7 +63,7 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = DOUBLE) -> nn.Module:
 
 
 def parts_for(module: nn.Module, form: str = "mixed", seed: int = 0) -> Parts:
-    """Exclusive parts of three experts: ranks 2, 1 and 0, or sparse; vectors of the first and the last."""
+    """Part parts of three experts: ranks 2, 1 and 0, or sparse; vectors of the first and the last."""
     generator = torch.Generator().manual_seed(seed)
     dtype = next(module.parameters()).dtype
 
@@ -75,7 +75,7 @@ def parts_for(module: nn.Module, form: str = "mixed", seed: int = 0) -> Parts:
         for index in range(EXPERTS):
             if parameter.ndim == 1:
                 if index != 1:
-                    parts[index][name] = random(len(parameter))
+                    parts[index][name] = Dense(random(len(parameter)))
                 continue
             out, columns = parameter.shape[0], parameter[0].numel()
             if form == "sparse" or (form == "mixed" and index == 1):
@@ -87,7 +87,7 @@ def parts_for(module: nn.Module, form: str = "mixed", seed: int = 0) -> Parts:
 
 
 def gated(module: nn.Module, parts: Parts, slot: GateSlot | None = None) -> GatedLayer:
-    by_parameter: dict[str, dict[int, Exclusive]] = {}
+    by_parameter: dict[str, dict[int, Part]] = {}
     for index, of_expert in enumerate(parts):
         for name, part in of_expert.items():
             by_parameter.setdefault(name, {})[index] = part
@@ -313,7 +313,7 @@ def test_linear_is_the_formula_of_the_reference() -> None:
         module.bias,
         [part.up for part in factors],
         [part.down for part in factors],
-        [part.get("bias") for part in parts],
+        [part["bias"].values if "bias" in part else None for part in parts],
         gate,
     )
     assert torch.allclose(run(gated(module, parts), x, gate), expected, atol=1e-10)
@@ -331,8 +331,8 @@ def test_layer_norm_is_the_formula_of_the_reference() -> None:
     module = make("layer norm")
     parts = parts_for(module)
     x, gate = inputs("layer norm", 4), gates(4)
-    zero = torch.zeros(6, dtype=DOUBLE)
-    weights, biases = ([part.get(leaf, zero) for part in parts] for leaf in ("weight", "bias"))
+    zero = Dense(torch.zeros(6, dtype=DOUBLE))
+    weights, biases = ([part.get(leaf, zero).values for part in parts] for leaf in ("weight", "bias"))
     expected = reference.gated_layer_norm(x, module.weight, module.bias, weights, biases, gate, 1e-5)
     assert torch.allclose(run(gated(module, parts), x, gate), expected, atol=1e-10)
 
@@ -391,7 +391,7 @@ def test_bias_is_a_vector(module: nn.Module) -> None:
 
 
 def test_norm_of_no_known_form_is_refused() -> None:
-    parts: Parts = [{"weight": torch.ones(4)}, {}, {}]
+    parts: Parts = [{"weight": Dense(torch.ones(4))}, {}, {}]
     with pytest.raises(
         ArtifactError, match="OddRMSNorm is no LayerNorm or RMSNorm that can be gated; report the model"
     ):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinmerge.errors import CheckpointError
-from twinmerge.tensors.float8 import EIGHT_BITS, SCALE, from_eight_bits, to_eight_bits
+from twinmerge.tensors.float8 import EIGHT_BITS, SCALE, to_eight_bits
 from twinmerge.tensors.low_rank import LowRank, truncate
 
 
@@ -18,18 +18,18 @@ def pair(seed: int, out: int = 48, in_: int = 32, rank: int = 6, size: float = 1
 def test_rank_zero_stays_rank_zero() -> None:
     stored = to_eight_bits(LowRank(torch.zeros(4, 0), torch.zeros(0, 3)), "it")
     assert stored.rank == 0
-    assert from_eight_bits(stored, torch.float32).shape == (4, 3)
+    assert stored.to(torch.float32).shape == (4, 3)
 
 
 def test_direction_of_zero_stays_zero() -> None:
     stored = to_eight_bits(LowRank(torch.zeros(4, 2), torch.eye(2, 3)), "it")
-    assert torch.equal(from_eight_bits(stored, torch.float32).dense(), torch.zeros(4, 3))
+    assert torch.equal(stored.to(torch.float32).dense(), torch.zeros(4, 3))
 
 
 @given(seed=st.integers(0, 2**16), size=st.sampled_from([1e-3, 1e-2, 0.1, 1.0, 10.0]))
 def test_rounding_takes_less_than_a_hundredth_of_the_energy(seed: int, size: float) -> None:
     exact = pair(seed, size=size)
-    rounded = from_eight_bits(to_eight_bits(exact, "it"), torch.float32)
+    rounded = to_eight_bits(exact, "it").to(torch.float32)
     lost = (rounded.dense() - exact.dense()).square().sum() / exact.dense().square().sum()
     # entries are off by at most 1/16, a factor's by about 0.026 in the mean square: 2 * 0.026^2 = 0.0014 of the energy
     assert lost < 0.01
@@ -40,19 +40,19 @@ def test_stored_pair_times_its_scale_is_what_is_read() -> None:
     assert stored.up.dtype == EIGHT_BITS
     by_peft = SCALE * (stored.up.float() @ stored.down.float())
     # powers of two: the same products, scaled exactly
-    assert torch.equal(from_eight_bits(stored, torch.float32).dense(), by_peft)
+    assert torch.equal(stored.to(torch.float32).dense(), by_peft)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_reading_is_exact_in_every_wider_dtype(dtype: torch.dtype) -> None:
     stored = to_eight_bits(pair(1, size=0.01), "it")
-    read = from_eight_bits(stored, dtype)
+    read = stored.to(dtype)
     assert read.up.dtype == dtype
-    assert torch.equal(read.up.float(), from_eight_bits(stored, torch.float32).up)
+    assert torch.equal(read.up.float(), stored.to(torch.float32).up)
 
 
 def test_both_factors_take_half_of_a_directions_length() -> None:
-    read = from_eight_bits(to_eight_bits(pair(2), "it"), torch.float32)
+    read = to_eight_bits(pair(2), "it").to(torch.float32)
     # each norm is of entries rounded to 1/16
     torch.testing.assert_close(read.up.norm(dim=0), read.down.norm(dim=1), rtol=1 / 16, atol=0)
 

@@ -14,10 +14,10 @@ from twinmerge.errors import ArtifactError
 from twinmerge.files.checkpoint import save_tensors, sha256_of
 from twinmerge.routing.router import HEADS, Router
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense, Part
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.artifact import TwinArtifact, total_norms, write_exclusive, write_manifest
+from twinmerge.twin.artifact import TwinArtifact, write_exclusive, write_manifest
 from twinmerge.twin.plan import Kind
-from twinmerge.twin.ranks import Exclusive
 from twinmerge.twin.recipe import RouterSettings
 
 KINDS: dict[str, Kind] = {
@@ -54,9 +54,9 @@ def counted(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
 
 
-def part_of(name: str, form: str) -> Exclusive:
+def part_of(name: str, form: str) -> Part:
     if KINDS[name] == "vector":
-        return counted(*SHAPES[name]) + 1
+        return Dense(counted(*SHAPES[name]) + 1)
     out, columns = matrix_shape(name)
     if form == "sparse":
         return Sparse(torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0.5, -2.0]), (out, columns))
@@ -64,7 +64,7 @@ def part_of(name: str, form: str) -> Exclusive:
     return LowRank(counted(out, rank), counted(rank, columns) - 1)
 
 
-def make_twin(folder: Path, experts: Mapping[str, Mapping[str, Exclusive]]) -> Path:
+def make_twin(folder: Path, experts: Mapping[str, Mapping[str, Part]]) -> Path:
     """A whole artifact, of the tensors above."""
     folder.mkdir()
     save_tensors({name: torch.zeros(shape) for name, shape in SHAPES.items()}, folder / "model.safetensors")
@@ -91,16 +91,14 @@ def twin(tmp_path: Path) -> Path:
     return make_twin(tmp_path / "twin", {e: {name: part_of(name, "2") for name in KINDS} for e in ("ag", "sms")})
 
 
-def same(first: Exclusive, second: Exclusive) -> bool:
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return torch.equal(first.up, second.up) and torch.equal(first.down, second.down)
-    if isinstance(first, Sparse) and isinstance(second, Sparse):
-        return (
-            torch.equal(first.indices, second.indices)
-            and torch.equal(first.values, second.values)
-            and first.shape == second.shape
-        )
-    return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)
+def same(first: Part, second: Part) -> bool:
+    ours, theirs = first.pack(), second.pack()
+    return (
+        type(first) is type(second)
+        and first.shape == second.shape
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(ours[leaf], theirs[leaf]) for leaf in ours)
+    )
 
 
 # ---- save and load to the bit
@@ -201,18 +199,6 @@ def test_bytes_reported_are_the_bytes_on_disk(twin: Path) -> None:
     assert {key: sum(sizes[key] for sizes in own.values()) for key in ("exclusive", "heads")} == {
         key: parts[key] for key in ("exclusive", "heads")
     }
-
-
-def test_norms_are_those_of_the_dense_parts() -> None:
-    names = sorted(KINDS)
-    parts = {name: part_of(name, "sparse" if i % 2 else "2") for i, name in enumerate(names)}
-    dense = [part if isinstance(part, Tensor) else part.dense() for part in parts.values()]
-    assert total_norms(parts) == pytest.approx(sum(float(part.double().square().sum()) for part in dense))
-
-
-def test_norm_of_rescaled_entries_is_that_of_the_entries() -> None:
-    part = part_of("layer.query.weight", "sparse")
-    assert total_norms({"layer.query.weight": part}, rescaled=0.5) == pytest.approx(4.25 / 4)
 
 
 # ---- damage

@@ -17,12 +17,12 @@ from twinmerge.errors import CheckpointError, InputError, MismatchError
 from twinmerge.files.checkpoint import Checkpoint, sha256_of
 from twinmerge.files.writer import copy_side_files
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Part, of_form
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin import decompose as module
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, decompose_tensor, merged_tensors, prepare, write_weights
 from twinmerge.twin.plan import Plan
-from twinmerge.twin.ranks import Exclusive
 
 Get = Callable[[str], Family]
 WHOLE = {"rank": 64, "embeddings": "exclusive"}
@@ -38,8 +38,8 @@ def written(plan: Plan, folder: Path) -> tuple[TwinArtifact, WeightsReport]:
     return TwinArtifact.open(folder / "twin"), report
 
 
-def dense(part: Exclusive, like: Tensor) -> Tensor:
-    return (part.dense() if isinstance(part, LowRank | Sparse) else part).reshape(like.shape)
+def dense(part: Part, like: Tensor) -> Tensor:
+    return part.dense().reshape(like.shape)
 
 
 def state(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -160,8 +160,9 @@ def test_rank_is_that_of_every_matrix(family: Get, tmp_path: Path) -> None:
     plan = family("bert").plan(exclusive={"rank": 3, "embeddings": "exclusive"})
     artifact, report = written(plan, tmp_path)
     for expert in EXPERTS:
-        for part in artifact.exclusive(expert).values():
-            assert isinstance(part, Tensor) or part.rank == min(3, *part.shape)
+        pairs = of_form(artifact.exclusive(expert), LowRank)
+        assert pairs
+        assert all(part.rank == min(3, *part.shape) for part in pairs.values())
         assert report.experts[expert]["rank_max"] == 3
 
 

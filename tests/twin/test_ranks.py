@@ -75,7 +75,7 @@ def test_random_keeps_the_drawn_entries_rescaled() -> None:
 
 def test_sparse_compressions_have_no_spectrum() -> None:
     settings = ExclusiveSettings(compression="magnitude", density=0.5)
-    assert len(compress(torch.ones(3, 4), settings, seed=0, expert="a", name="w")[1]) == 0
+    assert compress(torch.ones(3, 4), settings, seed=0, expert="a", name="w")[1] is None
 
 
 # ---- ranks

@@ -11,16 +11,16 @@ from twinmerge.errors import ArtifactError
 from twinmerge.hf.loading import without_weights
 from twinmerge.runtime.gate import GateSlot
 from twinmerge.runtime.layers import LAYERS, GatedLayer
+from twinmerge.tensors.parts import Part
 from twinmerge.twin.plan import Kind
-from twinmerge.twin.ranks import Exclusive
 
 
 def exchange_layers(
-    backbone: PreTrainedModel, exclusive: Sequence[Mapping[str, Exclusive]], kinds: Mapping[str, Kind], slot: GateSlot
+    backbone: PreTrainedModel, exclusive: Sequence[Mapping[str, Part]], kinds: Mapping[str, Kind], slot: GateSlot
 ) -> dict[str, GatedLayer]:
     """Wrap every layer that has exclusive parts; layers tied to it get the same parts."""
     owners: dict[int, str] = {id(p): n for n, p in backbone.named_parameters()}
-    modules: dict[str, dict[str, dict[int, Exclusive]]] = {}
+    modules: dict[str, dict[str, dict[int, Part]]] = {}
     for module_name, module in backbone.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = owners[id(parameter)]

@@ -23,10 +23,10 @@ from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
 from twinmerge.runtime.layers import GatedLayer, GatedLinear, join_banks, join_readers
 from twinmerge.runtime.merged import MergeCache
+from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Kind
-from twinmerge.twin.ranks import Exclusive
 
 Mode = Literal["auto", "factors", "all", "gather", "merge"]
 _NEW_TOKENS = 20
@@ -68,7 +68,7 @@ class TwinModel(nn.Module):
     def __init__(
         self,
         backbone: PreTrainedModel,
-        exclusive: Mapping[str, Mapping[str, Exclusive]],
+        exclusive: Mapping[str, Mapping[str, Part]],
         *,
         kinds: Mapping[str, Kind],
         heads: Mapping[str, PreTrainedModel] | None = None,

@@ -1,21 +1,14 @@
-"""Knows the dense reference: theta(x) = shared + sum over experts of gate * exclusive (METHOD §5), for one gate."""
+"""Rebuilds weights for one gate, the dense reference: shared + sum over experts of gate * exclusive (METHOD §5)."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from twinmerge.tensors.low_rank import LowRank
-from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.ranks import Exclusive
-
-
-def dense(part: Exclusive, shape: Sequence[int]) -> Tensor:
-    """One exclusive part as a dense tensor of its parameter's shape."""
-    return part.dense().reshape(*shape) if isinstance(part, LowRank | Sparse) else part
+from twinmerge.tensors.parts import Part
 
 
 def theta(
-    shared: Mapping[str, Tensor], exclusive: Sequence[Mapping[str, Exclusive]], gate: Sequence[float] | Tensor
+    shared: Mapping[str, Tensor], exclusive: Sequence[Mapping[str, Part]], gate: Sequence[float] | Tensor
 ) -> dict[str, Tensor]:
     """Rebuild all weights for one gate.
 
@@ -35,6 +28,6 @@ def theta(
             continue
         total = tensor if tensor.itemsize == 8 else tensor.float()
         for weight, part in active:
-            total = total + weight * dense(part, tensor.shape).to(total.dtype)
+            total = total + weight * part.dense().reshape(tensor.shape).to(total.dtype)
         weights[name] = total.to(tensor.dtype)
     return weights

@@ -106,7 +106,7 @@ class ByExpert:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Taken:
     """Ranks that layers which read one input take for some rows."""
 
     rows: Tensor | None
@@ -122,8 +122,8 @@ class Step:
     """How layers that read one input take part in a call."""
 
     path: Path
-    all_rows: Part
-    busy_rows: Part | None = None
+    all_rows: Taken
+    busy_rows: Taken | None = None
     """What the rows with the most experts use beyond the width of all."""
     by_expert: ByExpert | None = None
     """If rows are gathered by expert; `all_rows` then are the experts'."""
@@ -250,9 +250,9 @@ class GateContext:
 
     def _part(
         self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose, rows: Tensor | None
-    ) -> Part:
+    ) -> Taken:
         own = tuple(self.picked(path, (ranks,), dtype, whose) for ranks in layers)
-        return Part(rows, self.picked(path, layers, dtype, whose), own)
+        return Taken(rows, self.picked(path, layers, dtype, whose), own)
 
     def picked(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose = "rows") -> Picked:
         """The ranks of layers whose factors lie one after the other.

@@ -20,17 +20,17 @@ from twinmerge.runtime.gate import (
     GateContext,
     GateSlot,
     Merged,
-    Part,
     Path,
     Picked,
     Ranks,
     Step,
+    Taken,
     VectorBank,
 )
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense, Part, of_form
 from twinmerge.tensors.sparse import Sparse
 from twinmerge.twin.plan import Kind
-from twinmerge.twin.ranks import Exclusive
 
 
 class Projection(nn.Module):
@@ -101,7 +101,7 @@ class GatedLayer(nn.Module):
     """(rank, out), the ranks of the first expert, then of the second, ..."""
 
     def __init__(
-        self, shared: nn.Module, parts: Mapping[str, Mapping[int, Exclusive]], experts: int, slot: GateSlot
+        self, shared: nn.Module, parts: Mapping[str, Mapping[int, Part]], experts: int, slot: GateSlot
     ) -> None:
         """Wrap a layer.
 
@@ -122,14 +122,13 @@ class GatedLayer(nn.Module):
         self.sparse: dict[int, str] = {}
         vectors: dict[str, Tensor] = {}
         for name, by_expert in parts.items():
-            factors = {e: part for e, part in by_expert.items() if isinstance(part, LowRank) and part.rank}
+            factors = {e: part for e, part in of_form(by_expert, LowRank).items() if part.rank}
             if factors:
                 self._add_factors(factors)
-            if any(isinstance(part, Tensor) for part in by_expert.values()):
-                vectors[name] = self._stacked(by_expert, getattr(shared, name))
-            for index, part in by_expert.items():
-                if isinstance(part, Sparse):
-                    self._add_sparse(index, part)
+            if whole := of_form(by_expert, Dense):
+                vectors[name] = self._stacked(whole, getattr(shared, name))
+            for index, entries in of_form(by_expert, Sparse).items():
+                self._add_sparse(index, entries)
         if vectors:
             self.places = {name: index for index, name in enumerate(vectors)}
             shared_vectors = torch.cat([getattr(shared, name).detach() for name in vectors])
@@ -165,11 +164,10 @@ class GatedLayer(nn.Module):
         """An exclusive part's factors as this layer multiplies them: (rank, out), (rank, in)."""
         return part.up.T.contiguous(), part.down
 
-    def _stacked(self, by_expert: Mapping[int, Exclusive], like: Tensor) -> Tensor:
+    def _stacked(self, by_expert: Mapping[int, Dense], like: Tensor) -> Tensor:
         stacked = torch.zeros(self.experts, *like.shape, dtype=like.dtype)
-        for index, vector in by_expert.items():
-            if isinstance(vector, Tensor):
-                stacked[index] = vector
+        for index, part in by_expert.items():
+            stacked[index] = part.values
         return stacked
 
     def _add_sparse(self, index: int, part: Sparse) -> None:
@@ -298,15 +296,15 @@ class GatedLinear(GatedLayer):
             bias = bias.expand(-1, tokens, -1).reshape(-1, bias.shape[-1])
         return torch.addmm(bias, hidden, up)
 
-    def _own(self, hidden: Tensor, path: Path, part: Part, tokens: int, context: GateContext) -> tuple[Tensor, Tensor]:
+    def _own(self, hidden: Tensor, path: Path, part: Taken, tokens: int, context: GateContext) -> tuple[Tensor, Tensor]:
         """This layer's ranks of a projection, and its `up` factor for them."""
         return self._ranks_of(hidden, part), context.take(self.up, path, part.own[self.position], tokens)
 
-    def _ranks_of(self, hidden: Tensor, part: Part) -> Tensor:
+    def _ranks_of(self, hidden: Tensor, part: Taken) -> Tensor:
         return hidden[..., part.picked.places[self.position]] if len(self.projection.layers) > 1 else hidden
 
     def _combined(
-        self, hidden: Tensor, part: Part, gathered: ByExpert, bias: Tensor | None, context: GateContext
+        self, hidden: Tensor, part: Taken, gathered: ByExpert, bias: Tensor | None, context: GateContext
     ) -> Tensor:
         """(row, out): what the experts give to their slots, added up by the gates."""
         up = context.of_experts(self.up, part.own[self.position])
@@ -561,7 +559,7 @@ class GatedGroupedConv(GatedLayer):
 class GatedNorm(GatedLayer):
     """LayerNorm and RMSNorm of any model: gamma(x) = gamma_s + sum gate * dgamma, likewise beta."""
 
-    def __init__(self, shared: Any, parts: Mapping[str, Mapping[int, Exclusive]], experts: int, slot: GateSlot) -> None:
+    def __init__(self, shared: Any, parts: Mapping[str, Mapping[int, Part]], experts: int, slot: GateSlot) -> None:
         """Wrap a norm and find out what it adds to its weight: 0, or 1 as Gemma does.
 
         Raises:

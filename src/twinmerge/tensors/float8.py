@@ -1,8 +1,10 @@
-"""Knows how a low-rank pair lies in 8 bits: balanced factors in float8, times one power of two."""
+"""Stores a low-rank pair in 8 bits: balanced factors in float8, times one power of two."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from twinmerge.errors import CheckpointError
 from twinmerge.tensors.low_rank import LowRank
@@ -14,7 +16,23 @@ _FACTOR_SCALE = 2.0**-6  # SCALE, half of it in each factor; keeps usual entries
 _LARGEST = torch.finfo(EIGHT_BITS).max
 
 
-def to_eight_bits(pair: LowRank, where: str) -> LowRank:
+class Quantised(LowRank):
+    """A pair as it is stored in float8: the matrix is `SCALE * up @ down`, and `to` a wider dtype is exact."""
+
+    def energy(self) -> float:
+        """Squared Frobenius norm of the matrix."""
+        return self.to(torch.float64).energy()
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The matrix itself, in float32."""
+        return self.to(torch.float32).dense()
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """The pair in a wider float dtype."""
+        return LowRank(*((factor.float() * _FACTOR_SCALE).to(dtype) for factor in (self.up, self.down)))
+
+
+def to_eight_bits(pair: LowRank, where: str) -> Quantised:
     """Round a pair to float8 (3 bits of mantissa: an entry is off by 6 % at most, a direction by about 3 %).
 
     Each direction's length is shared evenly by both factors before it is rounded.
@@ -39,9 +57,4 @@ def to_eight_bits(pair: LowRank, where: str) -> LowRank:
             f"{where} does not fit 8 bits: entries must be at most {_LARGEST:g}, found {largest:g}; "
             "use exclusive.dtype: float16"
         )
-    return LowRank(up.to(EIGHT_BITS), down.to(EIGHT_BITS))
-
-
-def from_eight_bits(stored: LowRank, dtype: torch.dtype) -> LowRank:
-    """The pair that stored factors stand for, in a wider float dtype; exact."""
-    return LowRank(*((factor.float() * _FACTOR_SCALE).to(dtype) for factor in (stored.up, stored.down)))
+    return Quantised(up.to(EIGHT_BITS), down.to(EIGHT_BITS))

@@ -1,8 +1,8 @@
-"""Low-rank pairs: truncated SVD of differences and of sums of LoRA products, and what a pair weighs."""
+"""Keeps matrices as low-rank pairs: truncated SVD of differences and of sums of LoRA products."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +56,19 @@ class LowRank:
         return self.up.shape[0], self.down.shape[1]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        return self.up.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both factors."""
         return self.up.nbytes + self.down.nbytes
+
+    def energy(self) -> float:
+        """Squared Frobenius norm of the matrix, from the factors alone."""
+        up, down = self.up.double(), self.down.double()
+        return float(((up.T @ up) * (down @ down.T)).sum())
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The matrix itself, in the dtype of the factors."""
@@ -71,11 +81,20 @@ class LowRank:
             RankError: if `rank` is outside `[0, self.rank]`.
         """
         _require_rank(rank, self.rank)
-        return LowRank(self.up[:, :rank].contiguous(), self.down[:rank].contiguous())
+        return type(self)(self.up[:, :rank].contiguous(), self.down[:rank].contiguous())
 
     def to(self, dtype: torch.dtype) -> LowRank:
         """The same pair in another float dtype."""
         return LowRank(self.up.to(dtype), self.down.to(dtype))
+
+    def pack(self) -> dict[str, Tensor]:
+        """`up` and `down`."""
+        return {"up": self.up.contiguous(), "down": self.down.contiguous()}
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRank:
+        """What `pack` gave."""
+        return cls(tensors["up"], tensors["down"])
 
 
 def decompose(

@@ -1,10 +1,11 @@
-"""Sparse parts: keep a share of a difference's entries, by size or by a reproducible draw."""
+"""Keeps a share of a difference's entries, by size or by a reproducible draw (METHOD §3)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +39,18 @@ class Sparse:
             raise InputError(f"a sparse part has fewer than 2^31 entries, found shape {self.shape}; use a rank instead")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    @property
     def nbytes(self) -> int:
         """Bytes of indices and values."""
         return self.indices.nbytes + self.values.nbytes
+
+    def energy(self) -> float:
+        """Squared Frobenius norm."""
+        return float(self.values.double().square().sum())
 
     def dense(self) -> Float[Tensor, "out in"]:
         """The matrix itself, zero where nothing was kept, in the dtype of the values."""
@@ -51,6 +61,15 @@ class Sparse:
     def to(self, dtype: torch.dtype) -> Sparse:
         """The same entries in another float dtype."""
         return Sparse(self.indices, self.values.to(dtype), self.shape)
+
+    def pack(self) -> dict[str, Tensor]:
+        """`indices` and `values`."""
+        return {"indices": self.indices, "values": self.values}
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Sparse:
+        """What `pack` gave, of a matrix of this shape."""
+        return cls(tensors["indices"], tensors["values"], shape)
 
 
 def keep_largest(difference: Float[Tensor, "out in"], density: float) -> Sparse:

@@ -1,4 +1,4 @@
-"""Knows the twin's folder: its layout, its manifest, and how exclusive parts lie in PEFT adapters."""
+"""Reads and writes a twin's folder: its layout, its manifest, and exclusive parts as PEFT adapters."""
 
 import json
 import math
@@ -8,16 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
 from twinmerge.files.checkpoint import Checkpoint, save_tensors, sha256_of
-from twinmerge.tensors.float8 import EIGHT_BITS, SCALE, from_eight_bits
+from twinmerge.tensors.float8 import EIGHT_BITS, SCALE
 from twinmerge.tensors.low_rank import LowRank
-from twinmerge.tensors.sparse import Sparse
+from twinmerge.tensors.parts import Part, unpack
 from twinmerge.twin.plan import TRANSPOSED, Kind
-from twinmerge.twin.ranks import Exclusive
 
 FORMAT_VERSION = 1
 MANIFEST = "twin.json"
@@ -81,19 +79,18 @@ class TwinArtifact:
         """The shared expert's weights."""
         return Checkpoint.open(self.path)
 
-    def exclusive(self, expert: str) -> dict[str, Exclusive]:
+    def exclusive(self, expert: str) -> dict[str, Part]:
         """One expert's exclusive knowledge, by parameter name; parameters that are not there have none.
 
-        Returns:
-            LowRank or Sparse (out, in*kh*kw) for matrices, a dense tensor for 1-D parameters.
+        Pairs of 8 bits, which are for the disk only, come in the dtype of their parameter.
         """
-        folder = self.path / "experts" / expert
-        parts: dict[str, Exclusive] = {}
+        folder, specs = self.path / "experts" / expert, self.shared.specs
+        parts: dict[str, Part] = {}
         if (folder / "adapter_model.safetensors").exists():
-            parts.update(_read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds, self.shared))
+            parts |= _read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds)
         if (folder / "exclusive.safetensors").exists():
-            parts.update(_read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared))
-        return parts
+            parts |= _read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared)
+        return {n: part.to(specs[n].dtype) if part.dtype == EIGHT_BITS else part for n, part in parts.items()}
 
     def compressed(self, expert: str) -> frozenset[str]:
         """The matrices that an expert brought, those of rank 0 too."""
@@ -177,13 +174,13 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str
 
 
 def write_exclusive(
-    folder: Path, parts: Mapping[str, Exclusive], kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]
+    folder: Path, parts: Mapping[str, Part], kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Write one expert's exclusive knowledge: a PEFT adapter, and beside it what PEFT cannot carry.
 
     Args:
         folder: `experts/NAME`, created if it is not there.
-        parts: parameter name -> exclusive knowledge; rank 0 is left out; pairs of 8 bits are all or none.
+        parts: parameter name -> exclusive knowledge; empty ones are left out; pairs of 8 bits are all or none.
         kinds: parameter name -> what its layer is.
         shapes: parameter name -> its shape in the model.
     """
@@ -191,15 +188,10 @@ def write_exclusive(
     in_adapter: dict[str, LowRank] = {}
     beside: dict[str, Tensor] = {}
     for name, part in sorted(parts.items()):
-        if isinstance(part, LowRank):
-            if part.rank and kinds[name] in IN_ADAPTER and name.endswith(".weight"):
-                in_adapter[name] = part
-            elif part.rank:
-                beside[f"{name}.up"], beside[f"{name}.down"] = part.up.contiguous(), part.down.contiguous()
-        elif isinstance(part, Sparse):
-            beside[f"{name}.indices"], beside[f"{name}.values"] = part.indices, part.values
-        else:
-            beside[name] = part
+        if isinstance(part, LowRank) and kinds[name] in IN_ADAPTER and name.endswith(".weight"):
+            in_adapter |= {name: part} if part.rank else {}
+        elif part.nbytes:
+            beside |= {name if leaf == "dense" else f"{name}.{leaf}": tensor for leaf, tensor in part.pack().items()}
     tensors: dict[str, Tensor] = {}
     for name, part in in_adapter.items():
         tensors.update(to_peft(name, part, kinds[name], shapes[name]))
@@ -256,8 +248,8 @@ def adapter_config(parts: Mapping[str, LowRank], kinds: Mapping[str, Kind], base
     }
 
 
-def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind], shared: Checkpoint) -> dict[str, Exclusive]:
-    parts: dict[str, Exclusive] = {}
+def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind]) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
     for stored in checkpoint.specs:
         module, _, leaf = stored.removeprefix(PEFT_PREFIX).partition(".lora_")
         if not leaf.startswith(("A", "embedding_A")):
@@ -265,48 +257,15 @@ def _read_adapter(checkpoint: Checkpoint, kinds: Mapping[str, Kind], shared: Che
         name = f"{module}.weight"
         other = stored.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
         a, b = checkpoint.read(stored).flatten(1), checkpoint.read(other).flatten(1)
-        stored_pair = LowRank(a.T.contiguous(), b.T.contiguous()) if kinds[name] in TRANSPOSED else LowRank(b, a)
-        parts[name] = _widened(stored_pair, shared.specs[name].dtype)
+        up, down = (a.T.contiguous(), b.T.contiguous()) if kinds[name] in TRANSPOSED else (b, a)
+        parts[name] = unpack({"up": up, "down": down}, (len(up), down.shape[1]))
     return parts
 
 
-def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Exclusive]:
-    parts: dict[str, Exclusive] = {}
+def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Part]:
+    leaves: dict[str, dict[str, Tensor]] = {}
     for stored in checkpoint.specs:
-        name, _, leaf = stored.rpartition(".")
-        if stored in shared.specs:
-            parts[stored] = checkpoint.read(stored)
-        elif leaf == "up":
-            pair = LowRank(checkpoint.read(stored), checkpoint.read(f"{name}.down"))
-            parts[name] = _widened(pair, shared.specs[name].dtype)
-        elif leaf == "indices":
-            shape = shared.specs[name].shape
-            parts[name] = Sparse(
-                checkpoint.read(stored), checkpoint.read(f"{name}.values"), (shape[0], math.prod(shape[1:]))
-            )
-    return parts
-
-
-def _widened(stored: LowRank, dtype: torch.dtype) -> LowRank:
-    """Factors as the runtime takes them: 8 bits are for the disk only."""
-    return from_eight_bits(stored, dtype) if stored.up.dtype == EIGHT_BITS else stored
-
-
-def total_norms(parts: Mapping[str, Exclusive], rescaled: float = 1.0) -> float:
-    """Squared Frobenius norm of all parts: the energy they hold.
-
-    Args:
-        parts: parameter name -> exclusive knowledge.
-        rescaled: the density that sparse values were divided by.
-    """
-    total = 0.0
-    for part in parts.values():
-        if isinstance(part, LowRank):
-            pair = _widened(part, torch.float64)
-            up, down = pair.up.double(), pair.down.double()
-            total += float(((up.T @ up) * (down @ down.T)).sum())
-        elif isinstance(part, Sparse):
-            total += float((part.values.double() * rescaled).square().sum())
-        else:
-            total += float(part.double().square().sum())
-    return total
+        name, leaf = (stored, "dense") if stored in shared.specs else tuple(stored.rsplit(".", 1))
+        leaves.setdefault(name, {})[leaf] = checkpoint.read(stored)
+    shapes = {name: shared.specs[name].shape for name in leaves}
+    return {n: unpack(found, (shapes[n][0], math.prod(shapes[n][1:]))) for n, found in leaves.items()}

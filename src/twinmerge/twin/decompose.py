@@ -1,4 +1,4 @@
-"""Knows how weights become a twin: every parameter decomposed on its own, then ranks chosen, then files assembled."""
+"""Turns weights into a twin: every parameter decomposed on its own, then ranks chosen, then files assembled."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ from twinmerge.models.compatible import plausible_bound, require_plausible, requ
 from twinmerge.tensors.difference import require_finite
 from twinmerge.tensors.float8 import EIGHT_BITS, to_eight_bits
 from twinmerge.tensors.low_rank import LowRank, compress_product
-from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.artifact import total_norms, write_exclusive
+from twinmerge.tensors.parts import LEAVES, Dense, Part, unpack
+from twinmerge.twin.artifact import write_exclusive
 from twinmerge.twin.budget import streams
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
-from twinmerge.twin.ranks import Exclusive, Key, best_scaling, choose_ranks, compress
+from twinmerge.twin.ranks import Key, best_scaling, choose_ranks, compress
 
 MAX_SHARD_BYTES = 5 * 10**9
 _CHUNK_ENTRIES = 1 << 16
@@ -49,12 +49,18 @@ class TensorRecord:
         """What `decompose_tensor` wrote beside the tensors."""
         written = Checkpoint.open(part)
 
-        def numbers(ending: str) -> dict[str, Tensor]:
-            return {n.removesuffix(ending): written.read(n) for n in written.specs if n.endswith(ending)}
+        def numbers(leaf: str) -> dict[str, Tensor]:
+            return {n.removesuffix(leaf): written.read(n) for n in written.specs if n.endswith(leaf)}
 
-        scaling = numbers(".scaling").get("shared")
-        energies = {expert: float(value) for expert, value in numbers(".energy").items()}
-        return cls(name, None if scaling is None else float(scaling), energies, numbers(".spectrum"), part)
+        scaling = numbers("/scaling").get("shared")
+        energies = {expert: float(value) for expert, value in numbers("/energy").items()}
+        return cls(name, None if scaling is None else float(scaling), energies, numbers("/spectrum"), part)
+
+    def exclusive(self, expert: str, shape: tuple[int, int]) -> Part | None:
+        """What the part file holds of an expert, None for a difference of zero."""
+        written = Checkpoint.open(self.part)
+        leaves = {leaf: written.read(f"{expert}/{leaf}") for leaf in LEAVES if f"{expert}/{leaf}" in written.specs}
+        return unpack(leaves, shape) if leaves else None
 
 
 @dataclass(frozen=True)
@@ -217,31 +223,28 @@ def decompose_tensor(
         bound = _bound(plan, task, base)
         factored = _factored_differences(task, plan, scaling) if stored is None else None
         for name in task.experts:
-            compressed: LowRank | Sparse
+            kept: Part
+            values: Tensor | None = None
             if factored is not None:
-                compressed, values = factored[name]
+                kept, values = factored[name]
                 energies[name] = float(values.double().square().sum())
             else:
                 difference = plan.experts[name].task_vector(task.name, base, bound).add_(base).sub_(shared)
                 energies[name] = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
-                if task.kind not in MATRICES:
-                    tensors[f"{name}.dense"] = difference.to(plan.stored_dtype(task))
-                    continue
-                compressed, values = compress(
-                    difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
-                )
-            tensors.update(_pack(name, compressed, plan.stored_dtype(task), task.name))
-            if isinstance(compressed, LowRank):
+                if task.kind in MATRICES:
+                    kept, values = compress(
+                        difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
+                    )
+                else:
+                    kept = Dense(difference)
+            if task.kind in MATRICES or kept.energy():
+                tensors |= _stored(name, kept, plan.stored_dtype(task), task.name)
+            if values is not None:
                 spectra[name] = values
-    for key, tensor in tensors.items():
-        if key != "shared" and tensor.is_floating_point():
-            require_finite(
-                tensor, f"exclusive.dtype: {task.name!r} of {key.rpartition('.')[0]!r} stored in {tensor.dtype}"
-            )
-    tensors |= {f"{name}.energy": torch.tensor(energy, dtype=torch.float64) for name, energy in energies.items()}
-    tensors |= {f"{name}.spectrum": values for name, values in spectra.items()}
+    tensors |= {f"{name}/energy": torch.tensor(energy, dtype=torch.float64) for name, energy in energies.items()}
+    tensors |= {f"{name}/spectrum": values for name, values in spectra.items()}
     if scaling is not None:
-        tensors["shared.scaling"] = torch.tensor(scaling, dtype=torch.float64)
+        tensors["shared/scaling"] = torch.tensor(scaling, dtype=torch.float64)
     save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
     return TensorRecord(task.name, scaling, energies, spectra, part)
 
@@ -357,12 +360,14 @@ def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path)
 def _write_expert(
     plan: Plan, name: str, records: Mapping[str, TensorRecord], ranks: Mapping[Key, int], folder: Path
 ) -> dict[str, Any]:
-    parts: dict[str, Exclusive] = {}
+    parts: dict[str, Part] = {}
     for task in plan.tasks:
-        if task.exclusive and name in task.experts:
-            part = _unpack(Checkpoint.open(records[task.name].part), name, task, ranks.get((task.name, name)))
-            if part is not None:
-                parts[task.name] = part
+        part = records[task.name].exclusive(name, task.matrix_shape) if task.exclusive else None
+        if part is not None and (task.name, name) in ranks:
+            factors = cast(LowRank, part)  # only those have ranks
+            part = factors.truncate(min(ranks[task.name, name], factors.rank))
+        if part is not None:
+            parts[task.name] = part
     kinds = {task.name: task.kind for task in plan.tasks}
     write_exclusive(folder, parts, kinds, {task.name: task.spec.shape for task in plan.tasks})
     _write_head(plan, name, folder / "head")
@@ -370,12 +375,13 @@ def _write_expert(
     source = plan.experts[name].checkpoint.path
     settings = plan.recipe.exclusive
     rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
+    held = sum(part.energy() * (rescaled**2 if kinds[n] in MATRICES else 1) for n, part in parts.items())
     used = [ranks[key] for key in ranks if key[1] == name]
     return {
         "source": str(source),
         "adapter": plan.experts[name].is_adapter,
         "energy": total,
-        "energy_kept": min(total_norms(parts, rescaled) / total, 1.0) if total else 1.0,
+        "energy_kept": min(held / total, 1.0) if total else 1.0,
         "rank_mean": sum(used) / len(used) if used else 0.0,
         "rank_max": max(used, default=0),
     }
@@ -390,19 +396,18 @@ def _write_head(plan: Plan, name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
 
 
-def _pack(expert: str, part: LowRank | Sparse, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
-    if isinstance(part, LowRank):
-        part = to_eight_bits(part, f"{name!r} of expert {expert!r}") if dtype == EIGHT_BITS else part.to(dtype)
-        return {f"{expert}.up": part.up, f"{expert}.down": part.down}
-    return {f"{expert}.indices": part.indices, f"{expert}.values": part.values.to(dtype)}
+def _stored(expert: str, part: Part, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+    """A part's tensors as the part file names them, in the dtype that they are stored in.
 
-
-def _unpack(part: Checkpoint, expert: str, task: TensorTask, rank: int | None) -> Exclusive | None:
-    """What a part file holds of an expert, truncated to its rank; None for a difference of zero."""
-    if f"{expert}.up" in part.specs:
-        factors = LowRank(part.read(f"{expert}.up"), part.read(f"{expert}.down"))
-        return factors.truncate(min(rank or 0, factors.rank))
-    if f"{expert}.indices" in part.specs:
-        return Sparse(part.read(f"{expert}.indices"), part.read(f"{expert}.values"), task.matrix_shape)
-    dense = part.read(f"{expert}.dense")
-    return dense if bool(dense.any()) else None
+    Raises:
+        CheckpointError: if the dtype does not hold them.
+    """
+    if dtype == EIGHT_BITS:
+        part = to_eight_bits(cast(LowRank, part), f"{name!r} of expert {expert!r}")  # the recipe allows no other form
+    else:
+        part = part.to(dtype)
+    found = {f"{expert}/{leaf}": tensor for leaf, tensor in part.pack().items()}
+    for tensor in found.values():
+        if tensor.is_floating_point():
+            require_finite(tensor, f"exclusive.dtype: {name!r} of {expert!r} stored in {dtype}")
+    return found

@@ -1,4 +1,4 @@
-"""Knows a twin's exclusive knowledge as other tools read it: a PEFT adapter per expert, or one stacked adapter."""
+"""Writes a twin's exclusive knowledge as other tools read it: a PEFT adapter per expert, or one stacked adapter."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ from torch import Tensor
 from twinmerge.errors import ArtifactError
 from twinmerge.files.checkpoint import save_tensors
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.parts import Dense, Part, of_form
 from twinmerge.twin.artifact import IN_ADAPTER, PEFT_PREFIX, TwinArtifact, adapter_config, to_peft, write_exclusive
 from twinmerge.twin.plan import MATRICES
-from twinmerge.twin.ranks import Exclusive
 
 STACKED = "stacked.json"
 
@@ -58,13 +58,12 @@ def export_stacked(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
     _require_factors(artifact)
     kinds, specs = artifact.kinds, artifact.shared.specs
     parts = {expert: artifact.exclusive(expert) for expert in artifact.expert_names}
-    pairs: dict[str, Exclusive] = {}
+    pairs: dict[str, Part] = {}
     vectors: dict[str, Tensor] = {}
     columns: dict[str, dict[str, tuple[int, int]]] = {}
     for name in sorted({name for found in parts.values() for name in found}):
         held = {expert: found[name] for expert, found in parts.items() if name in found}
-        factors = {expert: part for expert, part in held.items() if isinstance(part, LowRank)}
-        if factors:
+        if factors := of_form(held, LowRank):
             pairs[name] = LowRank(
                 torch.cat([part.up for part in factors.values()], dim=1),
                 torch.cat([part.down for part in factors.values()]),
@@ -72,7 +71,7 @@ def export_stacked(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
             columns[name.removesuffix(".weight")] = _columns(factors)
             continue
         zeros = torch.zeros(specs[name].shape, dtype=specs[name].dtype)
-        vectors[name] = torch.stack([v if isinstance(v := held.get(e), Tensor) else zeros for e in parts])
+        vectors[name] = torch.stack([held[e].dense() if e in held else zeros for e in parts])
     write_exclusive(out, pairs, kinds, {name: spec.shape for name, spec in specs.items()})
     config = out / "adapter_config.json"
     if config.exists():
@@ -107,8 +106,8 @@ def _export_expert(artifact: TwinArtifact, expert: str, folder: Path) -> dict[st
     """One expert's adapter folder."""
     kinds, specs = artifact.kinds, artifact.shared.specs
     parts = artifact.exclusive(expert)
-    pairs = {n: p for n, p in parts.items() if isinstance(p, LowRank) and kinds[n] in IN_ADAPTER}
-    dense = {n: p for n, p in parts.items() if isinstance(p, Tensor)}
+    pairs = {n: p for n, p in of_form(parts, LowRank).items() if kinds[n] in IN_ADAPTER}
+    dense = {n: p.values for n, p in of_form(parts, Dense).items()}
     biases = {n: p for n, p in dense.items() if kinds.get(_weight_of(n), "vector") in MATRICES}
     norms = sorted({n.rpartition(".")[0] for n in dense if n not in biases})
     adapted = set(pairs) | {w for n in biases if kinds[w := _weight_of(n)] in IN_ADAPTER}

@@ -1,4 +1,4 @@
-"""Knows how much exclusive knowledge is kept: rank policies, the best scaling, and the compression itself."""
+"""Chooses how much exclusive knowledge is kept: rank policies, the best scaling, and the compression itself."""
 
 import hashlib
 import json
@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.tensors.low_rank import LowRank, as_matrix, decompose, truncate
-from twinmerge.tensors.sparse import Sparse, keep_largest, keep_random
+from twinmerge.tensors.low_rank import as_matrix, decompose, truncate
+from twinmerge.tensors.parts import Part
+from twinmerge.tensors.sparse import keep_largest, keep_random
 from twinmerge.twin.recipe import ExclusiveSettings
 
-Exclusive = LowRank | Sparse | Tensor
-"""One expert's exclusive knowledge of one parameter: factors, sparse entries, or a dense 1-D difference."""
 Key = tuple[str, str]
 """(parameter name, expert name)."""
 
 
 def compress(
     difference: Tensor, settings: ExclusiveSettings, *, seed: int, expert: str, name: str
-) -> tuple[LowRank | Sparse, Tensor]:
+) -> tuple[Part, Tensor | None]:
     """Compress one matrix of exclusive knowledge (METHOD §3).
 
     Args:
@@ -32,13 +31,13 @@ def compress(
 
     Returns:
         The compressed matrix (out, in*kh*kw), and its singular values: those kept where a rank is given, else all (an
-        energy or a budget is shared out by the whole spectrum, which is exact); empty for the sparse compressions.
+        energy or a budget is shared out by the whole spectrum, which is exact); None for the sparse compressions.
     """
     matrix = as_matrix(difference)
     if settings.compression == "magnitude":
-        return keep_largest(matrix, settings.density or 0.0), torch.empty(0)
+        return keep_largest(matrix, settings.density or 0.0), None
     if settings.compression == "random":
-        return keep_random(matrix, settings.density or 0.0, seed, expert, name), torch.empty(0)
+        return keep_random(matrix, settings.density or 0.0, seed, expert, name), None
     if settings.rank is None:
         return decompose(matrix)
     drawn = hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:7]
