@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from twinmerge.eval.results import read_result
-from twinmerge.report import markdown_tables
+from twinmerge.report.tables import markdown_tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 BLOCK = re.compile(r"(<!-- generated: tables -->\n).*?(<!-- end of generated -->)", re.DOTALL)

@@ -361,7 +361,8 @@ def _predict(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from twinmerge.eval.harness import run_suite
     from twinmerge.eval.suite import Suite
-    from twinmerge.report import terminal_table, write_report
+    from twinmerge.report.page import write_report
+    from twinmerge.report.tables import terminal_table
 
     suite = Suite.load(options.suite)
     with _progress() as progress:

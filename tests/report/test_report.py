@@ -1,3 +1,5 @@
+"""The report: one page that loads nothing, tables for the terminal and Markdown, and what they say."""
+
 import io
 import json
 import re
@@ -11,7 +13,8 @@ from rich.console import Console
 
 from tests.eval.make_result import make_result
 from twinmerge.eval.results import Interval, SuiteResult, read_result
-from twinmerge.report import markdown_tables, render_html, summary_sentences, terminal_table, write_report
+from twinmerge.report.page import render_html, write_report
+from twinmerge.report.tables import markdown_tables, summary_sentences, terminal_table
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -186,6 +189,10 @@ def test_page_of_one_seed_has_no_table_of_seeds() -> None:
     assert "### Seeds" not in markdown_tables(result)
 
 
+def test_plots_come_before_the_paired_differences(page: str) -> None:
+    assert page.rindex("</svg>") < page.index("<h2>Paired differences</h2>")
+
+
 def test_report_is_two_files(result: SuiteResult, tmp_path: Path) -> None:
     path = write_report(result, tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
@@ -246,6 +253,17 @@ def test_terminal_table_has_a_row_for_every_contestant(result: SuiteResult) -> N
         assert ("– " in line) == (one.normalized_routed is None)
 
 
+def test_terminal_table_keeps_every_figure_whole_at_80_columns(result: SuiteResult) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(result))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for one in result.summaries:
+        shown = one.normalized_oracle_head
+        figure = f"{100 * shown.value:.1f} [{100 * shown.low:.1f}, {100 * shown.high:.1f}]"
+        assert any(figure in line and f"{one.ms_per_input:.2f}" in line for line in lines), one.title
+
+
 def test_markdown_tables_are_rectangular(result: SuiteResult) -> None:
     blocks = [block.splitlines() for block in markdown_tables(result).split("\n\n") if block.startswith("|")]
     assert len(blocks) == 8  # contestants, two protocols, seeds, differences, routers, unseen, one ablation
@@ -267,6 +285,6 @@ def test_markdown_escapes_what_would_end_a_cell(result: SuiteResult) -> None:
 
 def test_importing_the_report_imports_no_plotting_and_no_templates() -> None:
     heavy = "('matplotlib', 'jinja2', 'rich', 'torch', 'transformers')"
-    code = f"import sys, twinmerge.report; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, twinmerge.report.page; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,286 @@
+"""Results as text: sentences, the terminal's table, and Markdown tables for the docs.
+
+Every figure comes from the `SuiteResult`; normalized scores are shown times 100.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Final
+
+from twinmerge.eval.metrics import CONFIDENCE
+from twinmerge.eval.results import Interval, Kind, Protocol, RouterResult, SuiteResult, Summary
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+KIND_NAMES: Final[dict[Kind, str]] = {
+    "twin": "twin",
+    "dynamic": "other dynamic",
+    "static": "static merge",
+    "base": "pretrained",
+    "experts": "experts",
+}
+PROTOCOL_NAMES: Final[dict[Protocol, str]] = {"routed": "routed", "oracle_head": "oracle head"}
+_MISSING = "–"
+
+
+def terminal_table(result: SuiteResult) -> RichTable:
+    """The main table for the terminal: normalized scores x100 with intervals, bytes and time."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = f"{result.suite}: normalized score x100, {100 * CONFIDENCE:.0f} % intervals"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("contestant")
+    for heading in _MAIN_HEADINGS[2:]:  # the kind is left out: at 80 columns titles have 12
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = headline(result)
+    for one in result.summaries:
+        title, _, *figures = _main_cells(one)
+        table.add_row(title, *figures, style="bold" if one is best else None)
+    return table
+
+
+def markdown_tables(result: SuiteResult) -> str:
+    """All tables as Markdown, under headings of the third level."""
+    parts = [" ".join(summary_sentences(result))]
+    parts += ["### Contestants", _markdown(_MAIN_HEADINGS, map(_main_cells, result.summaries))]
+    for protocol in protocols(result):
+        parts += [
+            f"### Tasks, {PROTOCOL_NAMES[protocol]}",
+            _markdown(["contestant", *result.tasks], _task_rows(result, protocol)),
+        ]
+    if len(result.seeds) > 1:
+        headings = ["contestant", "protocol", *(f"seed {seed}" for seed in result.seeds)]
+        parts += ["### Seeds", _markdown(headings, seed_rows(result))]
+    if result.comparisons:
+        headings = ["contestant", "against", "difference in points"]
+        parts += ["### Paired differences", _markdown(headings, _comparison_rows(result))]
+    if result.routers:
+        parts += ["### Routers", _markdown(ROUTER_HEADINGS, map(_router_cells, mean_routers(result.routers)))]
+    unseen = [one for one in result.summaries if one.unseen]
+    if unseen:
+        tasks = list(dict.fromkeys(task for one in unseen for task in one.unseen))
+        rows = ([one.title, *(points(one.unseen.get(task)) for task in tasks)] for one in unseen)
+        parts += ["### Unseen tasks, raw score", _markdown(["contestant", *tasks], rows)]
+    for table in result.ablations.values():
+        parts += [
+            f"### {table.title}",
+            _markdown(table.columns, ([cell(value) for value in row] for row in table.rows)),
+        ]
+        parts += [table.note] if table.note else []
+    return "\n\n".join(parts) + "\n"
+
+
+def summary_sentences(result: SuiteResult) -> list[str]:
+    """What was found, in plain words; one sentence each."""
+    best = headline(result)
+    if best is None:
+        return [f"{len(result.summaries)} contestants on {len(result.tasks)} tasks; no twin among them."]
+    protocol, kept = best_protocol(best)
+    who = "with no task ID" if protocol == "routed" else "with the head of each task given"
+    sentences = [
+        f"{best.title} keeps {points(kept.value)} % of its experts' quality over {len(result.tasks)} tasks {who} "
+        f"({100 * CONFIDENCE:.0f} % interval {points(kept.low)} to {points(kept.high)}), storing "
+        f"{times(best.exclusive_ratio)} of the base model's bytes beside one shared model."
+    ]
+    static = max((one for one in result.summaries if one.kind == "static"), key=best_value, default=None)
+    if static is not None:
+        sentences.append(_against_static(result, best, protocol, static))
+    sentences.append(
+        f"All {len(result.tasks)} experts as full models would take {times(result.expert_bytes / result.base_bytes)} "
+        "of the base model's bytes."
+    )
+    accuracy = routing_accuracy(best)
+    if accuracy is not None:
+        sentences.append(f"Its router sends {percent(accuracy)} of the inputs to the right expert.")
+    return sentences
+
+
+def _against_static(result: SuiteResult, best: Summary, protocol: Protocol, static: Summary) -> str:
+    static_protocol, kept = best_protocol(static)
+    told = " although it is told the task" if protocol == "routed" and static_protocol == "oracle_head" else ""
+    sentence = f"The best static merge, {static.title}, keeps {points(kept.value)} %{told}"
+    wanted = (best.name, protocol, static.name, static_protocol)
+    for pair in result.comparisons:
+        if (pair.contestant, pair.protocol, pair.reference, pair.reference_protocol) == wanted:
+            return f"{sentence}: a difference of {_with_interval(pair.difference)} points."
+    return f"{sentence}."
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def headline(result: SuiteResult) -> Summary | None:
+    """The smallest twin whose interval reaches the best twin's score."""
+    twins = [one for one in result.summaries if one.kind == "twin"]
+    if not twins:
+        return None
+    top = max(map(best_value, twins))
+    return min((one for one in twins if best_protocol(one)[1].high >= top), key=lambda one: one.exclusive_ratio)
+
+
+def best_protocol(summary: Summary) -> tuple[Protocol, Interval]:
+    """The score without a task ID if there is one, else with the head given."""
+    if summary.normalized_routed is not None:
+        return "routed", summary.normalized_routed
+    return "oracle_head", summary.normalized_oracle_head
+
+
+def best_value(summary: Summary) -> float:
+    """The better protocol's score."""
+    return best_protocol(summary)[1].value
+
+
+def protocols(result: SuiteResult) -> list[Protocol]:
+    """The protocols that some contestant has a score in."""
+    routed = any(one.normalized_routed is not None for one in result.summaries)
+    return ["routed", "oracle_head"] if routed else ["oracle_head"]
+
+
+def routing_accuracy(summary: Summary) -> float | None:
+    """Share of the test inputs sent to their own expert, mean over tasks."""
+    if not summary.confusion:
+        return None
+    return fmean(row.get(task, 0) / sum(row.values()) for task, row in summary.confusion.items())
+
+
+def mean_routers(routers: Sequence[RouterResult]) -> list[RouterResult]:
+    """Routers with equal settings, averaged over seeds; the reliability shown is the first seed's."""
+    groups: dict[tuple[str, str, int], list[RouterResult]] = defaultdict(list)
+    for one in routers:
+        groups[one.features, one.method, one.inputs_per_expert].append(one)
+    return [_mean_router(group) for group in groups.values()]
+
+
+def _mean_router(group: Sequence[RouterResult]) -> RouterResult:
+    held_out = [one.held_out_accuracy for one in group if one.held_out_accuracy is not None]
+    return group[0].model_copy(
+        update={
+            "accuracy": fmean(one.accuracy for one in group),
+            "held_out_accuracy": fmean(held_out) if held_out else None,
+            "calibration_error": fmean(one.calibration_error for one in group),
+            "nbytes": round(fmean(one.nbytes for one in group)),
+            "seconds": fmean(one.seconds for one in group),
+        }
+    )
+
+
+# --- rows of tables ----------------------------------------------------------------------------------------------
+
+_MAIN_HEADINGS = ["contestant", "kind", "routed", "oracle head", "exclusive", "on disk", "ms/input"]
+ROUTER_HEADINGS = [
+    "features",
+    "method",
+    "inputs/expert",
+    "accuracy",
+    "held out",
+    "calibration error",
+    "on disk",
+    "seconds",
+]
+
+
+def _main_cells(one: Summary) -> list[str]:
+    return [
+        one.title,
+        KIND_NAMES[one.kind],
+        _MISSING if one.normalized_routed is None else _with_interval(one.normalized_routed),
+        _with_interval(one.normalized_oracle_head),
+        times(one.exclusive_ratio),
+        size(sum(one.bytes.values())),
+        milliseconds(one.ms_per_input),
+    ]
+
+
+def _task_rows(result: SuiteResult, protocol: Protocol) -> Iterable[list[str]]:
+    for one in result.summaries:
+        if protocol == "oracle_head" or one.normalized_routed is not None:
+            yield [one.title, *(points(getattr(one.tasks[task], f"normalized_{protocol}")) for task in result.tasks)]
+    if result.summaries:
+        yield ["experts, raw score", *(points(result.summaries[0].tasks[task].expert) for task in result.tasks)]
+
+
+def seed_rows(result: SuiteResult) -> Iterable[list[str]]:
+    """Contestant, protocol, and the score at every seed."""
+    for one in result.summaries:
+        for protocol, values in (("routed", one.routed_by_seed), ("oracle_head", one.oracle_head_by_seed)):
+            if values:
+                at = dict(zip(one.seeds, values, strict=True))
+                yield [one.title, protocol.replace("_", " "), *(points(at.get(seed)) for seed in result.seeds)]
+
+
+def _comparison_rows(result: SuiteResult) -> Iterable[list[str]]:
+    titles = {one.name: one.title for one in result.summaries}
+
+    def named(name: str, protocol: Protocol) -> str:
+        return f"{titles[name]} ({PROTOCOL_NAMES[protocol]})"
+
+    for pair in result.comparisons:
+        yield [
+            named(pair.contestant, pair.protocol),
+            named(pair.reference, pair.reference_protocol),
+            _with_interval(pair.difference),
+        ]
+
+
+def _router_cells(router: RouterResult) -> list[str]:
+    return [
+        router.features,
+        router.method,
+        str(router.inputs_per_expert),
+        percent(router.accuracy),
+        percent(router.held_out_accuracy),
+        f"{router.calibration_error:.3f}",
+        size(router.nbytes),
+        f"{router.seconds:.1f}",
+    ]
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(headings), line(["---"] * len(headings)), *map(line, rows)])
+
+
+# --- numbers as text ---------------------------------------------------------------------------------------------
+
+
+def points(value: float | None) -> str:
+    """A share times 100."""
+    return _MISSING if value is None else f"{100 * value:.1f}"
+
+
+def _with_interval(one: Interval) -> str:
+    return f"{points(one.value)} [{points(one.low)}, {points(one.high)}]"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return _MISSING if value is None else f"{points(value)} %"
+
+
+def times(ratio: float) -> str:
+    """A multiple of the base model's bytes."""
+    return f"{ratio:.2f}x" if ratio >= 1 else f"{ratio:.3f}x" if ratio else "0x"
+
+
+def size(nbytes: int) -> str:
+    """Bytes in MB or kB."""
+    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
+
+
+def milliseconds(value: float | None) -> str:
+    """To a hundredth."""
+    return _MISSING if value is None else f"{value:.2f}"
+
+
+def cell(value: str | int | float | None) -> str:
+    """A value of a table of ablations."""
+    if value is None:
+        return _MISSING
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
