@@ -352,6 +352,7 @@ def _predict(options: argparse.Namespace) -> None:
             progress=lambda done, total: progress("predicting", done, total),
         )
     counts = ", ".join(f"{name} {count}" for name, count in found["experts"].items())
+    counts += f", left to the shared expert {found['fallback']}" if found["fallback"] else ""
     resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
     sentence = f"{found['rows']} rows{resumed}: {counts}"
     result = {"output": str(options.output), **found}

@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from tests.jobs import kill_predict
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS
-from twinmerge.errors import DataError, GateError, InputError, OutputExistsError
+from twinmerge.errors import DataError, GateError, InputError, MismatchError, OutputExistsError
 from twinmerge.hf.batches import BatchLimits, PredictSettings
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import predict as module
@@ -155,7 +155,7 @@ def test_causal_lm_continues_each_text_as_it_would_alone(twin: Twins, name: str)
     assert [answer["continuation"] for answer in found] == [answer["continuation"] for answer in alone]
     assert [answer["expert"] for answer in found] == [answer["expert"] for answer in alone]
     assert len({answer["continuation"] for answer in found}) > 3
-    assert list(found[1]) == ["expert", "gate", "fallback", "continuation", "text", "id"]
+    assert list(found[1]) == ["expert", "gate", "fallback", "continuation", "stop_reason", "text", "id"]
     row, answer = some[1], found[1]
     inputs = model.tokenizer([row["text"]], return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(inputs[0]) :]
@@ -172,11 +172,23 @@ def test_causal_lm_continues_by_one_expert_alone(twin: Twins) -> None:
     assert answer["gate"] == {"ag": 0.0, "sms": 1.0, "trec": 0.0}
 
 
-def test_twin_without_heads_and_words_gives_expert_and_gate_only(twin: Twins, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TwinModel.from_pretrained(twin("llama"))
-    monkeypatch.setattr(type(model.backbone), "can_generate", classmethod(lambda cls: False))
-    (answer,) = predict(model, [{"text": "w5 w6"}])
-    assert list(answer) == ["expert", "gate", "fallback", "text"]
+def test_texts_stop_at_an_end_token_or_at_their_length(twin: Twins) -> None:
+    model = TwinModel.from_pretrained(twin("llama"), dtype=torch.float64)
+    row = {"text": "w5 w6 w7"}
+    (long,) = predict(model, [row], expert="sms", max_new_tokens=5)
+    assert long["stop_reason"] == "length"
+    second = model.tokenizer.convert_tokens_to_ids(long["continuation"].split()[1])
+    model.backbone.generation_config.eos_token_id = [3, second]
+    (short,) = predict(model, [row], expert="sms", max_new_tokens=5)
+    assert short["stop_reason"] == "stop"
+    assert short["continuation"] == " ".join(long["continuation"].split()[:2])
+
+
+def test_masked_language_models_answer_no_rows(twin: Twins) -> None:
+    model = TwinModel.from_pretrained(twin("roberta"))
+    model.heads.clear()
+    with pytest.raises(MismatchError, match="the shared expert is a RobertaForMaskedLM, which gives rows of text no"):
+        list(predict(model, [{"text": "w5 w6"}]))
 
 
 # ---- files
@@ -205,7 +217,9 @@ def test_file_of_answers_is_what_predict_says(twin: Twins, model: TwinModel, tmp
     lines = (tmp_path / "y").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line) for line in lines[:-1]] == list(predict(model, some))
     assert lines[-1] == ""
-    assert (found["rows"], found["resumed"], sum(found["experts"].values())) == (18, 0, 18)
+    left = sum(answer["fallback"] for answer in predict(model, some))
+    assert (found["rows"], found["resumed"], found["fallback"]) == (18, 0, left)
+    assert sum(found["experts"].values()) + left == 18
     assert told[0] == (0, 18)
     assert told[-1] == (18, 18)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -310,3 +324,18 @@ def test_kills_at_random_moments_cost_no_byte(twin: Twins, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     kills, resumed = map(int, done.stdout.split())
     assert kills >= resumed
+
+
+def test_what_is_asked_wrongly_is_refused_before_the_model_is_loaded(
+    twin: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise SystemError
+
+    monkeypatch.setattr(TwinModel, "from_pretrained", never)
+    good, bad = write(tmp_path / "x", rows()), write(tmp_path / "bad", [{"text": "w5", "label": 1}])
+    with pytest.raises(GateError, match="unknown expert 'smss'; this twin has ag, sms, trec"):
+        predict_file(twin("bert"), good, tmp_path / "y", PredictSettings("smss"))
+    with pytest.raises(DataError, match="bad:1: the answer has a field 'label' of its own"):
+        predict_file(twin("bert"), bad, tmp_path / "y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "x"]

@@ -12,6 +12,9 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import MismatchError
 from twinmerge.hf.loading import model_class
 
+_NO_TOKEN = -1
+"""Stands for padding where a config names no id: no token of a text has it."""
+
 
 def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """A whole model of the expert's class whose backbone holds no weights: only its head answers.
@@ -54,12 +57,34 @@ class _Computed(nn.Module):
         return self.outputs
 
 
-def with_outputs(head: Any, outputs: ModelOutput) -> nn.Module:
-    """A shallow copy of a head model over computed outputs; the original is not touched: calls run side by side."""
+def answered(head: Any, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Tensor:
+    """What a head makes of computed outputs; the head is not touched: calls run side by side.
+
+    A head that looks for the last token of a row tells padding by its own id, whatever id the tokenizer pads with.
+
+    Args:
+        head: of `load_head`.
+        outputs: of the backbone.
+        inputs: what the backbone took.
+
+    Returns:
+        (batch, num_labels); (batch, seq, num_labels) for heads that label tokens; (batch, seq, 2), start and end, for
+        those that answer questions.
+    """
     shallow = copy.copy(head)
     shallow._modules = {**head._modules, type(head).base_model_prefix: _Computed(outputs)}
-    model: nn.Module = shallow
-    return model
+    mask = inputs.get("attention_mask")
+    if mask is not None and "input_ids" in inputs and mask.shape == inputs["input_ids"].shape:
+        padding = head.config.get_text_config().pad_token_id
+        if padding is None:
+            padding, shallow.config = _NO_TOKEN, copy.deepcopy(head.config)
+            shallow.config.get_text_config().pad_token_id = padding
+        inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(mask == 0, padding)}
+    found = shallow(**inputs)
+    if "logits" in found:
+        logits: Tensor = found.logits
+        return logits
+    return torch.stack([found.start_logits, found.end_logits], dim=-1)
 
 
 def take(values: Any, rows: Sequence[int], batch: int) -> Any:

@@ -1,4 +1,4 @@
-"""Knows how rows of text become tensors: every row's tokens once, padded batch by batch."""
+"""Turns rows of text into tensors: every row's tokens once, padded batch by batch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from twinmerge.errors import ArtifactError
 from twinmerge.files.rows import Row
+from twinmerge.hf.answers import Span
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.hf.model import TwinModel
 from twinmerge.routing.tokens import stack_ids
@@ -46,6 +47,13 @@ def encode(model: TwinModel, rows: Sequence[Row], *, room: int = 0) -> list[Enco
         for place, index in enumerate(chosen):
             encoded[index] = {name: values[place] for name, values in found.items()}
     return [one if one["input_ids"] else _start(model, one) for one in encoded]
+
+
+def spans_of(model: TwinModel, row: Row) -> list[Span]:
+    """Where every token of an encoded row comes from; a row without tokens, which got one, has none of its text."""
+    found = model.tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=length_limit(model))[0]
+    spans = zip(found.sequence_ids, found.offsets, strict=True)
+    return [(sequence, start, end) for sequence, (start, end) in spans] or [(None, 0, 0)]
 
 
 def pad(model: TwinModel, encoded: Sequence[Encoded], *, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
 from twinmerge.hf.features import EnoughError, Probe, check_one_pass, hidden_layers, pool, show
-from twinmerge.hf.heads import load_head, take, with_outputs
+from twinmerge.hf.heads import answered, load_head, take
 from twinmerge.hf.kinds import exchange_layers
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.routing.router import Router, Routing
@@ -235,7 +235,7 @@ class TwinModel(nn.Module):
 
     @torch.inference_mode()
     def answer(self, outputs: ModelOutput, experts: Sequence[str], **inputs: Any) -> list[Tensor]:
-        """The heads' logits of every row, given the backbone's output.
+        """What the heads say of every row, given the backbone's output.
 
         Args:
             outputs: of `encode`.
@@ -243,14 +243,14 @@ class TwinModel(nn.Module):
             **inputs: what the backbone took; some heads look at input_ids.
 
         Returns:
-            One (num_labels,) tensor a row.
+            One tensor a row: (num_labels,), or what `heads.answered` gives for every token.
         """
         logits: list[Tensor] = [torch.empty(0)] * len(experts)
         for name in sorted(set(experts)):
             rows = [row for row, expert in enumerate(experts) if expert == name]
             picked = take(outputs, rows, len(experts))
-            answered = with_outputs(self.heads[name], picked)(**take(inputs, rows, len(experts))).logits
-            for row, value in zip(rows, answered, strict=True):
+            found = answered(self.heads[name], picked, take(inputs, rows, len(experts)))
+            for row, value in zip(rows, found, strict=True):
                 logits[row] = value
         return logits
 

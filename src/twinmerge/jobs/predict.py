@@ -1,4 +1,4 @@
-"""Knows how rows of text are answered: in bounded windows, in input order, and taken up after a kill."""
+"""Answers rows of text: in bounded windows, in input order, and taken up after a kill."""
 
 import hashlib
 import json
@@ -7,25 +7,30 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from twinmerge.errors import DataError, GateError, InputError
+from twinmerge.files.checkpoint import read_json
 from twinmerge.files.growing import GrowingFile, growing_file
 from twinmerge.files.rows import STANDARD, Row, RowReader, count_lines, open_rows, refuse_taken
+from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings, batches
-from twinmerge.hf.inputs import Encoded, encode, pad
+from twinmerge.hf.generate import end_ids
+from twinmerge.hf.inputs import Encoded, encode, pad, spans_of
 from twinmerge.hf.model import Mode, TwinModel
 from twinmerge.jobs.build import versions
 from twinmerge.twin.artifact import MANIFEST, TwinArtifact
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 2048, 1 << 24
 """What is read, sorted by length and answered at a time."""
-
-Answer = dict[str, Any]
+_FALLBACK = ""
+"""Counts rows left to the shared expert among those of experts, none of which is named so."""
 
 
 def predict(
@@ -49,12 +54,14 @@ def predict(
         max_new_tokens: of a causal LM's continuation.
 
     Yields:
-        {"expert", "gate", "fallback", ...the row's fields}; with heads also "label" and "score", for a causal LM
-        "continuation", decoded greedily under the gate of the row's text.
+        {"expert", "gate", "fallback", ..., and the row's fields}; between them what the expert's head answers (see
+        hf/answers.py), such as "label" and "score", or for a causal LM "continuation", decoded greedily under the gate
+        of the row's text, and "stop_reason".
 
     Raises:
         GateError: if the expert is unknown.
-        DataError: if a row has a field of the answer's.
+        DataError: if a row has a field of the answer's, or lacks a text that its head needs.
+        MismatchError: if an expert's head answers no rows of text.
     """
     return chain.from_iterable(predict_windows(model, rows, PredictSettings(expert, limits, max_new_tokens)))
 
@@ -70,29 +77,48 @@ def predict_windows(
         settings: who answers, and how much at a time.
         answered: called with the number of rows of every batch, once it is answered.
     """
-    if settings.expert is not None and settings.expert not in model.expert_names:
-        raise GateError(f"unknown expert {settings.expert!r}; this twin has {', '.join(model.expert_names)}")
-    taken, seen = answer_fields(model), 0
+    _require_expert(settings.expert, model.expert_names)
+    kinds = answers_by_expert(model)
+    asked = [kinds[settings.expert]] if settings.expert is not None else list(dict.fromkeys(kinds.values()))
+    taken, seen = fields_of(kinds.values()), 0
     for number, window in enumerate(_windows(rows)):
         for index, row in enumerate(window, start=seen + 1):
             refuse_taken(row, taken, f"row {index}")
-        seen += len(window)
+            if len(asked) == 1:
+                require_texts(asked[0], row, f"row {index}")
         if number == 0:
             _settle(model, window[0], settings)
         answers: list[Answer] = [{}] * len(window)
-        for chosen, found in _answer(model, window, settings):
+        for chosen, found in _answer(model, window, settings, kinds, seen):
             for index, answer in zip(chosen, found, strict=True):
                 answers[index] = {**answer, **window[index]}
             answered(len(chosen))
+        seen += len(window)
         yield answers
 
 
-def answer_fields(model: TwinModel) -> tuple[str, ...]:
-    """The fields that answers have besides those of their rows."""
-    fields = ("expert", "gate", "fallback")
+def answers_by_expert(model: TwinModel) -> dict[str, Answers]:
+    """How each expert answers: by its head, or by the output layer that all share."""
     if model.heads:
-        return (*fields, "label", "score")
-    return (*fields, "continuation") if _generates(model) else fields
+        heads: Mapping[str, Any] = dict(model.heads.items())
+        return {n: answers_of(h.config, f"expert {n!r}", type(h).__name__) for n, h in heads.items()}
+    shared = answers_of(model.backbone.config, "the shared expert", type(model.backbone).__name__)
+    return dict.fromkeys(model.expert_names, shared)
+
+
+def _answers_in(artifact: TwinArtifact) -> dict[str, Answers]:
+    """The same of a twin on disk."""
+    found = {}
+    for name in artifact.expert_names:
+        head = artifact.path / "experts" / name / "head"
+        config = read_json((head if head.is_dir() else artifact.path) / "config.json")
+        found[name] = answers_of(config, f"expert {name!r}")
+    return found
+
+
+def _require_expert(expert: str | None, known: Sequence[str]) -> None:
+    if expert is not None and expert not in known:
+        raise GateError(f"unknown expert {expert!r}; this twin has {', '.join(known)}")
 
 
 def predict_file(
@@ -122,12 +148,15 @@ def predict_file(
         progress: called with the rows answered so far and their number, None if that is not known.
 
     Returns:
-        `rows`, how many of them were `resumed`, and how many each of `experts` answered.
+        `rows`, how many of them were `resumed`, how many each of `experts` answered, and how many were left to the
+        shared expert, as unlike every expert's inputs (`fallback`).
 
     Raises:
         InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
     """
     artifact = TwinArtifact.open(twin)
+    _require_expert(settings.expert, artifact.expert_names)
+    taken = fields_of(_answers_in(artifact).values())
     if resume and target == STANDARD:
         raise InputError("standard output keeps nothing to go on with; name a file to resume")
     fingerprint = {
@@ -142,14 +171,19 @@ def predict_file(
         with _output(target, fingerprint, overwrite=overwrite, resume=resume) as output:
             before = output.note or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
             if not output.complete:
-                model = TwinModel.from_pretrained(artifact.path, device=device)
                 name = "standard input" if source == STANDARD else str(source)
-                reader = RowReader(file, name, taken=answer_fields(model))
+                reader = RowReader(file, name, taken=taken)
                 reader.skip(before["rows"], before["bytes"], before["sha256"])
                 with _said_what_is_kept(output, target):
-                    _answer_all(model, reader, output, settings, Counter(before["experts"]), total, progress)
+                    rows = iter(reader)
+                    first = list(islice(rows, 1))  # a bad first row is refused before the model is loaded
+                    model = TwinModel.from_pretrained(artifact.path, device=device)
+                    counted: Counter[str] = Counter(before["experts"])
+                    _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
             note = output.note or before
-    return {"rows": note["rows"], "resumed": before["rows"], "experts": dict(sorted(note["experts"].items()))}
+    experts = dict(sorted(note["experts"].items()))
+    fallback = experts.pop(_FALLBACK, 0)
+    return {"rows": note["rows"], "resumed": before["rows"], "experts": experts, "fallback": fallback}
 
 
 class _StandardOutput:
@@ -180,6 +214,7 @@ def _output(target: Path, fingerprint: Mapping[str, Any], *, overwrite: bool, re
 def _answer_all(
     model: TwinModel,
     reader: RowReader,
+    rows: Iterable[Row],
     output: _Output,
     settings: PredictSettings,
     experts: Counter[str],
@@ -187,7 +222,7 @@ def _answer_all(
     progress: Callable[[int, int | None], None],
 ) -> None:
     """Answer what is left to read, and append it window by window."""
-    done = reader.rows
+    done = (output.note or {"rows": 0})["rows"]
     progress(done, total)
 
     def answered(rows: int) -> None:
@@ -195,8 +230,8 @@ def _answer_all(
         done += rows
         progress(done, total)
 
-    for answers in predict_windows(model, reader, settings, answered):
-        experts.update(answer["expert"] for answer in answers)
+    for answers in predict_windows(model, rows, settings, answered):
+        experts.update(_FALLBACK if answer["fallback"] else answer["expert"] for answer in answers)
         content = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         note = {"rows": reader.rows, "bytes": reader.bytes, "sha256": reader.sha256, "experts": dict(experts)}
         output.append(content.encode(), note)
@@ -239,34 +274,46 @@ def _settle(model: TwinModel, row: Row, settings: PredictSettings) -> None:
 
 
 def _answer(
-    model: TwinModel, rows: Sequence[Row], settings: PredictSettings
+    model: TwinModel, rows: Sequence[Row], settings: PredictSettings, kinds: Mapping[str, Answers], seen: int
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Answers of a window, batch by batch: (indices of rows, answers)."""
-    new = settings.max_new_tokens if _generates(model) else 0
+    """Answers of a window after `seen` rows, batch by batch: (indices of rows, answers)."""
+    generates = CONTINUATION in kinds.values()
+    new = settings.max_new_tokens if generates else 0
     encoded = encode(model, rows, room=new)
     # one gate for all: weights merged once, if they may be kept; else history must not choose between the two
     kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
     for chosen in batches([len(one["input_ids"]) + new for one in encoded], settings.limits):
         picked = [encoded[index] for index in chosen]
         with _in_mode(model, "merge" if kept else "factors"):
-            found = _continued(model, picked, settings) if new else _labelled(model, picked, settings)
-        yield chosen, found
+            answers, outputs = (_continued if generates else _labelled)(model, picked, settings)
+        for index, one, answer, output in zip(chosen, picked, answers, outputs, strict=True):
+            name = answer["expert"]
+            require_texts(kinds[name], rows[index], f"row {seen + index + 1}, answered by expert {name!r}")
+            answer |= kinds[name].read(_reading(model, kinds[name], name, rows[index], one, output))
+        yield chosen, answers
 
 
-def _labelled(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings) -> list[Answer]:
+def _reading(model: TwinModel, kind: Answers, expert: str, row: Row, encoded: Encoded, output: Tensor) -> Reading:
+    owner: Any = model.heads[expert] if model.heads else model.backbone
+    if kind is CONTINUATION:
+        decode = partial(model.tokenizer.decode, skip_special_tokens=True)
+        return Reading(row, output, owner.config, decode=decode, ends=end_ids(owner.generation_config))
+    real = output[: len(encoded["input_ids"])] if kind.by_token else output
+    return Reading(row, real.float(), owner.config, spans_of(model, row) if kind.spans else ())
+
+
+def _labelled(
+    model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings
+) -> tuple[list[Answer], list[Tensor]]:
+    """What heads say; where there are none, the backbone's last hidden states."""
     out = model(**pad(model, encoded), expert=settings.expert)
     fallback = [False] * len(encoded) if out.fallback is None else out.fallback.tolist()
-    answers = _routed(model, out.expert, out.gate, fallback)
-    if not model.heads:
-        return answers
-    for answer, logits in zip(answers, out.logits, strict=True):
-        score, label = logits.float().softmax(dim=-1).max(dim=-1)
-        head: Any = model.heads[answer["expert"]]
-        answer |= {"label": head.config.id2label[int(label)], "score": round(float(score), 6)}
-    return answers
+    return _routed(model, out.expert, out.gate, fallback), list(out.logits if model.heads else out.last_hidden_state)
 
 
-def _continued(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings) -> list[Answer]:
+def _continued(
+    model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings
+) -> tuple[list[Answer], list[Tensor]]:
     """A causal LM's greedy continuations: routed with padding on the right, written with padding on the left."""
     if settings.expert is None:
         routing = model.routing(**pad(model, encoded))
@@ -283,9 +330,7 @@ def _continued(model: TwinModel, encoded: Sequence[Encoded], settings: PredictSe
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=model.tokenizer.pad_token_id,
     )
-    texts = model.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    answers = _routed(model, names, gate, fallback)
-    return [{**answer, "continuation": text} for answer, text in zip(answers, texts, strict=True)]
+    return _routed(model, names, gate, fallback), list(written[:, inputs["input_ids"].shape[1] :])
 
 
 def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback: Sequence[bool]) -> list[Answer]:
@@ -298,10 +343,6 @@ def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback
         }
         for name, row, alone in zip(names, gate.tolist(), fallback, strict=True)
     ]
-
-
-def _generates(model: TwinModel) -> bool:
-    return not model.heads and model.backbone.can_generate()
 
 
 @contextmanager
