@@ -1,10 +1,14 @@
 """Turns rows of text into tensors: every row's tokens once, padded batch by batch."""
 
+import inspect
+import re
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from twinmerge.errors import ArtifactError
 from twinmerge.files.rows import Row
@@ -14,6 +18,15 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.routing.tokens import stack_ids
 from twinmerge.twin.features import Layers
 
+_POSITIONS = re.compile(r"(^|\.)(wpe|\w*(?<!rel_)(?<!relative_)pos(ition(al)?s?)?_embed\w*|embed_positions?)(\.|$)")
+"""Names of modules that hold a row for every absolute position."""
+_MOST_OFFSET = 8
+"""Rows that stand for no position, at most, in a table of a size that config.json does not name."""
+_NO_LIMIT = 10**6
+"""Tokenizers without a limit say more."""
+_ONE_AT_A_TIME = threading.Lock()
+"""A tokenizer holds the length it cuts at: calls of several threads would take each other's."""
+
 Encoded = dict[str, list[int]]
 """One row's `input_ids`, `attention_mask` and what else the tokenizer makes, (seq,) each."""
 
@@ -21,7 +34,8 @@ Encoded = dict[str, list[int]]
 def encode(model: TwinModel, rows: Sequence[Row], *, room: int = 0) -> list[Encoded]:
     """Tokens of rows, cut at the model's limit; `text_pair` is used where a row has it.
 
-    A row without any token becomes the token that a text begins with: no model reads nothing.
+    A row without any token becomes the token that a text begins with: no model reads nothing. What the tokenizer makes
+    beside tokens is left out where the model does not take it.
 
     Args:
         model: whose tokenizer is used.
@@ -31,29 +45,69 @@ def encode(model: TwinModel, rows: Sequence[Row], *, room: int = 0) -> list[Enco
     Raises:
         ArtifactError: if the model has no tokenizer, or the limit leaves nothing beside `room`.
     """
-    if model.tokenizer is None:
-        raise ArtifactError("this twin has no tokenizer, so it takes tensors only; add the base's tokenizer files")
-    limit = length_limit(model) - room
-    if limit < 1:
-        raise ArtifactError(f"texts of {limit + room} tokens leave no room for {room} new ones; ask for fewer")
+    taken = _taken_by(model)
     encoded: list[Encoded] = [{}] * len(rows)
     for paired in (False, True):
         chosen = [index for index, row in enumerate(rows) if ("text_pair" in row) is paired]
         if not chosen:
             continue
-        texts = [rows[index]["text"] for index in chosen]
-        pairs = [rows[index]["text_pair"] for index in chosen] if paired else None
-        found = model.tokenizer(texts, pairs, truncation=True, max_length=limit)
+        found = _tokens(model, [rows[index] for index in chosen], paired, room)
         for place, index in enumerate(chosen):
-            encoded[index] = {name: values[place] for name, values in found.items()}
+            encoded[index] = {name: values[place] for name, values in found.items() if name in taken}
     return [one if one["input_ids"] else _start(model, one) for one in encoded]
 
 
-def spans_of(model: TwinModel, row: Row) -> list[Span]:
-    """Where every token of an encoded row comes from; a row without tokens, which got one, has none of its text."""
-    found = model.tokenizer(row["text"], row.get("text_pair"), truncation=True, max_length=length_limit(model))[0]
-    spans = zip(found.sequence_ids, found.offsets, strict=True)
-    return [(sequence, start, end) for sequence, (start, end) in spans] or [(None, 0, 0)]
+def spans_of(model: TwinModel, rows: Sequence[Row]) -> list[list[Span]]:
+    """Where every token of encoded rows comes from; a row without tokens, which got one, has none of its text."""
+    found = [_tokens(model, [row], "text_pair" in row, 0)[0] for row in rows]
+    spans = [list(zip(one.sequence_ids, one.offsets, strict=True)) for one in found]
+    return [[(sequence, start, end) for sequence, (start, end) in one] or [(None, 0, 0)] for one in spans]
+
+
+def _tokens(model: TwinModel, rows: Sequence[Row], paired: bool, room: int) -> Any:
+    """What the tokenizer makes of rows that all have a second text, or none."""
+    if model.tokenizer is None:
+        raise ArtifactError("this twin has no tokenizer, so it takes tensors only; add the base's tokenizer files")
+    limit = length_limit(model)
+    if limit is not None and limit <= room:
+        raise ArtifactError(f"texts of {limit} tokens leave no room for {room} new ones; ask for fewer")
+    cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit - room}
+    texts, pairs = [row["text"] for row in rows], [row["text_pair"] for row in rows] if paired else None
+    with _ONE_AT_A_TIME:
+        return model.tokenizer(texts, pairs, **cut)
+
+
+def _taken_by(model: TwinModel) -> set[str]:
+    """What of a tokenizer's output a model reads."""
+    names = {"input_ids", *inspect.signature(model.backbone.base_model.forward).parameters}
+    if getattr(model.backbone.config, "type_vocab_size", 2) < 2:
+        names.discard("token_type_ids")  # there is one type, which stands for all
+    return names
+
+
+def batches_of(
+    model: TwinModel, encoded: Sequence[Encoded], limits: BatchLimits, *, new: int = 0, alike: bool = False
+) -> list[list[int]]:
+    """Indices of encoded rows in batches of like length, or of one length where padding could not be masked.
+
+    Args:
+        model: that reads them.
+        encoded: rows.
+        limits: of a batch.
+        new: tokens that each row will grow by.
+        alike: rows of one length share a batch and no others.
+    """
+    lengths = [len(one["input_ids"]) + new for one in encoded]
+    if not alike and "attention_mask" in _taken_by(model):
+        return batches(lengths, limits)
+    of_length: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        of_length.setdefault(length, []).append(index)
+    return [
+        [own[index] for index in chosen]
+        for length, own in sorted(of_length.items(), reverse=True)
+        for chosen in batches([length] * len(own), limits)
+    ]
 
 
 def pad(model: TwinModel, encoded: Sequence[Encoded], *, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
@@ -62,7 +116,7 @@ def pad(model: TwinModel, encoded: Sequence[Encoded], *, side: Literal["left", "
     Padding on the right leaves the positions of real tokens as they are, whatever the model; a generation needs it on
     the left.
     """
-    filler = {"input_ids": model.tokenizer.pad_token_id or 0, "token_type_ids": model.tokenizer.pad_token_type_id}
+    filler = {"input_ids": padding_id(model), "token_type_ids": model.tokenizer.pad_token_type_id}
     return {
         name: nn.utils.rnn.pad_sequence(
             [torch.tensor(one[name]) for one in encoded],
@@ -72,6 +126,13 @@ def pad(model: TwinModel, encoded: Sequence[Encoded], *, side: Literal["left", "
         ).to(model.device)
         for name in encoded[0]
     }
+
+
+def padding_id(model: TwinModel) -> int:
+    """What fills a batch: the id by which the model itself knows padding, else the tokenizer's, else any."""
+    config = model.backbone.config.get_text_config()
+    known = (config.pad_token_id, model.tokenizer.pad_token_id, model.tokenizer.unk_token_id)
+    return next((token for token in known if token is not None and 0 <= token < config.vocab_size), 0)
 
 
 def tokenize(model: TwinModel, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -84,7 +145,7 @@ def tokenized_batches(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """All rows in batches of like length: (indices of rows, padded batch)."""
     encoded = encode(model, rows)
-    for chosen in batches([len(one["input_ids"]) for one in encoded], limits):
+    for chosen in batches_of(model, encoded, limits):
         yield chosen, pad(model, [encoded[index] for index in chosen])
 
 
@@ -101,14 +162,35 @@ def ids_of(model: TwinModel, rows: Sequence[Row]) -> Tensor:
     return stack_ids([torch.tensor(one["input_ids"]) for one in encode(model, rows)])
 
 
-def length_limit(model: TwinModel) -> int:
-    """Tokens an input is cut at: the recipe's, or what tokenizer and positions allow."""
-    limits = [
-        model.max_length,
+def length_limit(model: TwinModel) -> int | None:
+    """Tokens an input is cut at: the recipe's, else what tokenizer and positions allow; None if nothing says."""
+    table, trained = position_table(model.backbone), model.backbone.config.get_text_config()
+    said = [model.max_length] if model.max_length is not None else [
         model.tokenizer.model_max_length,
-        getattr(model.backbone.config, "max_position_embeddings", None),
-    ]
-    return min(int(limit) for limit in limits if limit is not None)
+        getattr(trained, "max_position_embeddings", None),
+    ]  # fmt: skip
+    limits = [int(limit) for limit in (*said, table) if limit is not None and 0 < limit < _NO_LIMIT]
+    return min(limits, default=None)
+
+
+def position_table(backbone: PreTrainedModel) -> int | None:
+    """Tokens that a model's tables of absolute positions serve, None where it has none.
+
+    Some tables begin with rows of no position: where positions are counted on from the padding's index (RoBERTa), or
+    from an offset (BART, OPT).
+    """
+    said = getattr(backbone.config.get_text_config(), "max_position_embeddings", None) or 0
+    reader = backbone.get_encoder() if backbone.config.is_encoder_decoder else backbone
+    served = []
+    for name, module in reader.named_modules():
+        if _POSITIONS.search(name) and hasattr(module, "padding_idx") and hasattr(module, "weight"):
+            rows, first = len(module.weight), getattr(module, "offset", None)
+            if first is None and module.padding_idx is not None:
+                first = module.padding_idx + 1
+            if first is None:
+                first = rows - said if said <= rows <= said + _MOST_OFFSET else 0
+            served.append(rows - first)
+    return min(served, default=None)
 
 
 def _start(model: TwinModel, empty: Encoded) -> Encoded:

@@ -20,9 +20,9 @@ from twinmerge.files.checkpoint import read_json
 from twinmerge.files.growing import GrowingFile, growing_file
 from twinmerge.files.rows import STANDARD, Row, RowReader, count_lines, open_rows, refuse_taken
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
-from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings, batches
+from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings
 from twinmerge.hf.generate import end_ids
-from twinmerge.hf.inputs import Encoded, encode, pad, spans_of
+from twinmerge.hf.inputs import Encoded, batches_of, encode, pad, padding_id, spans_of
 from twinmerge.hf.model import Mode, TwinModel
 from twinmerge.jobs.build import versions
 from twinmerge.twin.artifact import MANIFEST, TwinArtifact
@@ -282,7 +282,7 @@ def _answer(
     encoded = encode(model, rows, room=new)
     # one gate for all: weights merged once, if they may be kept; else history must not choose between the two
     kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
-    for chosen in batches([len(one["input_ids"]) + new for one in encoded], settings.limits):
+    for chosen in batches_of(model, encoded, settings.limits, new=new):
         picked = [encoded[index] for index in chosen]
         with _in_mode(model, "merge" if kept else "factors"):
             answers, outputs = (_continued if generates else _labelled)(model, picked, settings)
@@ -299,7 +299,7 @@ def _reading(model: TwinModel, kind: Answers, expert: str, row: Row, encoded: En
         decode = partial(model.tokenizer.decode, skip_special_tokens=True)
         return Reading(row, output, owner.config, decode=decode, ends=end_ids(owner.generation_config))
     real = output[: len(encoded["input_ids"])] if kind.by_token else output
-    return Reading(row, real.float(), owner.config, spans_of(model, row) if kind.spans else ())
+    return Reading(row, real.float(), owner.config, spans_of(model, [row])[0] if kind.spans else ())
 
 
 def _labelled(
@@ -328,7 +328,7 @@ def _continued(
         gate=gate,
         do_sample=False,
         max_new_tokens=settings.max_new_tokens,
-        pad_token_id=model.tokenizer.pad_token_id,
+        pad_token_id=padding_id(model),
     )
     return _routed(model, names, gate, fallback), list(written[:, inputs["input_ids"].shape[1] :])
 
