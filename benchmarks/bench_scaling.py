@@ -25,15 +25,17 @@ from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
 from twinmerge.hf.loading import load_backbone
-from twinmerge.merging.methods import AverageParams, SharedParams, TaskArithmeticParams
+from twinmerge.merging.average import Average
+from twinmerge.merging.method import Method
+from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.recipe import ExclusiveSettings
 
-SHARED: dict[str, SharedParams] = {
-    "1/T": AverageParams(method="average"),
-    "0.3": TaskArithmeticParams(method="task_arithmetic", scaling=0.3),
-    "auto": TaskArithmeticParams(method="task_arithmetic", scaling="auto"),
+SHARED: dict[str, Method] = {
+    "1/T": Average(),
+    "0.3": TaskArithmetic(scaling=0.3),
+    "auto": TaskArithmetic(scaling="auto"),
 }
 KEPT = {
     "rank 1": ExclusiveSettings(rank=1),

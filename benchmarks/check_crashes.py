@@ -46,7 +46,7 @@ def main() -> None:
     options.work.mkdir(parents=True)
     base = options.base.expanduser().resolve() if options.base else random_bert(options.work / "base")
     recipes = write_inputs(options.work, base)
-    for module in ("peft", "sklearn.linear_model", "transformers", "twinmerge.jobs.build", "twinmerge.merging.engine"):
+    for module in ("peft", "sklearn.linear_model", "transformers", "twinmerge.jobs.build", "twinmerge.jobs.merge"):
         import_module(module)
     results = {}
     for name, command, overwrite in (("build", "build", False), ("merge", "merge", False), ("over", "merge", True)):

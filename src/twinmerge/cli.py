@@ -239,7 +239,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from twinmerge.merging.engine import merge_models
+    from twinmerge.jobs.merge import merge_models
     from twinmerge.merging.recipe import load_merge
 
     with _progress() as progress:
@@ -262,11 +262,11 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from twinmerge.jobs.plan import describe, describe_twin
-    from twinmerge.merging.engine import plan_merge
-    from twinmerge.merging.recipe import is_twin, load_merge
+    from twinmerge.merging.plan import plan_merge
+    from twinmerge.merging.recipe import load_merge, twin_keys
 
     executor, folder = _executor(options), options.recipe.resolve().parent
-    if is_twin(options.recipe):
+    if twin_keys(options.recipe):
         from twinmerge.jobs.build import open_plan
         from twinmerge.twin.recipe import Recipe
 

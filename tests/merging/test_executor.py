@@ -18,8 +18,8 @@ from tests.tiny import Family
 from tests.workers import Square
 from twinmerge.errors import MismatchError, MissingExtraError, RecipeError, WorkerError
 from twinmerge.files.checkpoint import sha256_of
+from twinmerge.jobs.merge import merge_models
 from twinmerge.merging import executor as executor_module
-from twinmerge.merging.engine import merge_models
 from twinmerge.merging.executor import NAMES, RETRIES, Executor, Processes, Ray, Serial, Threads, make_executor
 from twinmerge.merging.recipe import load_merge
 from twinmerge.twin.decompose import write_weights

@@ -10,8 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from twinmerge.errors import InputError, RecipeError
 from twinmerge.files.schema import load_yaml
+<<<<<<< HEAD
 from twinmerge.merging.methods import TaskArithmeticParams, TiesParams
 from twinmerge.twin.features import Features, Layers
+=======
+from twinmerge.merging.task_arithmetic import TaskArithmetic
+from twinmerge.merging.ties import Ties
+>>>>>>> 3ddd7d0 (One definition per merge method, one engine for static merges and twins, methods of other packages)
 from twinmerge.twin.recipe import DEFAULT_BUDGET, ExclusiveSettings, ExpertSource, Recipe, RouterSettings
 
 GOOD = """base: base
@@ -34,7 +39,7 @@ def write(folder: Path, text: str) -> Path:
 def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, GOOD))
     assert recipe == Recipe(base="base", experts=SOURCES, root=tmp_path)
-    assert recipe.shared == TaskArithmeticParams(scaling=0.3)
+    assert recipe.shared == TaskArithmetic(scaling=0.3)
     assert recipe.exclusive.budget == DEFAULT_BUDGET
     assert (recipe.router.method, str(recipe.router.features), recipe.seed) == ("linear", "all+tokens", 0)
 
@@ -48,7 +53,7 @@ def test_every_section_is_read(tmp_path: Path) -> None:
             + "router: {method: mlp, features: 'layers:[0, 2]', fallback: null}\nmax_length: 64\nseed: 7\n",
         )
     )
-    assert recipe.shared == TiesParams(density=0.1)
+    assert recipe.shared == Ties(density=0.1)
     assert recipe.exclusive == ExclusiveSettings(rank=4, embeddings="exclusive")
     assert recipe.router == RouterSettings(method="mlp", features="layers:[0, 2]", fallback=None)
     assert (recipe.max_length, recipe.seed) == (64, 7)

@@ -26,7 +26,7 @@ from twinmerge.files.rows import Row
 from twinmerge.hf.inputs import tokenize, tokenized_batches
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
-from twinmerge.merging.methods import SharedParams
+from twinmerge.merging.method import Method
 from twinmerge.routing.router import Router, Routing, group_gates
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import write_weights
@@ -114,9 +114,9 @@ class _Contestant:
         unseen = self._unseen(model, gate[len(self.rows) :])
         return _Run(oracle, nbytes, router, routing, gate, unseen, milliseconds)
 
-    def _chosen_shared(self) -> SharedParams:
+    def _chosen_shared(self) -> Method:
         """The merge, its scaling the best on validation rows if the suite gives several (the first, if equal)."""
-        shared: SharedParams = self.spec.shared
+        shared: Method = self.spec.shared
         if self.spec.scalings is None:
             return shared
         scores = {}
@@ -149,7 +149,7 @@ class _Contestant:
         A shared expert with `scaling: auto` differs from the suite's by little and takes the suite's router.
         """
         at, spec = self.at, self.spec
-        same = spec.shared == at.suite.shared or getattr(spec.shared, "scaling", None) == "auto"
+        same = spec.shared == at.suite.shared or spec.shared.automatic
         if spec.router is None and same:
             return at.suite_routing
         shared = at.suite.shared if same else spec.shared

@@ -16,13 +16,13 @@ from twinmerge.hf.inputs import ids_of, tokenized_batches
 from twinmerge.hf.loading import backbone_from, load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import open_plan, router_features, router_rows
-from twinmerge.merging.methods import SharedParams
+from twinmerge.merging.method import Method
 from twinmerge.routing.router import Router, Routing, fit_router
 from twinmerge.runtime.precision import autocast, resolve
-from twinmerge.twin.decompose import merged_tensors
 from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
+from twinmerge.twin.shared import merged_tensors
 
 
 class SeedRun:
@@ -44,7 +44,7 @@ class SeedRun:
         """The suite's own recipe, opened."""
         return self.plan_for(self.suite.shared, ExclusiveSettings(rank=0))
 
-    def plan_for(self, shared: SharedParams, exclusive: ExclusiveSettings) -> Plan:
+    def plan_for(self, shared: Method, exclusive: ExclusiveSettings) -> Plan:
         """A contestant's recipe, opened."""
         return open_plan(self.suite.recipe(shared, exclusive, None, self.seed))
 
@@ -80,7 +80,7 @@ class SeedRun:
             max_length=self.suite.max_length,
         )
 
-    def merged(self, shared: SharedParams) -> TwinModel:
+    def merged(self, shared: Method) -> TwinModel:
         """A static merge."""
         plan = self.plan_for(shared, ExclusiveSettings(rank=0))
         state = {task.name: tensor for task, tensor in merged_tensors(plan, self.progress)}

@@ -11,11 +11,10 @@ from twinmerge.eval.tasks import Task
 from twinmerge.files.cache import CACHE_VARIABLE, cache_folder
 from twinmerge.files.rows import Row, read_rows
 from twinmerge.files.schema import Strict, load_yaml
-from twinmerge.merging.methods import PretrainedParams, SharedParams
+from twinmerge.merging.average import Pretrained
+from twinmerge.merging.method import Method
 from twinmerge.runtime.precision import PrecisionChoice
 from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, RouterSettings
-
-Shared = Annotated[SharedParams, Field(discriminator="method")]
 
 
 class TaskSpec(Strict):
@@ -53,7 +52,7 @@ class ContestantSpec(Strict):
 
     title: str
     kind: Literal["experts", "top1", "static", "twin"]
-    shared: Shared = PretrainedParams()
+    shared: Method = Pretrained()
     scalings: list[float] | None = None
     exclusive: ExclusiveSettings | None = None
     router: RouterSettings | None = None
@@ -111,7 +110,7 @@ class Suite(Strict):
     test_rows: Annotated[int, Field(ge=1)] | None = None
     max_length: int | None = None
     precision: PrecisionChoice = "float32"
-    shared: Shared
+    shared: Method
     router: RouterSettings = RouterSettings()
     router_ablation: bool = False
     seeds: list[int] = [0]
@@ -161,9 +160,7 @@ class Suite(Strict):
         fit = read_rows(paths[0], labelled=True) if self.unseen[name].head is None else []
         return fit[: self.unseen_rows], read_rows(paths[1], labelled=True)[: self.unseen_rows]
 
-    def recipe(
-        self, shared: SharedParams, exclusive: ExclusiveSettings, router: RouterSettings | None, seed: int
-    ) -> Recipe:
+    def recipe(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None, seed: int) -> Recipe:
         """The recipe of a contestant at a seed."""
         experts = {
             name: ExpertSource(

@@ -1,4 +1,4 @@
-"""Knows how to read a YAML file into a strict model and to say on which line it is wrong."""
+"""Reads a YAML file into a strict model and says on which line it is wrong."""
 
 import difflib
 from collections.abc import Iterator
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from twinmerge.errors import RecipeError
 
@@ -18,6 +19,26 @@ class Strict(BaseModel):
     """A frozen model that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Variant:
+    """Beside BaseModel, a base of models that come in forms: a field of the first such class takes any form of it."""
+
+    @classmethod
+    def form_of(cls, data: Any) -> type[BaseModel]:
+        """The form that data ask for, perhaps from a registry that grows."""
+        raise NotImplementedError
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Of the form that is found when data come."""
+        if Variant not in cls.__bases__:
+            return handler(source)
+
+        def validated(value: Any) -> Any:
+            return value if isinstance(value, cls) else cls.form_of(value).model_validate(value)
+
+        return core_schema.no_info_plain_validator_function(validated)
 
 
 def load_yaml(path: Path, model: type[Model]) -> Model:
@@ -57,7 +78,7 @@ def load_yaml(path: Path, model: type[Model]) -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(_explain(error, path, model, lines)) from error
+        raise RecipeError(_explain(error, path, model, data, lines)) from error
 
 
 def _refuse_duplicate_keys(node: yaml.Node, path: Path) -> None:
@@ -90,11 +111,11 @@ def _lines(node: yaml.Node, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
             yield from _lines(value, (*at, index))
 
 
-def _explain(error: ValidationError, path: Path, model: type[BaseModel], lines: Lines) -> str:
+def _explain(error: ValidationError, path: Path, model: type[BaseModel], data: Any, lines: Lines) -> str:
     """Say the first fault of a validation in one line; unknown keys first, they explain the others."""
     faults = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]
-    location, owner = _locate(fault["loc"], model, lines)
+    location, owner = _locate(fault["loc"], model, data)
     line = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), 1)
     where = ".".join(str(part) for part in location)
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -116,46 +137,31 @@ def _explain(error: ValidationError, path: Path, model: type[BaseModel], lines: 
     return f"{path}:{line}: {where + ': ' if where else ''}{message}{more}"
 
 
-def _locate(
-    parts: tuple[str | int, ...], model: type[BaseModel], lines: Lines
-) -> tuple[tuple[str | int, ...], list[str]]:
-    """Turn pydantic's location into a path of the file, with the keys that its innermost model knows.
-
-    Pydantic puts the tag of a union's member into the location; such a part stands nowhere in the file.
-    """
+def _locate(parts: tuple[str | int, ...], model: type[BaseModel], data: Any) -> tuple[tuple[str | int, ...], list[str]]:
+    """Turn pydantic's location into a path of the file, with the keys that its innermost model knows."""
     location: tuple[str | int, ...] = ()
     annotation: Any = model
     known = list(model.model_fields)
     for part in parts:
-        members = [member for member in _members(annotation) if isinstance(member, type)]
-        models = [member for member in members if issubclass(member, BaseModel)]
-        tagged = [member for member in models if _tag(member) == part]
-        if tagged and (*location, part) not in lines:
-            annotation = tagged[0]
-            known = list(tagged[0].model_fields)
-            continue
+        models = [m for m in members(annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+        models = [member.form_of(data) if issubclass(member, Variant) else member for member in models]
         if models:
             known = list(models[0].model_fields) if len(models) == 1 else known
             field = next((m.model_fields[str(part)] for m in models if str(part) in m.model_fields), None)
             annotation = field.annotation if field else None
-        elif containers := [member for member in _members(annotation) if get_origin(member) in (dict, list)]:
+        elif containers := [member for member in members(annotation) if get_origin(member) in (dict, list)]:
             annotation = get_args(containers[0])[-1]
         else:
             continue  # the name of a union's member that is no model
         location = (*location, part)
+        data = data.get(part) if isinstance(data, dict) else data[int(part)] if isinstance(data, list) else None
     return location, known
 
 
-def _members(annotation: Any) -> list[Any]:
+def members(annotation: Any) -> list[Any]:
     """Unfold Annotated and unions into their members."""
     if hasattr(annotation, "__metadata__"):
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is not None and get_origin(annotation) not in (dict, list, tuple):
-        return [inner for member in get_args(annotation) for inner in _members(member)]
+        return [inner for member in get_args(annotation) for inner in members(member)]
     return [annotation]
-
-
-def _tag(model: type[BaseModel]) -> object:
-    """The value of a union member's `method`, if it has one."""
-    field = model.model_fields.get("method")
-    return get_args(field.annotation)[0] if field and get_args(field.annotation) else None

@@ -1,20 +1,50 @@
-"""Knows mergekit's YAML: which of its keys are understood, and what they say about one tensor."""
+"""Reads mergekit's YAML: which of its keys are understood, and the method it asks for on each tensor."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from twinmerge.errors import RecipeError
-from twinmerge.files.schema import Strict
-from twinmerge.merging.rules import AverageRule, DareRule, Rule, SlerpRule, TaskArithmeticRule, TiesRule
-from twinmerge.merging.weighted import total_weight
+from twinmerge.files.schema import Strict, members
+from twinmerge.merging.method import OWN, Method, find_method, method_names, per_expert
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 _UNSUPPORTED = ("tokenizer", "chat_template", "modules", "parallel", "embed_slerp")
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """What a method of mergekit's is here, where the two differ."""
+
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    required: tuple[str, ...] = ("weight",)
+
+
+_THEIRS: Mapping[str, _Theirs] = {
+    "linear": _Theirs("average"),
+    "task_arithmetic": _Theirs("task_arithmetic", {"scaling": 1.0}),
+    "ties": _Theirs("ties", {"scaling": 1.0, "density": 1.0, "scope": "tensor"}),
+    "dare_linear": _Theirs("dare_linear", {"scaling": 1.0, "density": 1.0}),
+    "dare_ties": _Theirs("dare_ties", {"scaling": 1.0, "density": 1.0, "normalize": False}),
+    "slerp": _Theirs("slerp", required=("t",)),
+}
+_NOT_THEIRS = ("method", "scope", "seed")
+"""Settings that mergekit would ignore."""
 
 
 @dataclass(frozen=True)
@@ -40,86 +70,33 @@ class Setting:
         return None
 
 
-def _parse_setting(value: Any, *, low: float, high: float, kind: str) -> Any:
+def _parse_setting(value: Any, *, check: Callable[[Any], Any], kind: str | None) -> Setting:
     filtered = isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
     entries = []
     for entry in value if filtered else [{"value": value}]:
         if not isinstance(entry, dict) or "value" not in entry or set(entry) - {"filter", "value"}:
             raise ValueError(f"an entry of the list takes filter and value, found {entry!r}")
         numbers = entry["value"] if isinstance(entry["value"], list) else [entry["value"]]
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
-                raise ValueError(f"must be {kind}, found {number!r}")
+        for found in numbers:
+            if isinstance(found, bool) or not isinstance(found, int | float):
+                raise ValueError(f"must be {kind or 'a number'}, found {found!r}")
+            try:
+                check(found)
+            except ValidationError as error:
+                words = f"must be {kind}" if kind else error.errors()[0]["msg"].lower()
+                raise ValueError(f"{words}, found {found!r}") from error
         if not numbers:
             raise ValueError("an empty list has no value")
         part = entry.get("filter")
-        entries.append((None if part in (None, "*") else str(part), tuple(float(number) for number in numbers)))
+        entries.append((None if part in (None, "*") else str(part), tuple(float(found) for found in numbers)))
     return Setting(tuple(entries))
 
 
-_finite = partial(_parse_setting, low=-1e30, high=1e30, kind="a finite number")
-Weight = Annotated[Setting, BeforeValidator(_finite)]
-Density = Annotated[
-    Setting, BeforeValidator(partial(_parse_setting, low=1e-12, high=1.0, kind="the fraction kept, in (0, 1]"))
-]
-Position = Annotated[Setting, BeforeValidator(partial(_parse_setting, low=0.0, high=1.0, kind="in [0, 1]"))]
-Scaling = Annotated[float, Field(allow_inf_nan=False)]
-
-
 class _Model(Strict):
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
-class Weighted(_Model):
-    """What `linear` and `task_arithmetic` take for one model."""
-
-    weight: Weight | None = None
-
-
-class WeightedSparse(Weighted):
-    """What TIES and DARE take for one model."""
-
-    density: Density | None = None
-
-
-class LinearParameters(Weighted):
-    """Of `linear`, for all models."""
-
-    normalize: bool = True
-
-
-class TaskArithmeticParameters(Weighted):
-    """Of `task_arithmetic`, for all models; `int8_mask` saves memory in mergekit and changes nothing here."""
-
-    normalize: bool = False
-    int8_mask: bool = False
-    scaling: Scaling = Field(default=1.0, alias="lambda")
-
-
-class TiesParameters(WeightedSparse):
-    """Of `ties`, for all models."""
-
-    normalize: bool = True
-    int8_mask: bool = False
-    scaling: Scaling = Field(default=1.0, alias="lambda")
-
-
-class DareParameters(WeightedSparse):
-    """Of `dare_linear` and `dare_ties`, for all models."""
-
-    normalize: bool = False
-    int8_mask: bool = False
-    rescale: bool = True
-    scaling: Scaling = Field(default=1.0, alias="lambda")
-
-
-class SlerpParameters(_Model):
-    """Of `slerp`."""
-
-    t: Position | None = None
-
-
-class _Recipe(_Model):
+class KitRecipe(_Model):
     """What all methods share."""
 
     merge_method: str
@@ -128,6 +105,8 @@ class _Recipe(_Model):
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     name: str | None = None
+    models: list[Any]
+    parameters: Any = None
     layers: int | None = Field(default=None, exclude=True)
 
     @model_validator(mode="before")
@@ -176,135 +155,140 @@ class _Source(_Model):
         return model
 
 
-class WeightedSource(_Source):
-    """A model of `linear` or `task_arithmetic`."""
-
-    parameters: Weighted = Weighted()
-
-
-class SparseSource(_Source):
-    """A model of TIES or DARE."""
-
-    parameters: WeightedSparse = WeightedSparse()
+def kit_names() -> list[str]:
+    """Every `merge_method` that is understood: mergekit's, then those of other packages."""
+    return [*_THEIRS, *(name for name in method_names() if name not in OWN)]
 
 
-class SlerpSource(_Source):
-    """A model of `slerp`."""
+def form_of(name: str) -> type[Method]:
+    """The method that a `merge_method` stands for.
+
+    Raises:
+        RecipeError: if it is not known.
+    """
+    return find_method(_THEIRS[name].name if name in _THEIRS else name)
 
 
-class LinearRecipe(_Recipe):
-    """`merge_method: linear`."""
+def kit_recipe(name: str) -> type[KitRecipe]:
+    """The model of a recipe with this `merge_method`: its parameters are the method's settings.
 
-    merge_method: Literal["linear"]
-    models: list[WeightedSource]
-    parameters: LinearParameters = LinearParameters()
-
-
-class TaskArithmeticRecipe(_Recipe):
-    """`merge_method: task_arithmetic`."""
-
-    merge_method: Literal["task_arithmetic"]
-    models: list[WeightedSource]
-    parameters: TaskArithmeticParameters = TaskArithmeticParameters()
-
-
-class TiesRecipe(_Recipe):
-    """`merge_method: ties`."""
-
-    merge_method: Literal["ties"]
-    models: list[SparseSource]
-    parameters: TiesParameters = TiesParameters()
-
-
-class DareRecipe(_Recipe):
-    """`merge_method: dare_linear` or `dare_ties`."""
-
-    merge_method: Literal["dare_linear", "dare_ties"]
-    models: list[SparseSource]
-    parameters: DareParameters = DareParameters()
-
-
-class SlerpRecipe(_Recipe):
-    """`merge_method: slerp`."""
-
-    merge_method: Literal["slerp"]
-    models: list[SlerpSource]
-    parameters: SlerpParameters
+    Raises:
+        RecipeError: if the method is not known.
+    """
+    theirs, form = _THEIRS.get(name), form_of(name)
+    common: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for key, info in form.model_fields.items():
+        if key == "method" or (theirs and key in _NOT_THEIRS):
+            continue
+        alias = "lambda" if theirs and key == "scaling" else None
+        each = per_expert(form).get(key)
+        plain: Any = info.rebuild_annotation()
+        if each is None and float not in members(info.annotation):
+            common[key] = (plain, None)
+            continue
+        kind = get_args(each.number)[1].description if each else info.description
+        parse = partial(_parse_setting, check=TypeAdapter(each.number if each else plain).validate_python, kind=kind)
+        common[key] = (Annotated[Setting | None, BeforeValidator(parse)], Field(default=None, alias=alias))
+        own |= {key: common[key]} if each else {}
+    if theirs and "scaling" in common:
+        common["int8_mask"] = (bool, False)  # saves memory in mergekit and changes nothing here
+    parameters = create_model("Parameters", __base__=_Model, **common)
+    own_parameters = create_model("Own", __base__=_Model, **own)
+    source = create_model("Source", __base__=_Source, parameters=(own_parameters, own_parameters()))
+    fields: dict[str, Any] = {"models": (list[source], ...), "parameters": (parameters, parameters())}  # type: ignore[valid-type]
+    return create_model("Recipe", __base__=KitRecipe, **fields)
 
 
-AnyRecipe = LinearRecipe | TaskArithmeticRecipe | TiesRecipe | DareRecipe | SlerpRecipe
-RECIPES: Mapping[str, type[AnyRecipe]] = {
-    "linear": LinearRecipe,
-    "task_arithmetic": TaskArithmeticRecipe,
-    "ties": TiesRecipe,
-    "dare_linear": DareRecipe,
-    "dare_ties": DareRecipe,
-    "slerp": SlerpRecipe,
-}
+@dataclass(frozen=True)
+class PerTensor:
+    """A method for every tensor, which differ where settings depend on the tensor's name or depth; picklable."""
+
+    form: type[Method]
+    defaults: Mapping[str, Any]
+    """What a setting is where nothing else is said."""
+    common: Mapping[str, Any] = field(default_factory=dict)
+    """Of all experts: values and `Setting`s."""
+    own: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
+    """By expert."""
+    places: Mapping[str, int] = field(default_factory=dict)
+    """Where the recipe lists each expert, for messages."""
+    required: tuple[str, ...] = ()
+    """Settings that must be said for every tensor."""
+
+    def at(self, tensor: str, depth: float) -> Method:
+        """The method that merges one tensor.
+
+        Args:
+            tensor: its name.
+            depth: of its layer, 0 to 1; see `Setting.at`.
+
+        Raises:
+            RecipeError: if a setting that is needed has no value for this tensor, or one has a wrong value.
+        """
+        values = {}
+        for key in self.form.model_fields:
+            found = {expert: _resolve(own.get(key), tensor, depth) for expert, own in self.own.items()}
+            rest = _resolve(self.common.get(key), tensor, depth)
+            rest = self.defaults.get(key) if rest is None else rest
+            missing = [expert for expert, value in found.items() if value is None]
+            if rest is None and key in self.required and (missing or not found):
+                whose = f"models.{self.places[missing[0]]}.parameters or " if key in per_expert(self.form) else ""
+                raise RecipeError(f"{whose}parameters must give {key!r} for tensor {tensor!r}, found none")
+            if len(missing) < len(found):
+                values[key] = {expert: rest if value is None else value for expert, value in found.items()}
+            elif rest is not None:
+                values[key] = rest
+        try:
+            return self.form.model_validate(values)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in ("parameters", *fault["loc"]))
+            raise RecipeError(f"{where}: {fault['msg']}, found {fault['input']!r}, for tensor {tensor!r}") from error
 
 
-def expert_names(recipe: AnyRecipe) -> dict[str, int]:
+def _resolve(setting: Any, tensor: str, depth: float) -> Any:
+    return setting.at(tensor, depth) if isinstance(setting, Setting) else setting
+
+
+def compile_methods(recipe: KitRecipe, seed: int) -> PerTensor:
+    """The recipe's method for every tensor.
+
+    Args:
+        recipe: the parsed YAML.
+        seed: of random draws, for which mergekit's recipes have no place.
+    """
+    theirs = _THEIRS.get(recipe.merge_method, _Theirs(recipe.merge_method, required=()))
+    form = form_of(recipe.merge_method)
+    required = (*theirs.required, *(key for key, info in form.model_fields.items() if info.is_required()))
+    fields = {key: info for key, info in form.model_fields.items() if key not in required}
+    defaults = {key: info.get_default(call_default_factory=True) for key, info in fields.items()}
+    defaults |= {"seed": seed} if "seed" in defaults else {}
+    places = expert_names(recipe)
+    own = {expert: _given(recipe.models[place].parameters) for expert, place in places.items()}
+    return PerTensor(form, {**defaults, **theirs.defaults}, _given(recipe.parameters), own, places, required)
+
+
+def _given(parameters: BaseModel) -> dict[str, Any]:
+    return {key: getattr(parameters, key) for key in parameters.model_fields_set if key != "int8_mask"}
+
+
+def expert_names(recipe: KitRecipe) -> dict[str, int]:
     """The models that are merged into the base, by what the recipe calls them, and their places in its list.
 
     Raises:
-        RecipeError: if there are none, one stands twice, or the method needs another number of them.
+        RecipeError: if there are none, one stands twice, or the method needs a base and has none.
     """
+    uses_base = form_of(recipe.merge_method).uses_base
     names: dict[str, int] = {}
     for place, source in enumerate(recipe.models):
-        if source.model == recipe.base_model and recipe.merge_method != "linear":
+        if source.model == recipe.base_model and uses_base:
             continue
         if source.model in names:
             raise RecipeError(f"models.{place}: {source.model!r} stands twice in the list")
         names[source.model] = place
-    if recipe.merge_method != "linear" and recipe.base_model is None:
+    if uses_base and recipe.base_model is None:
         raise RecipeError(f"{recipe.merge_method} needs a base_model")
-    if isinstance(recipe, SlerpRecipe) and len(names) != 1:
-        raise RecipeError(f"slerp goes from base_model to one other model, found {len(names)} others")
     if not names:
         raise RecipeError("models: none is left to merge besides the base_model")
     return names
-
-
-def rule_for(recipe: AnyRecipe, name: str, depth: float, seed: int) -> Rule:
-    """How the recipe merges one tensor.
-
-    Args:
-        recipe: the parsed YAML.
-        name: of the tensor.
-        depth: of its layer, 0 to 1; see `Setting.at`.
-        seed: of DARE's draws.
-
-    Raises:
-        RecipeError: if a needed parameter has no value for this tensor, or weights cannot be normalised.
-    """
-    experts = expert_names(recipe)
-    shared = recipe.parameters
-    if isinstance(recipe, SlerpRecipe) or isinstance(shared, SlerpParameters):
-        [other] = experts
-        return SlerpRule(str(recipe.base_model), other, _value(recipe, "t", None, name, depth, None))
-    weights = {expert: _value(recipe, "weight", place, name, depth, None) for expert, place in experts.items()}
-    if shared.normalize:
-        total_weight(weights)
-    if isinstance(shared, LinearParameters):
-        return AverageRule(weights, shared.normalize)
-    if isinstance(shared, TaskArithmeticParameters):
-        return TaskArithmeticRule(weights, shared.normalize, shared.scaling)
-    densities = {expert: _value(recipe, "density", place, name, depth, 1.0) for expert, place in experts.items()}
-    if isinstance(shared, TiesParameters):
-        return TiesRule(weights, densities, shared.normalize, shared.scaling)
-    elect = recipe.merge_method == "dare_ties"
-    return DareRule(weights, densities, shared.normalize, shared.scaling, shared.rescale, elect, seed)
-
-
-def _value(recipe: AnyRecipe, key: str, place: int | None, name: str, depth: float, default: float | None) -> float:
-    """The model's own value, else the one for all models, else the default."""
-    own = None if place is None else getattr(recipe.models[place], "parameters", None)
-    for parameters in (own, recipe.parameters):
-        setting = getattr(parameters, key, None)
-        value = setting.at(name, depth) if setting else None
-        if value is not None:
-            return float(value)
-    if default is None:
-        whose = "" if place is None else f"models.{place}.parameters or "
-        raise RecipeError(f"{whose}parameters must give {key!r} for tensor {name!r}, found none")
-    return default

@@ -1,4 +1,4 @@
-"""Knows what a static merge is made of, whether its recipe is ours or mergekit's."""
+"""Reads the recipe of a static merge, ours or mergekit's, and finds its models."""
 
 import re
 from collections import defaultdict
@@ -9,77 +9,58 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from twinmerge.errors import RecipeError
 from twinmerge.files.schema import Strict, load_yaml
-from twinmerge.merging.mergekit import RECIPES, AnyRecipe, Dtype, SlerpRecipe, expert_names, rule_for
-from twinmerge.merging.methods import SharedParams, Stats, TaskArithmeticParams
-from twinmerge.merging.rules import RegistryRule, Rule
+from twinmerge.merging.mergekit import Dtype, PerTensor, compile_methods, kit_names, kit_recipe
+from twinmerge.merging.method import Method
+from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.models.source import locate
 
 _IN_STACK = re.compile(r"(?:(.*?)\.)?(\d+)\.")
 
 
 class MergeRecipe(Strict):
-    """A static merge by a method of the registry.
+    """A static merge by a method of ours.
 
     Attributes:
         base: folder or hub id of the pre-trained model.
         experts: folders or hub ids of the models fine-tuned from it, by name.
-        shared: the method and its parameters, as in a twin's recipe.
+        shared: the method and its settings, as in a twin's recipe.
         dtype: of the result; null keeps the base's, tensor by tensor.
     """
 
     base: str
     experts: Annotated[dict[str, str], Field(min_length=1)]
-    shared: Annotated[SharedParams, Field(discriminator="method")] = TaskArithmeticParams()
+    shared: Method = TaskArithmetic()
     dtype: Dtype | None = None
 
-    @field_validator("shared")
-    @classmethod
-    def _a_number(cls, shared: SharedParams) -> SharedParams:
-        if getattr(shared, "scaling", None) == "auto":
-            raise ValueError("scaling: auto is found while a twin is built; a static merge needs a number")
-        return shared
+    @model_validator(mode="after")
+    def _a_number(self) -> "MergeRecipe":
+        if self.shared.automatic:
+            raise ValueError("shared: scaling auto is found while a twin is built; a static merge needs a number")
+        return self
 
 
 @dataclass(frozen=True)
 class StaticMerge:
-    """A recipe with its models found."""
+    """A recipe with its models found, and a method for every tensor."""
 
-    recipe: MergeRecipe | AnyRecipe
+    method: str
+    """What the recipe calls it."""
+    methods: PerTensor
     reference: Path
     """The model whose names, shapes, config and tokenizer the others must have, and the result gets."""
     base: Path | None
     """The model that task vectors start from; None if the method has none."""
     experts: Mapping[str, Path]
     """The models that are merged, by name."""
+    dtype: torch.dtype | None = None
+    """Of the result; None: each tensor keeps the reference's."""
+    layers: int | None = None
+    """How many layers the recipe says the models have, if it says so."""
     seed: int = 0
-
-    @property
-    def method(self) -> str:
-        """What the method is called."""
-        return self.recipe.shared.method if isinstance(self.recipe, MergeRecipe) else self.recipe.merge_method
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of the result; None: each tensor keeps the reference's."""
-        name = self.recipe.dtype
-        if not isinstance(self.recipe, MergeRecipe):
-            name = self.recipe.out_dtype or name
-        return getattr(torch, name) if name else None
-
-    @property
-    def layers(self) -> int | None:
-        """How many layers the recipe says the models have, if it says so."""
-        return None if isinstance(self.recipe, MergeRecipe) else self.recipe.layers
-
-    def rule(self, name: str, depth: float, stats: Stats | None) -> Rule:
-        """How one tensor is merged; `stats` is what the method's pass over the whole model found."""
-        if isinstance(self.recipe, MergeRecipe):
-            return RegistryRule(self.recipe.shared, stats)
-        return rule_for(self.recipe, name, depth, self.seed)
 
     def record(self) -> dict[str, Any]:
         """The recipe as it is kept in the manifest."""
@@ -102,25 +83,38 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     Raises:
         RecipeError: `file:line`, what is wrong and what to do.
     """
-    method = _merge_method(path)
-    if method is None:
-        recipe = load_yaml(path, MergeRecipe)
-        base = locate(path.resolve().parent, recipe.base, "base")
-        experts = {n: locate(path.resolve().parent, s, f"experts.{n}") for n, s in recipe.experts.items()}
-        return StaticMerge(recipe, base, base, experts, seed)
-    if method not in RECIPES:
-        raise RecipeError(f"{path}: merge_method {method!r} is not supported; known are {', '.join(RECIPES)}")
-    kit: AnyRecipe = load_yaml(path, RECIPES[method])
+    name = _content(path).get("merge_method")
+    if name is None:
+        return _load_ours(path, seed)
+    if name not in kit_names():
+        raise RecipeError(f"{path}: merge_method {name!r} is not supported; known are {', '.join(kit_names())}")
+    kit = load_yaml(path, kit_recipe(name))
     try:
-        names = expert_names(kit)
+        methods = compile_methods(kit, seed)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
-    experts = {name: _locate_near(path, name, f"models.{place}.model") for name, place in names.items()}
+    experts = {name: _locate_near(path, name, f"models.{place}.model") for name, place in methods.places.items()}
     start = _locate_near(path, kit.base_model, "base_model") if kit.base_model else None
-    if isinstance(kit, SlerpRecipe):
-        experts[str(kit.base_model)] = start or path
-    averages = kit.merge_method in ("linear", "slerp")
-    return StaticMerge(kit, start or next(iter(experts.values())), None if averages else start, experts, seed)
+    base = start if methods.form.uses_base else None
+    dtype = _dtype(kit.out_dtype or kit.dtype)
+    return StaticMerge(name, methods, start or next(iter(experts.values())), base, experts, dtype, kit.layers, seed)
+
+
+def _load_ours(path: Path, seed: int) -> StaticMerge:
+    if keys := twin_keys(path):
+        raise RecipeError(
+            f"{path} is the recipe of a twin (it has {keys[0]}); `twinmerge build` takes it. A static merge has base, "
+            "experts (a folder for each name), shared and dtype"
+        )
+    recipe = load_yaml(path, MergeRecipe)
+    base = locate(path.resolve().parent, recipe.base, "base")
+    experts = {n: locate(path.resolve().parent, s, f"experts.{n}") for n, s in recipe.experts.items()}
+    methods = PerTensor(type(recipe.shared), recipe.shared.model_dump())
+    return StaticMerge(recipe.shared.method, methods, base, base, experts, _dtype(recipe.dtype), seed=seed)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:
@@ -148,17 +142,16 @@ def layer_count(names: Iterable[str]) -> int:
     return max((int(match[2]) + 1 for name in names if (match := _IN_STACK.match(name))), default=0)
 
 
-def is_twin(path: Path) -> bool:
-    """Whether a recipe is a twin's: its experts have router data, or it has keys that no static merge has."""
+def twin_keys(path: Path) -> list[str]:
+    """What makes a recipe a twin's: keys that no static merge has, experts with router data; empty if nothing does."""
     data = _content(path)
     experts = data.get("experts")
-    entries = list(experts.values()) if isinstance(experts, dict) else []
-    return bool({"exclusive", "router", "max_length"} & set(data)) or any(isinstance(e, dict) for e in entries)
-
-
-def _merge_method(path: Path) -> str | None:
-    data = _content(path)
-    return str(data["merge_method"]) if "merge_method" in data else None
+    entries = experts if isinstance(experts, dict) else {}
+    return [key for key in ("exclusive", "router", "max_length") if key in data] + [
+        f"experts.{name} with {', '.join(map(str, entry))}"
+        for name, entry in entries.items()
+        if isinstance(entry, dict)
+    ]
 
 
 def _content(path: Path) -> dict[str, Any]:

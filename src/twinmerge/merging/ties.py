@@ -1,119 +1,117 @@
-"""TIES: trim small changes, elect a sign, merge what agrees with it (arXiv:2306.01708)."""
+"""Merges experts by TIES: trim small changes, elect a sign, average what has it (arXiv:2306.01708)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float32, Int32, Int64
 from torch import Tensor
 
-from twinmerge.tensors.sparse import kept_count, kth_magnitude
-
-Stream = Callable[[], Iterator[tuple[str, Mapping[str, Tensor]]]]
-"""Goes through the model from its start: name of a tensor, its task vectors by expert."""
+from twinmerge.merging.method import Chunk, Chunks, Density, Scaled, merge_method, of_expert
+from twinmerge.merging.statistics import Statistics
+from twinmerge.tensors.sparse import kept_count
 
 _LOW_BITS = 16
-_CHUNK = 1 << 18  # entries elected at a time: what they need stays in cache
 
 
-def ties(
-    base: Float[Tensor, "*shape"],
-    task_vectors: Mapping[str, Float32[Tensor, "*shape"]],
-    *,
-    thresholds: Mapping[str, float],
-    scaling: float,
+@merge_method("ties", paper="arXiv:2306.01708")
+class Ties(Scaled):
+    """theta_0 + lambda times the elected mean of the trimmed task vectors (METHOD §2, algorithm 1 of the paper)."""
+
+    density: Density = 0.2
+    scope: Literal["model", "tensor"] = "model"
+    """What density is a fraction of."""
+    normalize: bool = True
+
+    def prepass(self, model: Chunks) -> Mapping[str, float] | None:
+        """The smallest magnitude kept of the whole model, by expert."""
+        return thresholds(model, self.density) if self.scope == "model" else None
+
+    def measure(self, tensor: Chunks, statistics: Statistics) -> Mapping[str, float] | None:
+        """The smallest magnitude kept of the tensor, by expert."""
+        return thresholds(tensor, self.density) if self.scope == "tensor" else None
+
+    def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
+        """The base and the elected mean, added up in float32."""
+        smallest = statistics.model if statistics.tensor is None else statistics.tensor
+        if smallest is None:
+            raise ValueError("ties needs its thresholds, which its pre-pass finds")
+        vectors, weights = {}, self.weights(chunk.names)
+        for expert in chunk.names:
+            vector = chunk.task_vector(expert)
+            vector.mul_(torch.ge(vector.abs(), smallest.get(expert, 0.0), out=torch.empty_like(vector)))
+            vectors[expert] = vector.mul_(weights[expert])
+        elected = elect(vectors, weights, normalize=self.normalize)
+        return elected.double().mul_(self.factor).add_(chunk.base_value())
+
+
+def elect(
+    vectors: Mapping[str, Float32[Tensor, "*shape"]], weights: Mapping[str, float], *, normalize: bool
 ) -> Float32[Tensor, "*shape"]:
-    """Trim each task vector, then merge without interference: base + scaling * disjoint mean.
+    """Elect each entry's sign by the sum over experts, then add up the experts that have that sign.
+
+    An entry whose sum is zero has no sign and stays zero, as in the paper; zeros of an expert take no part.
 
     Args:
-        base: a parameter of the base model, any float dtype.
-        task_vectors: expert - base in float32, by expert; at least one.
-        thresholds: smallest magnitude kept, by expert: from `model_thresholds`, as the paper does,
-            or from `tensor_thresholds`.
-        scaling: lambda, 1 in the paper without validation data.
-
-    Returns:
-        The merged parameter in float32.
-
-    Source: METHOD §2, arXiv:2306.01708, algorithm 1.
+        vectors: weighted, trimmed or dropped task vectors.
+        weights: what they were multiplied with.
+        normalize: divide each entry by the weights of the experts that have its sign: with equal weights, their mean.
     """
-    trimmed = {
-        expert: torch.where(vector.abs() >= thresholds[expert], vector, 0.0) for expert, vector in task_vectors.items()
-    }
-    return base.float() + scaling * disjoint_mean(trimmed)
+    names = sorted(vectors)
+    elected = sum((vectors[name] for name in names[1:]), start=vectors[names[0]]).sign()
+    total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
+    for name in names:
+        agrees = vectors[name] * elected
+        torch.gt(agrees, 0, out=agrees)
+        total.addcmul_(vectors[name], agrees)
+        divisor.add_(agrees, alpha=weights[name])
+    return total.div_(divisor.masked_fill_(divisor == 0, 1.0)) if normalize else total
 
 
-def disjoint_mean(task_vectors: Mapping[str, Float32[Tensor, "*shape"]]) -> Float32[Tensor, "*shape"]:
-    """Elect each entry's sign by the sum over experts, then average the experts that have that sign.
+def thresholds(chunks: Chunks, density: float | Mapping[str, float]) -> Mapping[str, float]:
+    """The `kept_count`-th largest magnitude of each expert's task vector, over all chunks.
 
-    Entries that are zero in an expert take no part; an entry whose sum is zero stays zero.
-    """
-    ordered = [task_vectors[expert].reshape(-1) for expert in sorted(task_vectors)]
-    merged = torch.empty_like(ordered[0])
-    for chunk in range(0, len(merged), _CHUNK):
-        merged[chunk : chunk + _CHUNK] = _elect_and_average([vector[chunk : chunk + _CHUNK] for vector in ordered])
-    return merged.view(next(iter(task_vectors.values())).shape)
-
-
-def _elect_and_average(ordered: list[Float32[Tensor, " entries"]]) -> Float32[Tensor, " entries"]:
-    elected = sum(ordered[1:], start=ordered[0]).sign()
-    total = torch.zeros_like(elected)
-    count = torch.zeros_like(elected)
-    for vector in ordered:
-        agrees = (vector * elected) > 0
-        total += vector * agrees
-        count += agrees
-    return total / count.clamp(min=1)
-
-
-def tensor_thresholds(task_vectors: Mapping[str, Float32[Tensor, "*shape"]], density: float) -> Mapping[str, float]:
-    """The `kept_count`-th largest magnitude of one tensor, by expert.
-
-    Raises:
-        RecipeError: if `density` is outside (0, 1].
-    """
-    return {
-        expert: kth_magnitude(vector, kept_count(vector.numel(), density)) for expert, vector in task_vectors.items()
-    }
-
-
-def model_thresholds(stream: Stream, density: float) -> Mapping[str, float]:
-    """The `kept_count`-th largest magnitude of each expert's whole task vector.
-
-    Exact, in two passes and without sorting: magnitudes of float32 are ordered as their bit patterns,
-    so a histogram of the upper 16 bits finds the bin of the threshold, and one of the lower 16 bits
-    inside that bin finds the threshold. Entries equal to it are all kept.
+    Exact, in two passes and without sorting: magnitudes of float32 are ordered as their bit patterns, so a histogram
+    of the upper 16 bits finds the bin of the threshold, and one of the lower 16 bits inside that bin finds the
+    threshold. Entries equal to it are all kept.
 
     Args:
-        stream: gives the task vectors in float32, tensor by tensor; called twice.
-        density: fraction of the whole task vector kept, in (0, 1].
+        chunks: gone through twice; not at all where every density is 1.
+        density: fraction of the whole task vector kept, in (0, 1]; an expert of which everything is kept is left out.
 
     Raises:
         RecipeError: if `density` is outside (0, 1].
     """
     upper: dict[str, Int64[Tensor, " bins"]] = {}
-    for _, task_vectors in stream():
-        for expert, vector in task_vectors.items():
-            histogram = torch.bincount(_magnitude_bits(vector) >> _LOW_BITS, minlength=1 << 15)
-            upper[expert] = upper.get(expert, 0) + histogram
-    bins = {expert: _find(histogram, kept_count(int(histogram.sum()), density)) for expert, histogram in upper.items()}
-
+    for expert, bits in _magnitude_bits(chunks, density):
+        upper[expert] = upper.get(expert, 0) + torch.bincount(bits >> _LOW_BITS, minlength=1 << 15)
+    bins = {
+        expert: _find(histogram, kept_count(int(histogram.sum()), of_expert(density, expert)))
+        for expert, histogram in upper.items()
+    }
     lower = {expert: torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for expert in bins}
-    for _, task_vectors in stream():
-        for expert, vector in task_vectors.items():
-            bits = _magnitude_bits(vector)
-            inside = bits[bits >> _LOW_BITS == bins[expert][0]] & ((1 << _LOW_BITS) - 1)
-            lower[expert] += torch.bincount(inside, minlength=1 << _LOW_BITS)
-    thresholds = {}
+    for expert, bits in _magnitude_bits(chunks, density):
+        inside = bits[bits >> _LOW_BITS == bins[expert][0]] & ((1 << _LOW_BITS) - 1)
+        lower[expert] += torch.bincount(inside, minlength=1 << _LOW_BITS)
+    found = {}
     for expert, (bin_, missing) in bins.items():
         bits = torch.tensor(bin_ << _LOW_BITS | _find(lower[expert], missing)[0], dtype=torch.int32)
-        thresholds[expert] = bits.view(torch.float32).item()
-    return thresholds
+        found[expert] = bits.view(torch.float32).item()
+    return found
 
 
-def _magnitude_bits(vector: Float32[Tensor, "..."]) -> Tensor:
-    return vector.cpu().abs().flatten().view(torch.int32)
+def _magnitude_bits(
+    chunks: Chunks, density: float | Mapping[str, float]
+) -> Iterator[tuple[str, Int32[Tensor, " entries"]]]:
+    """Of every chunk's task vectors that are trimmed."""
+    if all(kept == 1 for kept in (density.values() if isinstance(density, Mapping) else [density])):
+        return
+    for chunk in chunks():
+        for expert in chunk.names:
+            if of_expert(density, expert) != 1:
+                yield expert, chunk.task_vector(expert).abs_().flatten().view(torch.int32)
 
 
 def _find(histogram: Int64[Tensor, " bins"], k: int) -> tuple[int, int]:

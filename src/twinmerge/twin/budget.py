@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from twinmerge.errors import RecipeError
 from twinmerge.merging.executor import OWN_BYTES, Executor, Threads
-from twinmerge.merging.methods import METHODS
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
 
 _GRAM_ROWS = 4096
@@ -56,8 +55,7 @@ class Needs:
 
 def streams(plan: Plan, task: TensorTask) -> bool:
     """Whether a parameter is merged stretch by stretch, so that the merge takes no memory of the parameter's size."""
-    params = plan.recipe.shared
-    whole = getattr(params, "scaling", None) == "auto" or not METHODS[params.method].streams
+    whole = plan.recipe.shared.whole or plan.recipe.shared.automatic
     return not whole and not any(plan.experts[name].is_adapter for name in task.experts)
 
 

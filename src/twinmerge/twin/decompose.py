@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +14,18 @@ from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, 
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.writer import copy_side_files
 from twinmerge.merging.executor import Executor, make_executor
-from twinmerge.merging.methods import METHODS, SharedParams, Stats, merge_tensor, run_prepass
-from twinmerge.merging.rules import Chunk, RegistryRule, task_vectors
-from twinmerge.models.compatible import plausible_bound, require_plausible, require_related
+from twinmerge.merging.method import Scaled
+from twinmerge.merging.statistics import Statistics
 from twinmerge.tensors.difference import require_finite
 from twinmerge.tensors.float8 import EIGHT_BITS, to_eight_bits
 from twinmerge.tensors.low_rank import LowRank, compress_product
 from twinmerge.tensors.parts import LEAVES, Dense, Part, unpack
 from twinmerge.twin.artifact import write_exclusive
-from twinmerge.twin.budget import streams
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
-from twinmerge.twin.ranks import Key, best_scaling, choose_ranks, compress
+from twinmerge.twin.ranks import Key, choose_ranks, compress
+from twinmerge.twin.shared import bound_of, merge_parameter, prepare, require_fine_tune
 
 MAX_SHARD_BYTES = 5 * 10**9
-_CHUNK_ENTRIES = 1 << 16
-"""Entries merged at a time: what they need stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -69,52 +65,6 @@ class WeightsReport:
 
     tensors: dict[str, dict[str, Any]]
     experts: dict[str, dict[str, Any]]
-
-
-def merged_tensors(plan: Plan, progress: Progress = silent) -> Iterator[tuple[TensorTask, Tensor]]:
-    """Merge every parameter into the shared expert, one at a time, in the base's dtype (METHOD §2).
-
-    Yields:
-        The task and its shared tensor.
-    """
-    stats = prepare(plan)
-    for index, task in enumerate(plan.tasks):
-        yield task, _merge(task, plan, stats)[0]
-        progress("merging", index + 1, len(plan.tasks))
-
-
-def prepare(plan: Plan) -> Stats | None:
-    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one."""
-    for name in () if plan.allow.unrelated else plan.expert_names:
-        _require_related(plan, name)
-    return run_prepass(plan.recipe.shared, partial(_all_task_vectors, plan))
-
-
-def _all_task_vectors(plan: Plan) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """Parameter by parameter, large ones in stretches: its name, and the task vectors by expert."""
-    for task in [task for task in plan.tasks if task.experts]:
-        if streams(plan, task):
-            yield from task_vectors(partial(_chunks, plan, task))
-        else:
-            base = plan.base.read(task.name)
-            bound = _bound(plan, task, base)
-            yield task.name, {e: plan.experts[e].task_vector(task.name, base, bound) for e in task.experts}
-
-
-def _chunks(plan: Plan, task: TensorTask) -> Iterator[Chunk]:
-    """One parameter of the base and of full experts, stretch by stretch, finite."""
-    for start in range(0, task.spec.numel, _CHUNK_ENTRIES):
-        stop = min(start + _CHUNK_ENTRIES, task.spec.numel)
-        base = plan.base.read_flat(task.name, start, stop)
-        bound = _bound(plan, task, base, start)
-        experts = {name: plan.experts[name].read_flat(task.name, start, stop, bound) for name in task.experts}
-        yield Chunk(task.name, start, base, experts)
-
-
-def _bound(plan: Plan, task: TensorTask, base: Tensor, start: int = 0) -> float | None:
-    """The largest magnitude that is plausible in a fine-tune, where the base has these values, which must be finite."""
-    largest = require_plausible(base, f"base: {task.name!r} in {task.spec.file}", start)
-    return None if plan.allow.unrelated else plausible_bound(largest)
 
 
 def write_weights(
@@ -171,7 +121,7 @@ class _Decompose:
     """Decomposes one parameter into its part file; run twice it writes the same bytes."""
 
     plan: Plan
-    stats: Stats | None
+    statistics: Statistics
     work: Path
 
     def part(self, name: str) -> Path:
@@ -180,7 +130,7 @@ class _Decompose:
 
     def __call__(self, task: TensorTask) -> str:
         """The SHA-256 of the part file."""
-        return sha256_of(decompose_tensor(task, self.plan, self.stats, self.part(task.name)).part)
+        return sha256_of(decompose_tensor(task, self.plan, self.statistics, self.part(task.name)).part)
 
 
 def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
@@ -194,12 +144,12 @@ def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progres
         progress: told after every parameter.
     """
     (name,) = plan.experts
-    _require_related(plan, name)
+    require_fine_tune(plan, name)
     records = {}
     tasks = [task for task in plan.tasks if task.exclusive]
     for index, task in enumerate(tasks):
         part = work / f"{index:05d}.safetensors"
-        records[task.name] = decompose_tensor(task, plan, None, part, shared.read(task.name))
+        records[task.name] = decompose_tensor(task, plan, Statistics(), part, shared.read(task.name))
         progress("decomposing", index + 1, len(tasks))
     ranks = _ranks(plan, records)
     entry = _write_expert(plan, name, records, ranks, folder)
@@ -207,20 +157,20 @@ def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progres
 
 
 def decompose_tensor(
-    task: TensorTask, plan: Plan, stats: Stats | None, part: Path, stored: Tensor | None = None
+    task: TensorTask, plan: Plan, statistics: Statistics, part: Path, stored: Tensor | None = None
 ) -> TensorRecord:
     """Merge one parameter and compress what each expert loses by it; idempotent, writes only `part`.
 
     The difference is taken from the shared tensor as it is stored, so that rounding is not lost; one that is `stored`
     already is not merged again.
     """
-    shared, scaling = _merge(task, plan, stats) if stored is None else (stored, None)
+    shared, scaling = merge_parameter(task, plan, statistics) if stored is None else (stored, None)
     tensors: dict[str, Tensor] = {"shared": shared} if stored is None else {}
     energies: dict[str, float] = {}
     spectra: dict[str, Tensor] = {}
     if task.exclusive:
         base = plan.base.read(task.name)
-        bound = _bound(plan, task, base)
+        bound = bound_of(plan, task, base)
         factored = _factored_differences(task, plan, scaling) if stored is None else None
         for name in task.experts:
             kept: Part
@@ -249,75 +199,27 @@ def decompose_tensor(
     return TensorRecord(task.name, scaling, energies, spectra, part)
 
 
-def _merge(task: TensorTask, plan: Plan, stats: Stats | None) -> tuple[Tensor, float | None]:
-    """The shared tensor, rounded once to the base's dtype, and the scaling that was used."""
-    if task.experts and streams(plan, task):
-        return _merge_in_stretches(task, plan, stats), getattr(plan.recipe.shared, "scaling", None)
-    base = plan.base.read(task.name)
-    if not task.experts:
-        return base, None
-    bound = _bound(plan, task, base)
-    vectors = {name: plan.experts[name].task_vector(task.name, base, bound) for name in task.experts}
-    params = plan.recipe.shared
-    scaling = getattr(params, "scaling", None)
-    if scaling == "auto":
-        params = params.model_copy(update={"scaling": 1.0})
-        direction = merge_tensor(params, base, vectors, name=task.name, stats=stats) - base.float()
-        scaling = best_scaling(vectors, direction, _expected_rank(plan) if task.exclusive else 0)
-        merged = base.float() + scaling * direction
-    else:
-        merged = merge_tensor(params, base, vectors, name=task.name, stats=stats)
-    return merged.to(task.spec.dtype), scaling
-
-
-def _merge_in_stretches(task: TensorTask, plan: Plan, stats: Stats | None) -> Tensor:
-    """As `_merge`, for methods that go entry by entry: nothing but the result has the parameter's size."""
-    rule = RegistryRule(plan.recipe.shared, stats)
-    measured = rule.measure(partial(_chunks, plan, task))
-    shared = torch.empty(task.spec.numel, dtype=task.spec.dtype)
-    for chunk in _chunks(plan, task):
-        merged = rule.merge(chunk, measured)
-        shared[chunk.at : chunk.at + len(merged)] = merged
-    return shared.view(task.spec.shape)
-
-
-def _expected_rank(plan: Plan) -> int:
-    """The rank that is kept, or the mean rank that a budget allows; 0 where an energy decides."""
-    if plan.recipe.exclusive.rank is not None:
-        return plan.recipe.exclusive.rank
-    if plan.budget_bytes is None:
-        return 0
-    matrices = [task for task in plan.tasks if task.kind in MATRICES and task.exclusive]
-    per_rank = sum(sum(task.matrix_shape) * plan.stored_dtype(task).itemsize * len(task.experts) for task in matrices)
-    return round(plan.budget_bytes / per_rank) if per_rank else 0
-
-
 def _factored_differences(
     task: TensorTask, plan: Plan, scaling: float | None
 ) -> dict[str, tuple[LowRank, Tensor]] | None:
     """LoRA experts under a linear merge: D_t from stacked factors through QR, no (out, in) matrix is formed."""
-    method = METHODS[plan.recipe.shared.method]
-    svd = plan.recipe.exclusive.compression == "svd"
-    if (
-        task.kind not in MATRICES
-        or not svd
-        or method.coefficient is None
-        or not all(plan.experts[n].is_adapter for n in task.experts)
-    ):
+    method, svd = plan.recipe.shared, plan.recipe.exclusive.compression == "svd"
+    if isinstance(method, Scaled) and scaling is not None:
+        method = method.at(scaling)
+    if task.kind not in MATRICES or not svd or not all(plan.experts[n].is_adapter for n in task.experts):
+        return None
+    coefficients = method.coefficients(task.experts)
+    if coefficients is None:
         return None
     pairs = {name: plan.experts[name].factors(task.name) for name in task.experts}
     if any(pairs[n] is None and task.name in plan.experts[n].stored for n in task.experts):
         return None
-    params: SharedParams = plan.recipe.shared
-    if scaling is not None:
-        params = params.model_copy(update={"scaling": scaling})
-    coefficient = method.coefficient(params, len(task.experts))
     trained = {name: pair for name, pair in pairs.items() if pair is not None}
     out, columns = task.matrix_shape
     empty = LowRank(torch.zeros(out, 0), torch.zeros(0, columns))
     result = {}
     for name in task.experts:
-        ups = [pair.up * ((other == name) - coefficient) for other, pair in sorted(trained.items())]
+        ups = [pair.up * ((other == name) - coefficients[other]) for other, pair in sorted(trained.items())]
         downs = [pair.down for _, pair in sorted(trained.items())]
         if not ups:
             result[name] = (empty, torch.zeros(0))
@@ -326,18 +228,6 @@ def _factored_differences(
         rank = plan.recipe.exclusive.rank
         result[name] = (factors if rank is None else factors.truncate(min(rank, factors.rank)), values)
     return result
-
-
-def _require_related(plan: Plan, name: str) -> None:
-    """Refuse an expert whose matrices do not resemble the base's: it is no fine-tune of it."""
-    expert = plan.experts[name]
-    linear = [
-        t
-        for t in plan.tasks
-        if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
-    ]
-    pairs = [(task.name, expert.stored[task.name]) for task in linear]
-    require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
 
 
 def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:

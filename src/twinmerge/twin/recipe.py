@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from twinmerge.files.schema import Strict, load_yaml
-from twinmerge.merging.methods import SharedParams, TaskArithmeticParams
+from twinmerge.merging.method import Method
+from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.models.source import locate
 from twinmerge.twin.features import Features, FeaturesField, Layers
 
@@ -120,7 +121,7 @@ class Recipe(Strict):
 
     base: str
     experts: dict[str, ExpertSource]
-    shared: Annotated[SharedParams, Field(discriminator="method")] = TaskArithmeticParams(scaling=0.3)
+    shared: Method = TaskArithmetic(scaling=0.3)
     exclusive: ExclusiveSettings = ExclusiveSettings()
     router: RouterSettings = RouterSettings()
     max_length: Annotated[int, Field(ge=1, strict=True)] | None = None
@@ -138,6 +139,12 @@ class Recipe(Strict):
         if len({name.lower() for name in experts}) < len(experts):
             raise ValueError("experts' names must differ in more than case: each becomes a folder")
         return experts
+
+    @model_validator(mode="after")
+    def _fitting_method(self) -> "Recipe":
+        if fault := self.shared.misfit(self.experts):
+            raise ValueError(f"shared: {fault}")
+        return self
 
     @classmethod
     def load(cls, path: Path | str) -> "Recipe":

@@ -1,0 +1,184 @@
+"""Merges many models into one plain model folder, in memory that does not depend on their size."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import MismatchError
+from twinmerge.files.checkpoint import TensorSpec, sha256_of
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.staging import fingerprint_of, require_space, resumable_folder
+from twinmerge.files.writer import CheckpointWriter, copy_side_files
+from twinmerge.merging.engine import merge_tensor
+from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor, one_thread
+from twinmerge.merging.method import Chunk
+from twinmerge.merging.plan import MergePlan, plan_merge, stretches
+from twinmerge.merging.recipe import StaticMerge, load_merge
+from twinmerge.merging.statistics import Statistics
+from twinmerge.models.compatible import Allow
+from twinmerge.models.provenance import describe_input
+
+MANIFEST = "merge.json"
+_COUNTER = "num_batches_tracked"
+"""How the names of integers end that count training steps: they differ by nature."""
+
+
+def merge_models(
+    recipe: StaticMerge | Path,
+    out: Path,
+    *,
+    allow: Allow = Allow(),
+    overwrite: bool = False,
+    resume: bool = False,
+    memory_bytes: int = MEMORY_BYTES,
+    executor: Executor | None = None,
+    hash_inputs: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Merge models into one plain model folder; it appears whole or not at all.
+
+    Args:
+        recipe: what to merge, or the path of its YAML file.
+        out: the model's folder.
+        allow: differences between the models that are not refused.
+        overwrite: replace a folder that exists.
+        resume: go on with what an interrupted run left; its finished tensors are verified first.
+        memory_bytes: what a process may take; each worker of `processes` and `ray` is one.
+        executor: where tensors are merged; None takes a thread for every core. The result has the same bits.
+        hash_inputs: hash every byte of the inputs for the manifest, another pass over them; else their headers.
+        progress: told after every tensor.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        InputError: whatever is wrong with the recipe or the models, in one line; nothing is written.
+    """
+    merge = recipe if isinstance(recipe, StaticMerge) else load_merge(Path(recipe))
+    plan = plan_merge(merge, allow)
+    executor = executor or make_executor("threads")
+    entries = plan.chunk_entries(memory_bytes, executor.sharing)
+    with one_thread():
+        plan.require_related()
+    with resumable_folder(out, _fingerprint(plan), overwrite=overwrite, resume=resume) as staged:
+        writer = CheckpointWriter.plan(plan.specs, staged.folder, plan.reference.stem)
+        require_space(staged.folder, writer.nbytes)
+        writer.allocate()
+        finished = {name: digest for name, digest in staged.finished.items() if _is_intact(writer, name, digest)}
+        with one_thread():
+            statistics = _prepasses(plan, entries)
+        largest_first = sorted((s for s in plan.specs if s.name not in finished), key=lambda spec: -spec.numel)
+        task = _Task(plan, writer, statistics, entries)
+        progress("merging", len(finished), len(plan.specs))
+        for spec, digest in executor.map(task, largest_first):
+            finished[spec.name] = digest
+            staged.record(spec.name, digest)
+            progress("merging", len(finished), len(plan.specs))
+        writer.finish(plan.reference.stem)
+        _copy_side_files(plan, staged.folder)
+        manifest = _manifest(plan, writer, hash_inputs)
+        (staged.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Merges one tensor: reads it in chunks, writes each to its place; run twice it writes the same bytes."""
+
+    plan: MergePlan
+    writer: CheckpointWriter
+    statistics: Mapping[str, Statistics]
+    """By the method's settings."""
+    entries: int
+
+    def __call__(self, spec: TensorSpec) -> str:
+        """The SHA-256 of what was written."""
+        digest = hashlib.sha256()
+        for start, values in self._merged(spec) if spec.dtype.is_floating_point else self._copied(spec):
+            digest.update(self.writer.write(spec.name, start, values))
+        return digest.hexdigest()
+
+    def _merged(self, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
+        method = self.plan.method(spec.name)
+        read = partial(self.plan.chunks, spec.name, self.entries)
+        return merge_tensor(method, read, self.statistics[method.model_dump_json()], spec.dtype)
+
+    def _copied(self, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
+        """Integers are not merged: the reference's are taken, and all models must agree on them, except on counters."""
+        for start, stop in stretches(spec.numel, self.entries):
+            ours = self.plan.reference.read_flat(spec.name, start, stop)
+            for expert, checkpoint in self.plan.experts.items():
+                known = spec.name in checkpoint.specs and not spec.name.endswith(_COUNTER)
+                if known and not torch.equal(checkpoint.read_flat(spec.name, start, stop), ours):
+                    raise MismatchError(
+                        f"expert {expert!r}: the integers of {spec.name!r} in {checkpoint.specs[spec.name].file} are "
+                        "not the base's"
+                    )
+            yield start, ours
+
+
+def _prepasses(plan: MergePlan, entries: int) -> dict[str, Statistics]:
+    """What each method of the recipe finds in its pass over the whole model, if it makes one."""
+
+    def model() -> Iterator[Chunk]:
+        for spec in plan.merged:
+            yield from plan.chunks(spec.name, entries)
+
+    methods = {method.model_dump_json(): method for method in (plan.method(spec.name) for spec in plan.merged)}
+    return {settings: Statistics(model=method.prepass(model)) for settings, method in methods.items()}
+
+
+def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
+    file, offset, size = writer.places[name]
+    found = hashlib.sha256()
+    with (writer.folder / file).open("rb") as opened:
+        opened.seek(offset)
+        while size and (part := opened.read(min(size, 1 << 24))):
+            found.update(part)
+            size -= len(part)
+    return found.hexdigest() == digest
+
+
+def _fingerprint(plan: MergePlan) -> str:
+    """What an interrupted run must have had in common with this one to be gone on with."""
+    files = [spec.file for model in (plan.reference, *plan.experts.values()) for spec in model.specs.values()]
+    return fingerprint_of([importlib.metadata.version("twinmerge"), repr(plan.merge)], files)
+
+
+def _copy_side_files(plan: MergePlan, folder: Path) -> None:
+    """Config, tokenizer and processor files of the reference; the config says the dtype of the result."""
+    if not plan.reference.path.is_dir():
+        return
+    copy_side_files(plan.reference.path, folder)
+    config = folder / "config.json"
+    if plan.merge.dtype and config.exists():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        for key in ("dtype", "torch_dtype"):
+            if key in content:
+                content[key] = str(plan.merge.dtype).removeprefix("torch.")
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(plan: MergePlan, writer: CheckpointWriter, hash_inputs: bool) -> dict[str, Any]:
+    inputs = {str(model.path): model for model in (plan.reference, *plan.experts.values())}
+    files = {
+        file: {"bytes": size, "sha256": sha256_of(writer.folder / file)} for file, (_, size) in writer.heads.items()
+    }
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {name: importlib.metadata.version(name) for name in ("twinmerge", "torch")},
+        "recipe": plan.merge.record(),
+        "inputs": [describe_input(model, whole=hash_inputs) for model in inputs.values()],
+        "tensors": len(plan.specs),
+        "files": files,
+        "notes": list(plan.notes),
+    }

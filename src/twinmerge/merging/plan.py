@@ -1,0 +1,171 @@
+"""Opens and matches every file of a static merge, before any work, and reads them stretch by stretch."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from twinmerge.errors import MismatchError, RecipeError
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.merging.executor import OWN_BYTES
+from twinmerge.merging.method import Chunk, Method
+from twinmerge.merging.recipe import StaticMerge, depths, layer_count
+from twinmerge.models.compatible import (
+    Allow,
+    compare_configs,
+    compare_tensors,
+    compare_vocabularies,
+    plausible_bound,
+    require_plausible,
+    require_related,
+    require_unquantised,
+)
+
+_CHUNK_ENTRIES = 1 << 17
+"""Entries in work at a time: what they need stays in the cache, and Python's own time is small beside it."""
+_BYTES_PER_ENTRY = 16
+"""Of one model while a chunk is merged: as stored, in float32 and in float64."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A static merge whose files were found, opened and matched."""
+
+    merge: StaticMerge
+    reference: Checkpoint
+    base: Checkpoint | None
+    experts: Mapping[str, Checkpoint]
+    specs: tuple[TensorSpec, ...]
+    """What is written, in the order of the reference."""
+    depths: Mapping[str, float]
+    notes: tuple[str, ...]
+    """Differences that were allowed, and what is unusual."""
+    allow: Allow
+
+    @property
+    def merged(self) -> list[TensorSpec]:
+        """Those of `specs` that are merged; integers are copied."""
+        return [spec for spec in self.specs if spec.dtype.is_floating_point]
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all inputs' tensors."""
+        inputs = {id(model): model for model in (self.reference, self.base, *self.experts.values()) if model}
+        return sum(model.nbytes for model in inputs.values())
+
+    @property
+    def write_bytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(spec.numel * spec.dtype.itemsize for spec in self.specs)
+
+    def method(self, name: str) -> Method:
+        """The method that merges a tensor."""
+        return self.merge.methods.at(name, self.depths[name])
+
+    def chunk_entries(self, memory_bytes: int, sharing: int) -> int:
+        """Entries of a tensor that each of the workers that share a process's memory holds at a time.
+
+        Raises:
+            RecipeError: if the memory does not suffice for the program itself.
+        """
+        models = len(self.experts) + 2
+        free = (memory_bytes - OWN_BYTES) // (sharing * models * _BYTES_PER_ENTRY)
+        if free < 1 << 12:
+            needed = OWN_BYTES + (sharing * models * _BYTES_PER_ENTRY << 12)
+            raise RecipeError(f"--memory must be at least {needed / 1e6:,.0f} MB here, found {memory_bytes / 1e6:,.0f}")
+        return min(_CHUNK_ENTRIES, 1 << (free.bit_length() - 1))
+
+    def chunks(self, name: str, entries: int, whole: bool = False) -> Iterator[Chunk]:
+        """Go through one tensor of all models, refusing values that no fine-tune has.
+
+        Args:
+            name: of the tensor.
+            entries: in a chunk.
+            whole: give the tensor as one chunk in its shape.
+
+        Raises:
+            CheckpointError: naming file and tensor of NaN, Inf or values out of all proportion.
+        """
+        spec = self.reference.specs[name]
+        reference = self.base or self.reference
+        whose = "base" if self.base else "reference"
+        shape = spec.shape if whole else (-1,)
+        for start, stop in stretches(spec.numel, max(spec.numel, 1) if whole else entries):
+            first = reference.read_flat(name, start, stop)
+            largest = require_plausible(first, f"{whose}: {name!r} in {reference.specs[name].file}", start)
+            bound = None if self.allow.unrelated else plausible_bound(largest)
+            experts = {}
+            for expert, checkpoint in self.experts.items():
+                tensor = first if checkpoint is reference else checkpoint.read_flat(name, start, stop)
+                if checkpoint is not reference:
+                    where = f"expert {expert!r}: {name!r} in {checkpoint.specs[name].file}"
+                    require_plausible(tensor, where, start, bound)
+                experts[expert] = tensor.view(shape)
+            yield Chunk(name, start, first.view(shape) if self.base else None, experts)
+
+    def require_related(self) -> None:
+        """Refuse models that are no fine-tunes of the reference.
+
+        Raises:
+            MismatchError: with the measured distance.
+        """
+        names = [spec.name for spec in self.merged if len(spec.shape) > 1]
+        for name, expert in self.experts.items():
+            if expert is not self.reference and not self.allow.unrelated:
+                require_related(self.reference, name, expert, [(n, n) for n in names], ", or --allow-unrelated")
+
+
+def stretches(numel: int, entries: int) -> Iterator[tuple[int, int]]:
+    """First entry and the one after the last of every stretch of a tensor."""
+    return ((start, min(start + entries, numel)) for start in range(0, numel, entries))
+
+
+def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
+    """Open and match every file of a static merge; reads headers and configs only.
+
+    Raises:
+        MismatchError: if a model does not fit the reference.
+        CheckpointError: if a file cannot be read.
+        RecipeError: if the recipe has no answer for a tensor.
+    """
+    opened: dict[Path, Checkpoint] = {}
+
+    def open_once(path: Path) -> Checkpoint:
+        if (path / "adapter_config.json").exists():
+            raise MismatchError(
+                f"{path} is a LoRA adapter; `twinmerge build` takes it, a static merge needs full models"
+            )
+        if path not in opened:
+            opened[path] = Checkpoint.open(path)
+            require_unquantised(opened[path])
+        return opened[path]
+
+    reference = open_once(merge.reference)
+    base = open_once(merge.base) if merge.base else None
+    experts = {name: open_once(path) for name, path in merge.experts.items()}
+    notes: list[str] = []
+    for name, expert in experts.items():
+        compare_tensors(reference, name, expert)
+        notes += compare_configs(reference, name, expert, allow)
+        notes += compare_vocabularies(reference.path, name, expert.path, allow)
+        if mixed := [
+            n for n, spec in expert.specs.items() if n in reference.specs and spec.dtype != reference.specs[n].dtype
+        ]:
+            first = mixed[0]
+            notes.append(
+                f"{name!r} stores {len(mixed)} tensors in another dtype, first {first!r}: "
+                f"{expert.specs[first].dtype}, {reference.specs[first].dtype} in {reference.path.name}"
+            )
+    layers = layer_count(reference.specs)
+    if merge.layers is not None and merge.layers != layers:
+        raise MismatchError(
+            f"layer_range ends at {merge.layers}, the models have {layers} layers; only whole models are merged"
+        )
+    specs = tuple(
+        replace(spec, dtype=merge.dtype) if merge.dtype and spec.dtype.is_floating_point else spec
+        for spec in reference.specs.values()
+    )
+    plan = MergePlan(merge, reference, base, experts, specs, depths(list(reference.specs)), tuple(notes), allow)
+    for spec in plan.merged:
+        if fault := plan.method(spec.name).misfit(experts):
+            raise RecipeError(fault)
+    return plan

@@ -1,0 +1,112 @@
+"""Merges the shared expert of a twin, one parameter at a time (METHOD §2)."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from twinmerge.files.progress import Progress, silent
+from twinmerge.merging.engine import merge_tensor, merged_chunks
+from twinmerge.merging.method import Chunk, Scaled
+from twinmerge.merging.statistics import Statistics
+from twinmerge.models.compatible import plausible_bound, require_plausible, require_related
+from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+from twinmerge.twin.ranks import best_scaling
+
+_CHUNK_ENTRIES = 1 << 16
+"""Entries merged at a time: what they need stays in the cache."""
+
+
+def merged_tensors(plan: Plan, progress: Progress = silent) -> Iterator[tuple[TensorTask, Tensor]]:
+    """Merge every parameter into the shared expert, one at a time, in the base's dtype (METHOD §2).
+
+    Yields:
+        The task and its shared tensor.
+    """
+    statistics = prepare(plan)
+    for index, task in enumerate(plan.tasks):
+        yield task, merge_parameter(task, plan, statistics)[0]
+        progress("merging", index + 1, len(plan.tasks))
+
+
+def prepare(plan: Plan) -> Statistics:
+    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one."""
+    for name in () if plan.allow.unrelated else plan.expert_names:
+        require_fine_tune(plan, name)
+
+    def model() -> Iterator[Chunk]:
+        for task in [task for task in plan.tasks if task.experts]:
+            yield from _chunks(plan, task)
+
+    return Statistics(model=plan.recipe.shared.prepass(model))
+
+
+def merge_parameter(task: TensorTask, plan: Plan, statistics: Statistics) -> tuple[Tensor, float | None]:
+    """The shared tensor, rounded once to the base's dtype, and the scaling that was used.
+
+    Raises:
+        CheckpointError: if a model holds NaN, Inf or an implausible value, or the merge does.
+    """
+    if not task.experts or not task.spec.numel:
+        return plan.base.read(task.name), None
+    method, read = plan.recipe.shared, partial(_chunks, plan, task)
+    if isinstance(method, Scaled) and method.automatic:
+        [(chunk, unit)] = merged_chunks(method.at(1.0), read, statistics, whole=True)
+        direction = unit.sub_(chunk.base_value()).float()
+        vectors = {expert: chunk.task_vector(expert) for expert in chunk.names}
+        method = method.at(best_scaling(vectors, direction, _expected_rank(plan) if task.exclusive else 0))
+    shared = torch.empty(task.spec.numel, dtype=task.spec.dtype)
+    for start, entries in merge_tensor(method, read, statistics, task.spec.dtype):
+        shared[start : start + len(entries)] = entries
+    return shared.view(task.spec.shape), getattr(method, "scaling", None)
+
+
+def bound_of(plan: Plan, task: TensorTask, base: Tensor, start: int = 0) -> float | None:
+    """The largest magnitude that is plausible in a fine-tune, where the base has these values, which must be finite."""
+    largest = require_plausible(base, f"base: {task.name!r} in {task.spec.file}", start)
+    return None if plan.allow.unrelated else plausible_bound(largest)
+
+
+def require_fine_tune(plan: Plan, name: str) -> None:
+    """Refuse an expert whose matrices do not resemble the base's: it is no fine-tune of it."""
+    expert = plan.experts[name]
+    linear = [
+        t
+        for t in plan.tasks
+        if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
+    ]
+    pairs = [(task.name, expert.stored[task.name]) for task in linear]
+    require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
+
+
+def _chunks(plan: Plan, task: TensorTask, whole: bool = False) -> Iterator[Chunk]:
+    """One parameter of all models, finite; in stretches, unless an adapter gives it whole or that is asked for."""
+    adapters = [name for name in task.experts if plan.experts[name].is_adapter]
+    entries = task.spec.numel if whole or adapters else _CHUNK_ENTRIES
+    shape = task.spec.shape if whole else (-1,)
+    for start in range(0, task.spec.numel, max(entries, 1)):
+        stop = min(start + entries, task.spec.numel)
+        base = plan.base.read_flat(task.name, start, stop)
+        bound = bound_of(plan, task, base, start)
+        experts = {
+            name: plan.experts[name].read_flat(task.name, start, stop, bound).view(shape)
+            for name in task.experts
+            if name not in adapters
+        }
+        changes = {
+            name: plan.experts[name].task_vector(task.name, base.view(task.spec.shape), bound).view(shape)
+            for name in adapters
+        }
+        yield Chunk(task.name, start, base.view(shape), experts, changes)
+
+
+def _expected_rank(plan: Plan) -> int:
+    """The rank that is kept, or the mean rank that a budget allows; 0 where an energy decides."""
+    if plan.recipe.exclusive.rank is not None:
+        return plan.recipe.exclusive.rank
+    if plan.budget_bytes is None:
+        return 0
+    matrices = [task for task in plan.tasks if task.kind in MATRICES and task.exclusive]
+    per_rank = sum(sum(task.matrix_shape) * plan.stored_dtype(task).itemsize * len(task.experts) for task in matrices)
+    return round(plan.budget_bytes / per_rank) if per_rank else 0
