@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "kind": (
         lambda f: change(f / "a", lambda s: s.update({"norm.weight": torch.ones(4, dtype=torch.int32)})),
-        "'a' lacks 1 of 4 tensors, first 'norm.weight'",
+        r"a is quantised \('norm.weight' in model.safetensors\)",
     ),
     "integers": (lambda f: change(f / "a", lambda s: s.update(ids=torch.zeros(3).long())), "the integers of 'ids' in"),
     "rope": (

@@ -23,11 +23,7 @@ from twinmerge.twin import decompose as module
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, decompose_tensor, write_weights
 from twinmerge.twin.plan import Plan
-<<<<<<< HEAD
-=======
-from twinmerge.twin.ranks import Exclusive
 from twinmerge.twin.shared import merged_tensors, prepare
->>>>>>> 3ddd7d0 (One definition per merge method, one engine for static merges and twins, methods of other packages)
 
 Get = Callable[[str], Family]
 WHOLE = {"rank": 64, "embeddings": "exclusive"}

@@ -10,13 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from twinmerge.errors import InputError, RecipeError
 from twinmerge.files.schema import load_yaml
-<<<<<<< HEAD
-from twinmerge.merging.methods import TaskArithmeticParams, TiesParams
-from twinmerge.twin.features import Features, Layers
-=======
 from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.merging.ties import Ties
->>>>>>> 3ddd7d0 (One definition per merge method, one engine for static merges and twins, methods of other packages)
+from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import DEFAULT_BUDGET, ExclusiveSettings, ExpertSource, Recipe, RouterSettings
 
 GOOD = """base: base
