@@ -12,7 +12,6 @@ normalized score with given gates and heads on validation rows (test rows are no
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from twinmerge.eval.metrics import normalized_score, score
-from twinmerge.eval.seed import SeedRun
+from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
-from twinmerge.hf.loading import load_backbone
 from twinmerge.merging.average import Average
 from twinmerge.merging.method import Method
 from twinmerge.merging.task_arithmetic import TaskArithmetic
-from twinmerge.twin.artifact import TwinArtifact
-from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.recipe import ExclusiveSettings
 
 SHARED: dict[str, Method] = {
@@ -55,9 +51,9 @@ def main() -> None:
     options = parser.parse_args()
     at = SeedRun(Suite.load(options.suite), options.seed, silent)
     expert_scores = {}
+    heads = at.build(at.suite.shared, NEXT_TO_NOTHING, ANY_ROUTER).model
     for name in at.tasks:
-        model = at.model(load_backbone(at.plan.experts[name].checkpoint.path, like=at.plan.base.path))
-        expert_scores[name] = _score(at, model, name, options.rows, None)
+        expert_scores[name] = _score(at, heads, name, options.rows, at.body(name))
     found = [_measure(at, kept, label, expert_scores, options.rows) for kept in KEPT for label in SHARED]
     table = Table(title="scaling of the shared expert, seed " + str(options.seed))
     for column in ("kept", "scaling", "residual energy", "relative to 1/T", "mean lambda", "normalized score x100"):
@@ -79,18 +75,10 @@ def main() -> None:
 
 
 def _measure(at: SeedRun, kept: str, label: str, expert_scores: dict[str, float], rows: int) -> dict[str, Any]:
-    plan = at.plan_for(SHARED[label], KEPT[kept])
-    with tempfile.TemporaryDirectory() as folder:
-        work, target = Path(folder, "work"), Path(folder, "twin")
-        work.mkdir()
-        target.mkdir()
-        report = write_weights(plan, target, work)
-        artifact = TwinArtifact(target, {"experts": report.experts, "tensors": report.tensors, "files": {}})
-        parts = {name: artifact.exclusive(name) for name in artifact.expert_names}
-        model = at.model(load_backbone(target), parts, artifact.kinds)
-    residual = sum(entry["energy"] * (1 - entry["energy_kept"]) for entry in report.experts.values())
-    scalings = [entry["scaling"] for entry in report.tensors.values() if entry["scaling"] is not None]
-    scores = {name: _score(at, model, name, rows, name) for name in at.tasks}
+    built = at.build(SHARED[label], KEPT[kept], ANY_ROUTER)
+    residual = sum(entry["energy"] * (1 - entry["energy_kept"]) for entry in built.manifest["experts"].values())
+    scalings = [entry["scaling"] for entry in built.manifest["tensors"].values() if entry["scaling"] is not None]
+    scores = {name: _score(at, built.model, name, rows) for name in at.tasks}
     return {
         "kept": kept,
         "scaling": label,
@@ -100,11 +88,12 @@ def _measure(at: SeedRun, kept: str, label: str, expert_scores: dict[str, float]
     }
 
 
-def _score(at: SeedRun, model: Any, name: str, rows: int, expert: str | None) -> float:
+def _score(at: SeedRun, model: Any, name: str, rows: int, body: Any = None) -> float:
+    """Under the gate of the task's expert, or by the full expert's body."""
     task = at.tasks[name]
     picked = task.validation[:rows]
-    gates = None if expert is None else model.one_hot([expert] * len(picked))
-    answers = at.answers(model, picked, gates, [name] * len(picked), name)
+    names = [name] * len(picked)
+    answers = at.answers(model, picked, model.one_hot(names), names, name, body)
     return score(task.metric, [row["label"] for row in picked], answers, task.positive_label)
 
 

@@ -9,19 +9,15 @@ those of the expert's own model, loaded by transformers.
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from twinmerge.eval.seed import SeedRun
+from twinmerge.eval.seed import ANY_ROUTER, SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
 from twinmerge.hf.inputs import tokenize
-from twinmerge.hf.loading import load_backbone
-from twinmerge.twin.artifact import TwinArtifact
-from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.recipe import ExclusiveSettings
 
 
@@ -33,21 +29,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100, help="test rows of each task")
     options = parser.parse_args()
     at = SeedRun(Suite.load(options.suite), options.seed, silent)
-    plan = at.plan_for(at.suite.shared, ExclusiveSettings(rank=10**6, embeddings="exclusive"))
-    with tempfile.TemporaryDirectory() as folder:
-        work, target = Path(folder, "work"), Path(folder, "twin")
-        work.mkdir()
-        target.mkdir()
-        report = write_weights(plan, target, work)
-        artifact = TwinArtifact(target, {"experts": report.experts, "tensors": report.tensors, "files": {}})
-        parts = {name: artifact.exclusive(name) for name in artifact.expert_names}
-        model = at.model(load_backbone(target), parts, artifact.kinds)
+    model = at.build(at.suite.shared, ExclusiveSettings(rank=10**6, embeddings="exclusive"), ANY_ROUTER).model
     worst = {}
     for name, task in at.tasks.items():
         inputs = tokenize(model, task.test[: options.rows])
         ours = torch.stack(model(**inputs, expert=name).logits)
         with torch.inference_mode():
-            path = plan.experts[name].checkpoint.path
+            path = at.plan.experts[name].checkpoint.path
             expected = AutoModelForSequenceClassification.from_pretrained(path)(**inputs).logits
         worst[name] = float((ours - expected).abs().max())
         sys.stdout.write(f"{name}: largest difference of {expected.numel():,} logits {worst[name]:.2e}\n")

@@ -9,10 +9,16 @@ import torch
 
 from tests import tiny
 from twinmerge.errors import DataError, RecipeError
+from twinmerge.eval.ablation import slice_features
 from twinmerge.eval.harness import run_suite
-from twinmerge.eval.seed import SeedRun, slice_features
+from twinmerge.eval.metrics import MISROUTED
+from twinmerge.eval.results import read_predictions
+from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, texts
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import build
+from twinmerge.jobs.predict import predict
 from twinmerge.twin.features import Layers
 
 SUITE = """
@@ -92,6 +98,67 @@ def test_experts_and_a_twin_of_full_rank_score_one(run: Any) -> None:
     assert routed.normalized_oracle_head.value == pytest.approx(top1.normalized_oracle_head.value, abs=0.1)
 
 
+def test_a_twin_is_measured_as_a_user_has_it(run: Any, suite: Suite, tmp_path: Path) -> None:
+    """Built, loaded and asked with the defaults: the same answers, experts and gates."""
+    out, result = run
+    spec = suite.contestants["auto"]
+    build(suite.recipe(spec.shared, spec.exclusive, spec.router, 0), tmp_path / "twin")
+    model = TwinModel.from_pretrained(tmp_path / "twin")
+    kept = read_predictions(out / "runs" / "auto.seed-0.predictions.json.gz")
+    measured = next(one for one in result.contestants if one.name == "auto")
+    for name in suite.tasks:
+        rows = suite.task(name, 0).test
+        answers = list(predict(model, texts(rows)))
+        routed = [answer["label"] if answer["expert"] == name else MISROUTED for answer in answers]
+        assert kept.tasks[name].routed == routed
+        assert measured.gate_mean[name] == pytest.approx(
+            {expert: sum(answer["gate"][expert] for answer in answers) / len(rows) for expert in sorted(suite.tasks)}
+        )
+
+
+def test_a_static_merge_answers_as_its_folder_does_in_plain_transformers(
+    run: Any, suite: Suite, tmp_path: Path
+) -> None:
+    spec = suite.contestants["pretrained"]
+    build(suite.recipe(spec.shared, NEXT_TO_NOTHING, ANY_ROUTER, 0), tmp_path / "twin")
+    kept = read_predictions(run[0] / "runs" / "pretrained.seed-0.predictions.json.gz")
+    tokenizer = tiny.transformers.AutoTokenizer.from_pretrained(tmp_path / "twin")
+    for name in suite.tasks:
+        model: Any = tiny.transformers.BertForSequenceClassification.from_pretrained(suite.root_of(0) / name)
+        model.bert = tiny.transformers.BertModel.from_pretrained(tmp_path / "twin")
+        tokens = tokenizer([row["text"] for row in suite.task(name, 0).test], padding=True, return_tensors="pt")
+        with torch.inference_mode():
+            best = model.eval()(**tokens).logits.argmax(dim=1).tolist()
+        assert kept.tasks[name].oracle_head == [model.config.id2label[index] for index in best]
+
+
+def test_experts_that_are_adapters_answer_as_peft_merges_them(suite: Suite, tmp_path: Path) -> None:
+    family, merged = tiny.adapter_family(tmp_path)
+    for name in family.experts:
+        (tmp_path / f"{name}.router.jsonl").write_text((tmp_path / f"{name}.jsonl").read_text())
+    at = SeedRun(suite.model_copy(update={"root": str(tmp_path)}), 0, silent)
+    ids = torch.tensor([[5, 9, 17, 30]])
+    for name, model in merged.items():
+        with torch.inference_mode():
+            found, expected = at.body(name)(ids)[0], model.base_model(ids)[0]
+        assert torch.allclose(found, expected, atol=1e-5), name  # float32 sums in another order
+
+
+def test_the_suites_own_router_is_that_of_its_first_such_twin(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is not built twice."""
+    at, built = SeedRun(suite.model_copy(update={"test_rows": 1, "unseen": {}}), 0, silent), []
+    whole = SeedRun.build
+
+    def counted(*settings: Any) -> Any:
+        built.append(settings)
+        return whole(*settings)
+
+    monkeypatch.setattr(SeedRun, "build", counted)
+    spec = suite.contestants["whole"]
+    assert at.reference is at.twin(spec.shared, spec.exclusive, spec.router)
+    assert len(built) == 1
+
+
 def test_a_misrouted_row_is_wrong_when_routed(run: Any) -> None:
     _, result = run
     for one in result.contestants:
@@ -105,7 +172,8 @@ def test_the_scaling_is_the_best_on_validation_rows(run: Any, suite: Suite) -> N
     at = SeedRun(suite, 0, silent)
     scores = {}
     for scaling in (0.0, 1.0):
-        model = at.merged(suite.contestants["chosen"].shared.model_copy(update={"scaling": scaling}))
+        shared = suite.contestants["chosen"].shared.model_copy(update={"scaling": scaling})
+        model = at.build(shared, NEXT_TO_NOTHING, ANY_ROUTER).model
         right = []
         for task in at.tasks.values():
             answers = at.answers(model, task.validation, None, [task.name] * len(task.validation), "")
@@ -134,6 +202,15 @@ def test_finished_runs_are_not_run_again(run: Any, suite: Suite, monkeypatch: py
     again = run_suite(suite.model_copy(update={"folder": out}), out)  # wherever its file lies
     assert again.contestants == result.contestants
     assert again.routers == result.routers
+
+
+def test_a_run_without_git_loses_no_results(
+    run: Any, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_suite(suite, run[0], contestants=["whole"]).environment.commit == "unknown", "no repository"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_suite(suite, run[0], contestants=["whole"]).environment.commit == "unknown", "no git"
 
 
 def test_other_settings_are_run_again(run: Any, suite: Suite) -> None:

@@ -24,7 +24,7 @@ from twinmerge.hf.features import check_router
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import build as module
-from twinmerge.jobs.build import build, open_plan, router_features, router_rows
+from twinmerge.jobs.build import build, open_plan, router_features, router_rows, sampled
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
 from twinmerge.routing.router import Router
@@ -154,12 +154,12 @@ def test_one_pass_of_a_model_without_one_list_of_layers_is_refused(tmp_path: Pat
 def test_rows_of_the_router_come_from_anywhere_in_the_file() -> None:
     """It may be sorted, and longer than what is needed."""
     rows = [{"text": str(i)} for i in range(60)]
-    found = module._sample(rows, 10, 0)
+    found = sampled({"sms": rows}, RouterSettings(samples_per_expert=10), 0)["sms"]
     assert found == sorted(found, key=rows.index)
     assert len(found) == 10
     assert rows.index(found[-1]) > 30
-    assert module._sample(rows, 60, 0) == rows
-    assert module._sample(rows, 10, 0) != module._sample(rows, 10, 1)
+    assert sampled({"sms": rows}, RouterSettings(), 0)["sms"] == rows
+    assert sampled({"sms": rows}, RouterSettings(samples_per_expert=10), 1)["sms"] != found
 
 
 def test_progress_goes_through_all_stages(bert: Family, tmp_path: Path) -> None:

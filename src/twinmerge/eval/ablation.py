@@ -1,7 +1,6 @@
-"""Knows how routers are compared: features, methods and numbers of inputs, each scored on test rows."""
+"""Compares routers on their own: features, methods and numbers of inputs, each scored on test rows."""
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -9,34 +8,29 @@ from torch import Tensor
 
 from twinmerge.eval.metrics import expected_calibration_error, reliability
 from twinmerge.eval.results import RouterResult
-from twinmerge.files.progress import Progress
-from twinmerge.routing.router import Router, Routing
-from twinmerge.twin.features import Features
-from twinmerge.twin.recipe import RouterSettings
+from twinmerge.eval.seed import SeedRun
+from twinmerge.hf.inputs import ids_of
+from twinmerge.jobs.build import router_features, router_rows, sampled
+from twinmerge.routing.router import fit_router
+from twinmerge.twin.features import Features, Layers
 
 INPUTS_PER_EXPERT = (1000, 100, 10)
 
 
-def router_ablation(
-    route: Callable[[RouterSettings], tuple[Router, Routing]],
-    labels: Tensor,
-    layers: int,
-    settings: RouterSettings,
-    seed: int,
-    feature_seconds: float,
-    progress: Progress,
-) -> list[RouterResult]:
-    """Fit one router for each variant and score it on test rows; nothing is chosen here.
+def router_ablation(at: SeedRun) -> list[RouterResult]:
+    """Fit one router for each variant on the suite's shared expert and score it on test rows; nothing is chosen here.
 
-    Args:
-        route: fits a router of the given settings and routes the test rows, and perhaps others after them.
-        labels: (rows,) the expert's index of every test row.
-        layers: of the model, embeddings not counted.
-        settings: the suite's; method and features vary around it.
-        seed: named in the results.
-        feature_seconds: what computing the features took, part of each router's seconds.
-        progress: called after each router.
+    All features are computed once and variants take their layers of them.
     """
+    started, settings, model = time.monotonic(), at.suite.router, at.reference.model
+    rows, test = sampled(router_rows(at.plan), settings, at.seed), [row for _, row in at.test]
+    with at.autocast():
+        features = router_features(model, {**rows, "": test}, Layers("all"), at.progress)
+    ids = {name: ids_of(model, part) for name, part in {**rows, "": test}.items()}
+    test_features, test_ids, size = features.pop(""), ids.pop(""), model.backbone.config.hidden_size
+    layers = test_features.shape[1] // size - 1
+    labels = torch.tensor([list(at.tasks).index(task) for task, _ in at.test])
+    feature_seconds = time.monotonic() - started
     every = [
         "embeddings",
         *(f"layer:{k}" for k in range(1, layers)),
@@ -53,22 +47,28 @@ def router_ablation(
     variants += [("linear", spec, n) for spec in ("tokens", "all+tokens") for n in INPUTS_PER_EXPERT[1:]]
     variants += [("mlp", "last", n) for n in INPUTS_PER_EXPERT[1:]]
     found = []
-    for index, (method, spec, count) in enumerate(variants):
-        started = time.monotonic()
-        varied = {"method": method, "features": Features.parse(spec), "samples_per_expert": count}
-        chosen = settings.model_copy(update=varied)
-        router, routing = route(chosen)
+    for index, (method, words, count) in enumerate(variants):
+        started, looked = time.monotonic(), Features.parse(words)
+        chosen = settings.model_copy(update={"method": method, "features": looked, "samples_per_expert": count})
+        wanted = looked.layers or Layers("all")
+        taken = {name: slice_features(part, wanted, size) for name, part in features.items()}
+        router = fit_router(taken if looked.layers else None, chosen, seed=at.seed, ids=ids if looked.tokens else None)
+
+        def of_test(rows: Tensor | None, layers: Layers = wanted) -> Tensor:
+            return slice_features(test_features if rows is None else test_features[rows], layers, size)
+
+        routing = router.decide(test_ids if looked.tokens else None, of_test)
         plain = (routing.router_logits / router.temperature).softmax(dim=1)
-        gate = torch.where(routing.fallback[:, None], plain, routing.gate)[: len(labels)]
+        gate = torch.where(routing.fallback[:, None], plain, routing.gate)
         confidence, picked = gate.max(dim=1)
         correct = (picked == labels).numpy()
         certain = confidence.double().numpy().astype(np.float64)
         found.append(
             RouterResult(
-                features=spec,
+                features=words,
                 method=method,
                 inputs_per_expert=router.report["inputs_per_expert"],
-                seed=seed,
+                seed=at.seed,
                 accuracy=float(correct.mean()),
                 held_out_accuracy=router.report["accuracy"],
                 calibration_error=expected_calibration_error(certain, correct),
@@ -77,5 +77,11 @@ def router_ablation(
                 reliability=reliability(certain, correct),
             )
         )
-        progress("routers", index + 1, len(variants))
+        at.progress("routers", index + 1, len(variants))
     return found
+
+
+def slice_features(features: Tensor, layers: Layers, size: int) -> Tensor:
+    """Columns of features `all` (rows, (layers + 1) * size) that belong to some layers."""
+    states = features.reshape(len(features), -1, size)
+    return states[:, layers.among(states.shape[1])].flatten(1)

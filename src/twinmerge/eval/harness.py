@@ -1,4 +1,4 @@
-"""Knows how a suite is run: every contestant at every seed, resumable run by run, put together for the report."""
+"""Runs a suite: every contestant at every seed, resumable run by run, put together for the report."""
 
 import datetime
 import hashlib
@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,9 +29,7 @@ from twinmerge.eval.scores import compare, summarize
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
 from twinmerge.files.progress import Progress, silent
-from twinmerge.routing.router import Router, Routing
 from twinmerge.runtime.precision import resolve
-from twinmerge.twin.recipe import RouterSettings
 
 
 def run_suite(
@@ -132,18 +129,7 @@ def _router_table(runs: Path, at: SeedRun) -> list[RouterResult]:
     """Router ablations of the first seed, kept like the runs."""
     path = runs / f"routers.seed-{at.seed}.json"
     if not path.exists():
-        started = time.monotonic()
-        model = at.merged(at.suite.shared)
-        key = at.suite.shared.model_dump_json()
-        others = at.features(model, key)[1]
-        labels = torch.tensor([list(at.tasks).index(task) for task, _ in at.test])
-        size, seconds = model.backbone.config.hidden_size, time.monotonic() - started
-
-        def route(settings: RouterSettings) -> tuple[Router, Routing]:
-            return at.route(model, key, settings)
-
-        layers = others.shape[1] // size - 1
-        found = router_ablation(route, labels, layers, at.suite.router, at.seed, seconds, at.progress)
+        found = router_ablation(at)
         path.write_text(json.dumps([json.loads(one.model_dump_json()) for one in found], indent=1), encoding="utf-8")
     return [RouterResult.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
 
@@ -187,12 +173,20 @@ def _comparisons(results: Sequence[ContestantResult], predictions: Sequence[Pred
 
 
 def _environment() -> Environment:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     packages = ("twinmerge", "torch", "transformers", "safetensors", "numpy")
     return Environment(
         versions={"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         machine=f"{platform.machine()}, {os.cpu_count()} cores",
         threads=torch.get_num_threads(),
-        commit=commit.stdout.strip() or "unknown",
+        commit=_commit(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     )
+
+
+def _commit() -> str:
+    """Of the working folder; a machine without git, or a folder without a history, loses no results."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"

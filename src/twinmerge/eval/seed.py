@@ -1,7 +1,10 @@
-"""Knows one seed of a suite: rows, experts, the suite's router, and what contestants share, computed once."""
+"""One seed of a suite: its rows, its experts, its twins as a user builds and asks them, and what contestants share."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,28 +14,59 @@ from twinmerge.eval.suite import Suite
 from twinmerge.eval.tasks import Task
 from twinmerge.files.progress import Progress
 from twinmerge.files.rows import Row
-from twinmerge.hf.heads import load_head
-from twinmerge.hf.inputs import ids_of, tokenized_batches
-from twinmerge.hf.loading import backbone_from, load_backbone, load_tokenizer
+from twinmerge.hf.inputs import tokenized_batches
+from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
-from twinmerge.jobs.build import open_plan, router_features, router_rows
+from twinmerge.jobs.build import build, open_plan
+from twinmerge.jobs.predict import predict
 from twinmerge.merging.method import Method
-from twinmerge.routing.router import Router, Routing, fit_router
 from twinmerge.runtime.precision import autocast, resolve
-from twinmerge.twin.features import Layers
+from twinmerge.twin.features import Features
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
-from twinmerge.twin.shared import merged_tensors
+
+NEXT_TO_NOTHING = ExclusiveSettings(compression="magnitude", density=1e-9)
+"""Of a twin that is asked for its shared expert only: the least to compute and keep."""
+ANY_ROUTER = RouterSettings(method="centroid", features=Features.parse("embeddings"), samples_per_expert=2)
+"""Of a twin whose router nobody asks: the cheapest to fit."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A twin as a user has it.
+
+    Attributes:
+        model: the built folder, loaded.
+        manifest: the folder's.
+        bytes: of the folder, by part.
+    """
+
+    model: TwinModel
+    manifest: Mapping[str, Any]
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Twin(Built):
+    """A twin, and what it predicts for every test row, then for every unseen row.
+
+    Attributes:
+        expert: by row, whose head answered.
+        gate: (row, expert).
+        label: by row, the answer.
+    """
+
+    expert: list[str]
+    gate: Tensor
+    label: list[str]
 
 
 class SeedRun:
-    """One seed of a suite: rows, experts, the suite's router, and what contestants share, computed once."""
+    """One seed of a suite: rows, experts, twins, and what contestants share, computed once."""
 
     def __init__(self, suite: Suite, seed: int, progress: Progress) -> None:
         """Nothing is read before it is needed."""
         self.suite, self.seed, self.progress = suite, seed, progress
-        self._features: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
-        self._ids: tuple[dict[str, Tensor], Tensor] | None = None
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -42,16 +76,7 @@ class SeedRun:
     @cached_property
     def plan(self) -> Plan:
         """The suite's own recipe, opened."""
-        return self.plan_for(self.suite.shared, ExclusiveSettings(rank=0))
-
-    def plan_for(self, shared: Method, exclusive: ExclusiveSettings) -> Plan:
-        """A contestant's recipe, opened."""
-        return open_plan(self.suite.recipe(shared, exclusive, None, self.seed))
-
-    @cached_property
-    def heads(self) -> dict[str, Any]:
-        """Every expert's head."""
-        return {n: load_head(self.plan.experts[n].config, self.plan.experts[n].read_head()) for n in self.tasks}
+        return open_plan(self.suite.recipe(self.suite.shared, NEXT_TO_NOTHING, None, self.seed))
 
     @cached_property
     def test(self) -> list[tuple[str, Row]]:
@@ -68,96 +93,106 @@ class SeedRun:
         """The precision of the suite, for forward passes."""
         return autocast(resolve(self.suite.precision))
 
-    def model(self, backbone: Any, exclusive: dict[str, Any] | None = None, kinds: Any = None) -> TwinModel:
-        """A backbone with every expert's head in front; exclusive parts are computed in its dtype."""
-        parts = exclusive or {name: {} for name in self.tasks}
-        return TwinModel(
-            backbone,
-            {name: {key: part.to(backbone.dtype) for key, part in of.items()} for name, of in parts.items()},
-            kinds=kinds or {},
-            heads=self.heads,
-            tokenizer=load_tokenizer(self.plan.base.path),
-            max_length=self.suite.max_length,
-        )
+    # --- twins
 
-    def merged(self, shared: Method) -> TwinModel:
-        """A static merge."""
-        plan = self.plan_for(shared, ExclusiveSettings(rank=0))
-        state = {task.name: tensor for task, tensor in merged_tensors(plan, self.progress)}
-        return self.model(backbone_from(plan.base.path, state))
+    def build(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None) -> Built:
+        """Build a twin and load it."""
+        recipe = self.suite.recipe(shared, exclusive, router, self.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = build(recipe, Path(folder) / "twin", progress=self.progress)
+            return Built(TwinModel.from_pretrained(artifact.path), artifact.manifest, artifact.bytes_per_part())
+
+    def twin(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None) -> Twin:
+        """Build a twin and let it predict all rows; the suite's own is built once."""
+        own = shared == self.suite.shared and (router or self.suite.router) == self.suite.router
+        if own and exclusive == self._exclusive:
+            return self.reference
+        return self._predicted(self.build(shared, exclusive, router))
 
     @cached_property
-    def expert_answers(self) -> dict[str, list[str]]:
-        """Each expert on its own test rows."""
-        answers = {}
-        for name, task in self.tasks.items():
-            model = self.model(load_backbone(self.plan.experts[name].checkpoint.path, self.plan.base.path))
-            answers[name] = self.answers(model, task.test, None, [name] * len(task.test), f"expert {name}")
-        return answers
-
-    def features(self, model: TwinModel, key: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Features `all` of a shared expert, once a key: router rows by expert, and test and unseen rows."""
-        if key not in self._features:
-            rows, others = self._router_rows, self._others
-            with self.autocast():
-                found = router_features(model, {**rows, "": others}, Layers("all"), self.progress)
-            self._features[key] = ({name: found[name] for name in rows}, found[""])
-        return self._features[key]
+    def reference(self) -> Twin:
+        """A twin of the suite's shared expert and router: it routes for contestants without a router of their own."""
+        return self._predicted(self.build(self.suite.shared, self._exclusive, None))
 
     @cached_property
-    def _router_rows(self) -> dict[str, list[Row]]:
-        count = self.suite.router.samples_per_expert
-        return {name: part[:count] for name, part in router_rows(self.plan).items()}
+    def _exclusive(self) -> ExclusiveSettings:
+        """Of the reference: the first contestant's that is such a twin, so that it need not be built twice."""
+        for spec in self.suite.contestants.values():
+            here = spec.seeds is None or self.seed in spec.seeds
+            if spec.exclusive is not None and here and spec.shared == self.suite.shared and spec.router is None:
+                return spec.exclusive
+        return NEXT_TO_NOTHING
 
-    @cached_property
-    def _others(self) -> list[Row]:
-        """Test rows, then unseen rows."""
-        return [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
+    def _predicted(self, built: Built) -> Twin:
+        rows = [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
+        answers = []
+        with self.autocast():
+            for answer in predict(built.model, texts(rows)):
+                answers.append(answer)
+                self.progress("predicting", len(answers), len(rows))
+        gate = torch.tensor([list(answer["gate"].values()) for answer in answers])
+        experts, labels = [answer["expert"] for answer in answers], [answer["label"] for answer in answers]
+        return Twin(built.model, built.manifest, built.bytes, experts, gate, labels)
 
-    def ids(self, model: TwinModel) -> tuple[dict[str, Tensor], Tensor]:
-        """Token ids of the rows of `features`."""
-        if self._ids is None:
-            rows = {name: ids_of(model, part) for name, part in self._router_rows.items()}
-            self._ids = rows, ids_of(model, self._others)
-        return self._ids
-
-    @cached_property
-    def suite_routing(self) -> tuple[Router, Routing]:
-        """The suite's router and where it sends every test and unseen row."""
-        return self.route(self.merged(self.suite.shared), self.suite.shared.model_dump_json(), self.suite.router)
-
-    def route(self, model: TwinModel, key: str, settings: RouterSettings) -> tuple[Router, Routing]:
-        """Fit a router on a shared expert's features and route every test and unseen row."""
-        fitted, others = self.features(model, key)
-        size = model.backbone.config.hidden_size
-        layers = settings.features.layers
-        chosen = None if layers is None else {n: slice_features(f, layers, size) for n, f in fitted.items()}
-        ids, other_ids = self.ids(model) if settings.features.tokens else (None, None)
-        router = fit_router(chosen, settings, seed=self.seed, ids=ids)
-
-        def features(rows: Tensor | None) -> Tensor:
-            return slice_features(others if rows is None else others[rows], layers or Layers("all"), size)
-
-        return router, router.decide(other_ids, features)
+    # --- answers
 
     def answers(
-        self, model: TwinModel, rows: Sequence[Row], gates: Tensor | None, heads: Sequence[str], stage: str
+        self,
+        model: TwinModel,
+        rows: Sequence[Row],
+        gate: Tensor | None,
+        heads: Sequence[str],
+        stage: str,
+        body: Any = None,
     ) -> list[str]:
-        """The label that each row's head gives, in the order of the rows."""
-        labels = [""] * len(rows)
-        done = 0
+        """The label that each row's head gives, in the order of the rows.
+
+        Args:
+            model: whose heads answer.
+            rows: inputs.
+            gate: (row, expert); None is the shared expert alone.
+            heads: by row, whose head.
+            stage: for the progress.
+            body: a full expert's encoder to be used in the place of the gated one.
+        """
+        labels, done = [""] * len(rows), 0
         for chosen, inputs in tokenized_batches(model, rows):
-            with self.autocast():
-                outputs = model.encode_as_routed(None if gates is None else gates[chosen], **inputs)
+            with self.autocast(), torch.inference_mode():
+                if body is not None:
+                    outputs = body(**inputs, return_dict=True)
+                else:
+                    outputs = model.encode_as_routed(None if gate is None else gate[chosen], **inputs)
                 answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)
             for index, logits in zip(chosen, answered, strict=True):
-                labels[index] = self.heads[heads[index]].config.id2label[int(logits.argmax())]
+                config: Any = model.heads[heads[index]].config
+                labels[index] = config.id2label[int(logits.argmax())]
             done += len(chosen)
             self.progress(stage, done, len(rows))
         return labels
 
+    def body(self, name: str) -> Any:
+        """An expert's encoder: as transformers loads a full fine-tune, or the base with an adapter's change."""
+        expert, base = self.plan.experts[name], self.plan.base
+        if not expert.is_adapter:
+            return load_backbone(expert.checkpoint.path).base_model
+        state = {}
+        for task in self.plan.tasks:
+            own = stored = base.read(task.name)
+            if name in task.experts:
+                own = (stored.float() + expert.task_vector(task.name, stored)).to(stored.dtype)
+            state[task.name] = own
+        return backbone_from(base.path, state).base_model
 
-def slice_features(features: Tensor, layers: Layers, size: int) -> Tensor:
-    """Columns of features `all` (rows, (layers + 1) * size) that belong to some layers."""
-    states = features.reshape(len(features), -1, size)
-    return states[:, layers.among(states.shape[1])].flatten(1)
+    @cached_property
+    def expert_answers(self) -> dict[str, list[str]]:
+        """Each expert on its own test rows."""
+        model = self.reference.model
+        return {
+            name: self.answers(model, task.test, None, [name] * len(task.test), f"expert {name}", self.body(name))
+            for name, task in self.tasks.items()
+        }
+
+
+def texts(rows: Iterable[Row]) -> list[Row]:
+    """Rows without their labels, which nobody who predicts may see."""
+    return [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]

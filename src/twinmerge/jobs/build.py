@@ -29,7 +29,7 @@ from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Plan, make_plan
-from twinmerge.twin.recipe import Recipe
+from twinmerge.twin.recipe import Recipe, RouterSettings
 
 
 def build(
@@ -192,19 +192,20 @@ def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], p
         max_length=recipe.max_length,
     )
     settings = recipe.router
-    count = min(settings.samples_per_expert, *(len(part) for part in rows.values()))
-    sampled = {name: _sample(part, count, recipe.seed) for name, part in rows.items()}
+    rows = sampled(rows, settings, recipe.seed)
     looked = settings.features
-    features = None if looked.layers is None else router_features(model, sampled, looked.layers, progress)
-    ids = {name: ids_of(model, part) for name, part in sampled.items()} if looked.tokens else None
+    features = None if looked.layers is None else router_features(model, rows, looked.layers, progress)
+    ids = {name: ids_of(model, part) for name, part in rows.items()} if looked.tokens else None
     router = fit_router(features, settings, seed=recipe.seed, ids=ids)
     progress("router fitted", 1, 1)
     return router
 
 
-def _sample(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """So many rows from anywhere in the file, which may be sorted, in its order."""
-    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), count))]
+def sampled(rows: Mapping[str, Sequence[Row]], settings: RouterSettings, seed: int) -> dict[str, list[Row]]:
+    """As many rows of every expert as all have, from anywhere in its file, which may be sorted, in the file's order."""
+    count = min(settings.samples_per_expert, *(len(part) for part in rows.values()))
+    picked = {name: sorted(random.Random(seed).sample(range(len(part)), count)) for name, part in rows.items()}
+    return {name: [rows[name][index] for index in indices] for name, indices in picked.items()}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
