@@ -17,6 +17,7 @@ from twinmerge.hf.loading import by_class
 from twinmerge.jobs.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
+from twinmerge.routing.store import save_router
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, add_expert
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
@@ -114,7 +115,7 @@ def _change(
             with tempfile.TemporaryDirectory(dir=staging) as work:
                 report = add_expert(plan, artifact.shared, staging / "experts" / name, Path(work), progress)
         router = fit_on_shared(staging, plan, rows, progress)
-        router.save(staging / "router")
+        save_router(router, staging / "router")
         manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
         (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
         write_manifest(staging, manifest, known)
