@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import twinmerge
+from benchmarks import plot_results
 from scripts import generate_cli_docs
 from twinmerge.cli import build_parser
 from twinmerge.eval.suite import ContestantSpec, Suite, TaskSpec, UnseenSpec
@@ -155,6 +157,23 @@ def test_names_in_the_pages_exist(name: str) -> None:
         assert hasattr(importlib.import_module(module), attribute)
 
 
+def documented_objects() -> list[str]:
+    """What docs/api.md asks mkdocstrings for."""
+    return re.findall(r"^::: (\S+)$", read("docs/api.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", documented_objects())
+def test_objects_of_the_python_page_exist_and_say_what_they_do(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute, None) or importlib.import_module(name)
+    assert (found.__doc__ or "").strip()
+
+
+def test_every_public_name_is_on_the_python_page() -> None:
+    public = {name: getattr(twinmerge, name) for name in twinmerge.__all__ if name != "__version__"}
+    assert {f"{found.__module__}.{name}" for name, found in public.items()} <= set(documented_objects())
+
+
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
 def test_json_in_the_pages_is_json(page: Path) -> None:
     for block in blocks(page, "json"):
@@ -250,5 +269,42 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_navigation() -> None:
-    listed = re.findall(r"^  - .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    listed = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def layers() -> list[str]:
+    """The rooms, from the top down, as import-linter holds them."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    return [name.removeprefix("twinmerge.") for name in contracts[0]["layers"]]
+
+
+def test_directions_of_imports_in_the_pages_are_those_that_are_checked() -> None:
+    assert f"`{' > '.join(layers())}`" in read("CONTRIBUTING.md")
+    rooms = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", read("docs/architecture.md"), re.MULTILINE)
+    assert rooms == layers()
+
+
+# --- the landing page ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_landing_page_shows_one_picture_and_at_most_ten_lines_of_code(name: str) -> None:
+    text = read(name)
+    assert len(re.findall(r"^!\[", text, re.MULTILINE)) == 1
+    (code,) = blocks(NAMED[name], "python")
+    assert len(code.strip().splitlines()) <= 10
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_figures_of_the_landing_page_are_those_of_the_results(name: str) -> None:
+    measured = plot_results.scores(read("docs/results.md"))
+    caption = re.findall(r"^!\[.*full experts.*\]", read(name), re.MULTILINE)[0]
+    shown = {contestant: f"{measured[contestant][0]:.1f}" for contestant in plot_results.SHOWN}
+    assert re.findall(r"\d+\.\d", caption) == list(shown.values())
+    assert f"keep {shown['twin, budget 0.06x']} % of their quality" in read(name)
+    assert f"a static merge keeps {shown['task arithmetic']} %" in read(name)
+    drawn = (ROOT / "docs/img/results.svg").read_text(encoding="utf-8")
+    assert [figure for figure in shown.values() if f">{figure}<" not in drawn] == []
