@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from twinmerge.files.checkpoint import Checkpoint, save_tensors
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.writer import save_tensors
 from twinmerge.merging.executor import make_executor
 from twinmerge.tensors.difference import task_vector
 from twinmerge.tensors.low_rank import LowRank, truncate

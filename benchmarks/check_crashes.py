@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from twinmerge.cli import main as program
-from twinmerge.files.checkpoint import Checkpoint, save_tensors, sha256_of
-from twinmerge.files.writer import copy_side_files
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
+from twinmerge.files.writer import copy_side_files, save_tensors
 from twinmerge.twin.artifact import TwinArtifact
 
 EXPERTS = ("a", "b", "c")

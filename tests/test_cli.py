@@ -89,7 +89,7 @@ def test_predict_says_as_json_what_it_did_and_writes_to_standard_output(
     (tmp_path / "x.jsonl").write_text('{"text": "w5 w6"}\n' * 3)
     predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--json", "--expert", "ag"]
     assert main([*predict, "--output", str(tmp_path / "y.jsonl")]) == 0
-    said = {"output": str(tmp_path / "y.jsonl"), "rows": 3, "resumed": 0, "experts": {"ag": 3}}
+    said = {"output": str(tmp_path / "y.jsonl"), "rows": 3, "resumed": 0, "experts": {"ag": 3}, "fallback": 0}
     assert json.loads(capsys.readouterr().out) == said
     with (tmp_path / "x.jsonl").open() as file:
         monkeypatch.setattr("sys.stdin", file)
@@ -132,7 +132,9 @@ def test_interrupted_prediction_says_what_is_kept(
     twin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt("interrupted; the answers of 9 rows are kept: go on with --resume")
+        stopped = KeyboardInterrupt()
+        stopped.add_note("the answers of 9 rows are kept: go on with --resume")
+        raise stopped
 
     monkeypatch.setattr("twinmerge.jobs.predict.predict_file", interrupt)
     assert main(["predict", str(twin), "--input", "x", "--output", str(tmp_path / "y.jsonl")]) == 130

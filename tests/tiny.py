@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from twinmerge.files.checkpoint import TensorSpec
+from twinmerge.files.writer import CheckpointWriter
 from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.hf.loading import by_class
 from twinmerge.twin.plan import Kind, Plan, make_plan
@@ -150,6 +152,18 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Mapping[str, Tenso
 
     tensors = dict(change(load_file(path)))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 10**9) -> Path:
+    """A folder of weights alone."""
+    folder.mkdir(exist_ok=True)
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype, Path("unused"), t.nbytes) for name, t in tensors.items()]
+    writer = CheckpointWriter.plan(specs, folder, max_shard_bytes=max_shard_bytes)
+    writer.allocate()
+    for name, tensor in tensors.items():
+        writer.write(name, 0, tensor.reshape(-1))
+    writer.finish()
+    return folder
 
 
 # ---- bases; float32, a few thousand numbers each

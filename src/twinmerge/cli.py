@@ -16,8 +16,10 @@ from twinmerge.errors import TwinMergeError
 from twinmerge.hf.batches import BatchLimits, PredictSettings
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+OVERWRITE_HELP = "replace the folder, once the new one is complete, and drop what an interrupted run left"
 FORMS = ("dense", "peft", "stacked-lora")
 EXECUTORS = ("serial", "threads", "processes", "ray")
+RESUME_HELP = "go on with what an interrupted run left, verified by hash"
 SEED_HELP = "of DARE in mergekit's recipes (default: %(default)s)"
 
 
@@ -42,16 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except TwinMergeError as error:
-        _complain(str(error))
+        _complain(str(error), error)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        _complain(f"{error.filename or 'the system'}: {error.strerror or error}", error)
         return EXIT_FAILED
     except KeyboardInterrupt as error:
-        _complain(str(error) or "interrupted; nothing half-made was left")
+        kept = hasattr(error, "__notes__")
+        _complain("interrupted" if kept else "interrupted; nothing half-made was left", error)
         return EXIT_INTERRUPTED
     return 0
 
@@ -68,13 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     build = _command(commands, "build", _build, "build a twin from a recipe: experts in, one folder out")
     build.add_argument("recipe", type=Path, help="YAML file: base, experts, shared, exclusive, router")
     build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
-    build.add_argument("--overwrite", action="store_true", help="replace the folder, once the new twin is complete")
+    build.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     _add_work_options(build)
 
     merge = _command(commands, "merge", _merge, "merge models into one plain model folder (our recipes and mergekit's)")
     merge.add_argument("recipe", type=Path, help="YAML file: base, experts, shared; or mergekit's keys")
     merge.add_argument("--out", type=Path, required=True, help="folder of the model, must not exist")
-    merge.add_argument("--overwrite", action="store_true", help="replace the folder, once the new model is complete")
+    merge.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     merge.add_argument(
         "--hash-inputs", action="store_true", help="record the SHA-256 of every input file, another pass over them"
     )
@@ -157,9 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_work_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--resume", action="store_true", help="go on with what an interrupted run left, verified by hash"
-    )
+    command.add_argument("--resume", action="store_true", help=RESUME_HELP)
     _add_plan_options(command)
 
 
@@ -208,6 +209,7 @@ def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
         command.add_argument("--expert", required=True, metavar="NAME", help="which one")
     command.add_argument("--out", type=Path, help="write the new twin there and leave the old one as it is")
     command.add_argument("--overwrite", action="store_true", help="replace the folder of --out if it exists")
+    command.add_argument("--resume", action="store_true", help=RESUME_HELP)
     command.add_argument(
         "--root", type=Path, help="where the recipe's relative paths start (default: where they did in the build)"
     )
@@ -290,6 +292,7 @@ def _grow(options: argparse.Namespace) -> None:
         common: dict[str, Any] = {
             "out": options.out,
             "overwrite": options.overwrite,
+            "resume": options.resume,
             "root": options.root,
             "progress": progress,
         }
@@ -466,8 +469,10 @@ def _progress(*, quiet: bool = False) -> Iterator[Any]:
         yield report
 
 
-def _complain(message: str) -> None:
-    sys.stderr.write(f"twinmerge: error: {' '.join(message.split())}\n")
+def _complain(message: str, error: BaseException) -> None:
+    """In one line, with what is kept of the work."""
+    line = "; ".join([message, *getattr(error, "__notes__", [])])
+    sys.stderr.write(f"twinmerge: error: {' '.join(line.split())}\n")
 
 
 def _allowed(options: argparse.Namespace) -> Any:

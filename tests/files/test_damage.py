@@ -11,27 +11,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.tiny import write_checkpoint
 from twinmerge.errors import CheckpointError
-from twinmerge.files.checkpoint import _DTYPES, INDEX, WEIGHTS, Checkpoint, TensorSpec, save_checkpoint
+from twinmerge.files.checkpoint import DTYPES, INDEX, WEIGHTS, Checkpoint
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
 )
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-SETS = st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(sorted(_DTYPES))), min_size=1, max_size=6)
+SETS = st.dictionaries(NAMES, st.tuples(SHAPES, st.sampled_from(sorted(DTYPES))), min_size=1, max_size=6)
 
 
 def random_tensor(shape: tuple[int, ...], dtype: str) -> Tensor:
     """Any bits that the type has."""
-    torch_type = _DTYPES[dtype]
+    torch_type = DTYPES[dtype]
     if torch_type is torch.bool:
         return torch.rand(shape) < 0.5
     return torch.randint(0, 256, (*shape, torch_type.itemsize), dtype=torch.uint8).view(torch_type).reshape(shape)
-
-
-def write(folder: Path, tensors: dict[str, Tensor], shard: int) -> None:
-    specs = [TensorSpec(name, tuple(t.shape), t.dtype, Path("unused"), 0) for name, t in tensors.items()]
-    save_checkpoint(specs, tensors.__getitem__, folder, shard)
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -57,7 +53,7 @@ def test_any_set_of_tensors_is_read_back_to_the_bit_by_us_and_by_safetensors(
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     made = {name: random_tensor(*entry) for name, entry in tensors.items()}
-    write(folder, made, shard)
+    write_checkpoint(folder, made, shard)
     checkpoint = Checkpoint.open(folder)
     theirs = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
     assert checkpoint.specs.keys() == theirs.keys() == made.keys()
@@ -72,12 +68,12 @@ def test_any_set_of_tensors_is_read_back_to_the_bit_by_us_and_by_safetensors(
 
 def model(folder: Path) -> Path:
     """Two tensors in one file."""
-    write(folder, {"a": torch.randn(2, 3), "b": torch.arange(4)}, 10**6)
+    write_checkpoint(folder, {"a": torch.randn(2, 3), "b": torch.arange(4)}, 10**6)
     return folder / WEIGHTS
 
 
 def sharded(folder: Path) -> Path:
-    write(folder, {"a": torch.randn(2, 3), "b": torch.arange(4)}, 1)
+    write_checkpoint(folder, {"a": torch.randn(2, 3), "b": torch.arange(4)}, 1)
     return folder / INDEX
 
 

@@ -13,11 +13,12 @@ import torch
 from tests import tiny
 from tests.tiny import GATE_ORDER, Family
 from twinmerge.errors import ArtifactError, DataError, InputError, MismatchError, OutputExistsError, RecipeError
-from twinmerge.files.checkpoint import Checkpoint, sha256_of
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import grow
 from twinmerge.jobs.build import build
-from twinmerge.routing.store import load_router
+from twinmerge.routing.router import Router
 from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 
@@ -77,7 +78,7 @@ def test_added_expert_leaves_every_other_files_bits(source: Path, twin: Path, tm
     after = hashes(twin)
     assert of_others(after, "news") == of_others(before, "news")
     assert (twin / "model.safetensors").stat().st_ino == inode  # nothing was copied
-    assert artifact.expert_names == ("ag", "news", "sms", "trec") == load_router(artifact.path / "router").expert_names
+    assert artifact.expert_names == ("ag", "news", "sms", "trec") == Router.load(artifact.path / "router").expert_names
     assert artifact.verify() == len(after) - 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["news", "news.jsonl", "twin"]
 
@@ -123,7 +124,7 @@ def test_expert_replaced_by_itself_gives_the_twin_back(
 def test_removed_expert_is_gone_and_comes_back(source: Path, twin: Path) -> None:
     before = hashes(twin)
     artifact = grow.remove(twin, "sms")
-    assert artifact.expert_names == ("ag", "trec") == load_router(artifact.path / "router").expert_names
+    assert artifact.expert_names == ("ag", "trec") == Router.load(artifact.path / "router").expert_names
     assert all("sms" not in entry["ranks"] for entry in artifact.manifest["tensors"].values())
     assert not (twin / "experts" / "sms").exists()
     assert of_others(hashes(twin), "sms") == of_others(before, "sms")
@@ -402,10 +403,13 @@ def test_failure_late_leaves_the_old_twin(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(grow, "write_manifest", fail)
-    with pytest.raises(OSError, match="No space"):
-        grow.add(twin, "news", **new)
+    with monkeypatch.context() as patch:
+        patch.setattr(grow, "write_manifest", fail)
+        with pytest.raises(OSError, match="No space.*\n.* parts are kept: go on with --resume"):
+            grow.add(twin, "news", **new)
     assert hashes(twin) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".twin.partial", "news", "news.jsonl", "twin"]
+    assert grow.add(twin, "news", **new, resume=True).expert_names == ("ag", "news", "sms", "trec")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["news", "news.jsonl", "twin"]
 
 

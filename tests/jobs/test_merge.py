@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import reference
+from tests.tiny import write_checkpoint
 from twinmerge.cli import main
 from twinmerge.errors import CheckpointError, InputError, MismatchError, OutputExistsError, RecipeError
-from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
-from twinmerge.files.staging import JOURNAL, RESULT
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
+from twinmerge.files.target import JOURNAL, RESULT
+from twinmerge.files.writer import save_tensors
 from twinmerge.jobs.merge import MANIFEST, merge_models
 from twinmerge.merging import plan as module
 from twinmerge.merging.executor import Serial, Threads
@@ -36,8 +39,7 @@ CONFIG = {"model_type": "llama", "rope_theta": 10000.0, "dtype": "float32"}
 
 def write(folder: Path, tensors: State, config: dict[str, object] | None = None, shard: int = 10**9) -> Path:
     folder.mkdir(parents=True)
-    specs = [TensorSpec(name, tuple(t.shape), t.dtype, Path("unused"), t.nbytes) for name, t in tensors.items()]
-    save_checkpoint(specs, tensors.__getitem__, folder, shard)
+    write_checkpoint(folder, tensors, shard)
     (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
     return folder
 
@@ -519,7 +521,9 @@ def test_work_of_another_recipe_is_not_resumed(models: Path) -> None:
     path = ours(models, "{method: average}")
     with pytest.raises(OutputExistsError, match="left by a run with another recipe"):
         merge_models(path, models / "out", resume=True)
-    merge_models(path, models / "out")
+    with pytest.raises(OutputExistsError, match="say --resume to go on, or --overwrite to start anew"):
+        merge_models(path, models / "out")
+    merge_models(path, models / "out", overwrite=True)
     assert torch.equal(read(models / "out")["ids"], torch.arange(3))
 
 

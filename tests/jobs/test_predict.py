@@ -14,6 +14,7 @@ from tests import tiny
 from tests.jobs import kill_predict
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS
 from twinmerge.errors import DataError, GateError, InputError, MismatchError, OutputExistsError
+from twinmerge.files.target import GrowingFile
 from twinmerge.hf.batches import BatchLimits, PredictSettings
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import predict as module
@@ -234,7 +235,7 @@ def test_bad_row_is_named_and_what_was_finished_is_gone_on_with(twin: Twins, tmp
     lines[9] = '{"txt": 1}\n'
     bad = tmp_path / "bad"
     bad.write_text("".join(lines))
-    words = r"bad:10: the row lacks 'text'; found 'txt'; the answers of 8 rows are kept: go on with --resume$"
+    words = r"bad:10: the row lacks 'text'; found 'txt'\nthe answers of 8 rows are kept: go on with --resume$"
     with pytest.raises(DataError, match=words):
         predict_file(twin("bert"), bad, tmp_path / "y")
     with pytest.raises(OutputExistsError, match="say --resume to go on"):
@@ -250,7 +251,9 @@ def test_bad_row_is_named_and_what_was_finished_is_gone_on_with(twin: Twins, tmp
 def test_other_rows_or_settings_are_not_gone_on_with(twin: Twins, tmp_path: Path) -> None:
     some = rows()
     bad = write(tmp_path / "x", [*some[:5], {"text": "w5", "gate": 1}])
-    with pytest.raises(DataError, match=r"x:6: the answer has a field 'gate' of its own.*4 rows are kept"):
+    with pytest.raises(
+        DataError, match=r"x:6: the answer has a field 'gate' of its own; rename the row's\n.* 4 rows are kept"
+    ):
         predict_file(twin("bert"), bad, tmp_path / "y")
     with pytest.raises(OutputExistsError, match="left by a run with expert None, this one has 'sms'"):
         predict_file(twin("bert"), bad, tmp_path / "y", PredictSettings("sms"), resume=True)
@@ -275,7 +278,7 @@ def test_interruption_says_what_is_kept(twin: Twins, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt, match="^$"):
         predict_file(twin("bert"), source, tmp_path / "y", progress=stop(1))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    with pytest.raises(KeyboardInterrupt, match="interrupted; the answers of 8 rows are kept: go on with --resume"):
+    with pytest.raises(KeyboardInterrupt, match="^\nthe answers of 8 rows are kept: go on with --resume"):
         predict_file(twin("bert"), source, tmp_path / "y", progress=stop(9))
 
 
@@ -289,7 +292,7 @@ def test_a_run_killed_before_the_file_got_its_name_is_only_finished(
         raise SystemError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", die)
+        patch.setattr(GrowingFile, "put_in_place", die)
         with pytest.raises(SystemError):
             predict_file(twin("bert"), source, tmp_path / "y")
     monkeypatch.setattr(TwinModel, "from_pretrained", die)  # no row is left, so no model is needed

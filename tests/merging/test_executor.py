@@ -17,7 +17,7 @@ import torch
 from tests.tiny import Family
 from tests.workers import Square
 from twinmerge.errors import MismatchError, MissingExtraError, RecipeError, WorkerError
-from twinmerge.files.checkpoint import sha256_of
+from twinmerge.files.hashes import sha256_of
 from twinmerge.jobs.merge import merge_models
 from twinmerge.merging import executor as executor_module
 from twinmerge.merging.executor import NAMES, RETRIES, Executor, Processes, Ray, Serial, Threads, make_executor

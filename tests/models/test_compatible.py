@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from twinmerge.errors import CheckpointError, MismatchError
-from twinmerge.files.checkpoint import Checkpoint, save_tensors
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.writer import save_tensors
 from twinmerge.models.compatible import (
     Allow,
     compare_configs,

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny import write_checkpoint
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors
-from twinmerge.models.provenance import describe_input, header_sha256, licence_of, require_unchanged
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import header_sha256
+from twinmerge.files.writer import save_tensors
+from twinmerge.models.provenance import describe_input, licence_of, require_unchanged
 
 
 @pytest.fixture
@@ -28,8 +31,7 @@ def test_files_are_described_by_size_and_hash(folder: Path) -> None:
 
 
 def test_every_shard_is_described(tmp_path: Path) -> None:
-    specs = [TensorSpec(name, (4,), torch.float32, Path(), 16) for name in "abc"]
-    save_checkpoint(specs, lambda _: torch.zeros(4), tmp_path, 16)
+    write_checkpoint(tmp_path, {name: torch.zeros(4) for name in "abc"}, 16)
     assert len(describe_input(Checkpoint.open(tmp_path))["files"]) == 3
 
 

@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from tests import reference, tiny
 from tests.tiny import EXPERTS, GATE_ORDER, Family, rewrite
 from twinmerge.errors import CheckpointError, InputError, MismatchError
-from twinmerge.files.checkpoint import Checkpoint, sha256_of
+from twinmerge.files import writer
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
 from twinmerge.files.writer import copy_side_files
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Part, of_form
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin import decompose as module
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, decompose_tensor, write_weights
 from twinmerge.twin.plan import Plan
@@ -291,7 +292,7 @@ def test_large_models_are_written_in_several_files(
 ) -> None:
     plan = family("bert").plan(exclusive={"rank": 1})
     whole, _ = written(plan, tmp_path / "whole")
-    monkeypatch.setattr(module, "MAX_SHARD_BYTES", 4096)
+    monkeypatch.setattr(writer, "MAX_SHARD_BYTES", 4096)
     sharded, _ = written(plan, tmp_path / "sharded")
     assert len(list(sharded.path.glob("model-*.safetensors"))) > 3
     assert all(torch.equal(sharded.shared.read(name), whole.shared.read(name)) for name in plan.base.specs)

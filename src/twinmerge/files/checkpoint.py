@@ -1,13 +1,10 @@
-"""Safetensors on disk: read lazily from checked headers, written in place, durable before they are visible."""
+"""Reads safetensors lazily from checked headers, byte ranges of tensors included."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +13,13 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from twinmerge.errors import CheckpointError, OutputExistsError
-from twinmerge.files.lock import fsync
+from twinmerge.errors import CheckpointError
+from twinmerge.files.strict_json import parse_json, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,7 +33,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -128,9 +124,11 @@ class Checkpoint:
         The bytes are read, not mapped: what was read leaves memory with the result.
 
         Raises:
-            CheckpointError: if there is no such tensor or its file can no longer be read.
+            CheckpointError: if there is no such tensor, it has no such entries, or its file can no longer be read.
         """
         spec = self._spec(name)
+        if not 0 <= start <= stop <= spec.numel:
+            raise CheckpointError(f"{self.path}: tensor {name!r} of {spec.numel:,} entries has none at {start}:{stop}")
         tensor = torch.empty(stop - start, dtype=spec.dtype)
         if not tensor.numel():
             return tensor
@@ -169,123 +167,6 @@ class Checkpoint:
         if name not in self.specs:
             raise CheckpointError(f"{self.path} has no tensor {name!r} among its {len(self.specs)}")
         return self.specs[name]
-
-
-def save_tensors(
-    tensors: Mapping[str, Shaped[Tensor, "..."]], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write one safetensors file, whole or not at all.
-
-    Args:
-        tensors: what to write, by name; tensors that share memory are written once each.
-        path: the file, replaced if it exists.
-        metadata: goes into the header beside `format: pt`.
-
-    Raises:
-        CheckpointError: if a dtype has no name in the safetensors format.
-    """
-    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    _write_file(path, layout, tensors.__getitem__, metadata or {})
-
-
-def save_checkpoint(
-    specs: Iterable[TensorSpec], read: Callable[[str], Tensor], folder: Path, max_shard_bytes: int
-) -> None:
-    """Write a checkpoint as transformers does, with one tensor in memory at a time.
-
-    The shards are planned from `specs` before the first tensor is read; each file is laid out
-    under its final header and filled in place. An index is written if there is more than one.
-
-    Args:
-        specs: names, shapes and dtypes in the order to write (`file` and `nbytes` are not used).
-        read: gives the tensor of a name, called once for each.
-        folder: an existing folder without weights.
-        max_shard_bytes: bytes of tensors per file; a larger tensor gets a file of its own.
-
-    Raises:
-        OutputExistsError: if `folder` holds weights already (an older index would be read first).
-        CheckpointError: if a dtype has no name in the safetensors format.
-        ValueError: if `read` gives a tensor of another shape or dtype than announced.
-    """
-    if found := sorted(file.name for file in folder.glob("model*.safetensors*")):
-        raise OutputExistsError(f"{folder} holds weights already ({found[0]}); write to an empty folder")
-    layout = {spec.name: (spec.shape, spec.dtype) for spec in specs}
-    shards = plan_shards({name: _size_bytes(*entry) for name, entry in layout.items()}, max_shard_bytes)
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [WEIGHTS]
-    for file, names in zip(files, shards, strict=True):
-        _write_file(folder / file, {name: layout[name] for name in names}, read, {})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(_size_bytes(*entry) for entry in layout.values())},
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        fsync(folder / INDEX)
-        fsync(folder)
-
-
-def lay_out(
-    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], metadata: Mapping[str, str]
-) -> tuple[bytes, dict[str, int], int]:
-    """The header of a safetensors file that holds `layout`, each tensor's first byte, and the file's size in bytes.
-
-    Raises:
-        CheckpointError: if a dtype has no name in the safetensors format.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name in sorted(layout, key=lambda name: (-layout[name][1].itemsize, name)):  # widest first: all are aligned
-        shape, dtype = layout[name]
-        if dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"tensor {name!r} has dtype {dtype}, which a safetensors file cannot hold here")
-        begin, end = end, end + _size_bytes(shape, dtype)
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    data = 8 + len(encoded)
-    offsets = {name: data + header[name]["data_offsets"][0] for name in layout}
-    return len(encoded).to_bytes(8, "little") + encoded, offsets, data + end
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal, read in chunks."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        CheckpointError: if it holds none, or one with a key twice.
-    """
-    try:
-        content = _parse_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(content).__name__}")
-    return content
-
-
-def _parse_json(raw: bytes) -> Any:
-    """As `json.loads`, but everything wrong is a ValueError, a key that stands twice too."""
-    try:
-        return json.loads(raw, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return found
 
 
 def _find_stem(folder: Path) -> str:
@@ -354,7 +235,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        entries = _parse_json(header)
+        entries = parse_json(header)
         _require_texts(entries.pop("__metadata__", {}))
         specs = {name: _parse_entry(name, entry, path, 8 + length) for name, entry in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -366,7 +247,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
                 f"{path} is truncated: tensor {name!r} ends at byte {end} of the data, "
                 f"the file holds {data}; download it again"
             )
-        if spec.nbytes != (needed := _size_bytes(spec.shape, spec.dtype)):
+        if spec.nbytes != (needed := size_bytes(spec.shape, spec.dtype)):
             raise CheckpointError(
                 f"{path}: tensor {name!r} has {spec.nbytes} bytes, shape {spec.shape} needs {needed}; "
                 "the file is damaged, download it again"
@@ -405,50 +286,11 @@ def _parse_entry(name: str, entry: Mapping[str, Any], path: Path, data_start: in
 
 
 def _dtype(name: str, path: Path) -> torch.dtype:
-    if name not in _DTYPES:
-        raise CheckpointError(f"{path}: dtype {name!r} is not supported; known are {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise CheckpointError(f"{path}: dtype {name!r} is not supported; known are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
-def _size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def size_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor's data."""
     return math.prod(shape) * dtype.itemsize
-
-
-def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Names by file, in their order; a tensor larger than the limit gets a file of its own."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _write_file(
-    path: Path,
-    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    read: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    head, offsets, size = lay_out(layout, metadata)
-    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        with staging.open("wb") as opened:
-            opened.write(head)
-            opened.truncate(size)
-            for name, (shape, dtype) in layout.items():
-                tensor = read(name)
-                if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
-                    raise ValueError(f"{name!r}: announced {shape} {dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
-                opened.seek(offsets[name])
-                opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        staging.replace(path)
-        fsync(path.parent)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from twinmerge.errors import DataError
-from twinmerge.files.growing import sha256_of_first
+from twinmerge.files.hashes import sha256_of_first
 
 Row = dict[str, Any]
 """One input: `text`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""

@@ -15,7 +15,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging
 
 from twinmerge.errors import ArtifactError, MismatchError
-from twinmerge.files.checkpoint import Checkpoint, read_json
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.strict_json import read_json
 
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`: nothing is fetched, no Python of a folder is run, nobody is asked on the terminal."""

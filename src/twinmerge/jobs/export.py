@@ -1,4 +1,4 @@
-"""Knows how a twin leaves for other tools: a plain model for one gate, PEFT adapters, one stacked adapter."""
+"""Writes a twin for other tools: a plain model for one gate, PEFT adapters, one stacked adapter."""
 
 import datetime
 import json
@@ -10,7 +10,7 @@ import torch
 
 from twinmerge.errors import GateError
 from twinmerge.files.progress import Progress, silent
-from twinmerge.files.staging import resumable_folder
+from twinmerge.files.target import durable_folder
 from twinmerge.files.writer import copy_side_files
 from twinmerge.hf.loading import quiet
 from twinmerge.hf.model import TwinModel
@@ -53,8 +53,8 @@ def export(
     """
     artifact = TwinArtifact.open(twin)
     weights = _gate(artifact, to, gate, expert)
-    with resumable_folder(Path(out), to, overwrite=overwrite) as staged:
-        folder = staged.folder
+    with durable_folder(Path(out), {"to": to}, overwrite=overwrite) as target:
+        folder = target.folder
         if to == "dense":
             held = _export_dense(artifact, folder, weights)
         else:

@@ -1,9 +1,8 @@
-"""Knows how a twin gains, loses or exchanges an expert: the shared expert stays, the router is fitted anew."""
+"""Adds, removes or exchanges an expert of a twin: the shared expert stays, the router is fitted anew."""
 
 import datetime
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +10,14 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
+from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
-from twinmerge.files.staging import resumable_folder
+from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.loading import by_class
 from twinmerge.jobs.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
-from twinmerge.routing.store import save_router
-from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.artifact import MANIFEST, TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, add_expert
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
 from twinmerge.twin.recipe import ExpertSource, Recipe
@@ -34,6 +33,7 @@ def add(
     router_data: Path | str,
     out: Path | str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     root: Path | str | None = None,
     progress: Progress = silent,
 ) -> TwinArtifact:
@@ -49,6 +49,7 @@ def add(
         router_data: JSON lines of inputs that belong to it.
         out: write the new twin there and leave `twin` as it is.
         overwrite: replace `out` if it exists.
+        resume: go on with what an interrupted run of the same change left.
         root: where relative paths of the twin's recipe start now; None is where they did when it was built.
         progress: called with (stage, done, total).
 
@@ -58,7 +59,7 @@ def add(
     Raises:
         InputError: whatever is wrong with the twin, the expert or the data, in one line; nothing is changed.
     """
-    return _change(twin, "add", name, _source(model, router_data), out, overwrite, root, progress)
+    return _change(twin, "add", name, _source(model, router_data), out, overwrite, resume, root, progress)
 
 
 def replace(
@@ -69,11 +70,12 @@ def replace(
     router_data: Path | str,
     out: Path | str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     root: Path | str | None = None,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Exchange an expert of a twin for another of the same name; see `add`."""
-    return _change(twin, "replace", name, _source(model, router_data), out, overwrite, root, progress)
+    return _change(twin, "replace", name, _source(model, router_data), out, overwrite, resume, root, progress)
 
 
 def remove(
@@ -82,11 +84,12 @@ def remove(
     *,
     out: Path | str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     root: Path | str | None = None,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Take an expert out of a twin; the shared expert, which was merged with it, stays. See `add`."""
-    return _change(twin, "remove", name, None, out, overwrite, root, progress)
+    return _change(twin, "remove", name, None, out, overwrite, resume, root, progress)
 
 
 def _change(
@@ -96,30 +99,63 @@ def _change(
     source: ExpertSource | None,
     out: Path | str | None,
     overwrite: bool,
+    resume: bool,
     root: Path | str | None,
     progress: Progress,
 ) -> TwinArtifact:
     folder = TwinArtifact.open(twin).path.resolve()
-    target = folder if out is None else Path(out).resolve()
-    with resumable_folder(target, f"{change} {name}", overwrite=overwrite or target == folder) as staged:
-        staging = staged.folder
-        artifact = TwinArtifact.open(folder)
-        recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
-        plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
-        rows = router_rows(plan)
-        require_heads(plan)
-        artifact.verify()
-        known = _take_over(artifact, staging, name, link=target == folder)
-        report = None
-        if source is not None:
-            with tempfile.TemporaryDirectory(dir=staging) as work:
-                report = add_expert(plan, artifact.shared, staging / "experts" / name, Path(work), progress)
-        router = fit_on_shared(staging, plan, rows, progress)
-        save_router(router, staging / "router")
-        manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
-        (staging / "README.md").write_text(model_card(manifest), encoding="utf-8")
-        write_manifest(staging, manifest, known)
-    return TwinArtifact.open(target)
+    out = folder if out is None else Path(out).resolve()
+    fingerprint = _fingerprint(folder, change, name, source)
+    with durable_folder(out, fingerprint, overwrite=overwrite, resume=resume, in_place=out == folder) as target:
+        if not target.complete:
+            _fill(target, TwinArtifact.open(folder), change, name, source, root, progress, link=out == folder)
+    return TwinArtifact.open(out)
+
+
+def _fill(
+    target: Folder,
+    artifact: TwinArtifact,
+    change: Change,
+    name: str,
+    source: ExpertSource | None,
+    root: Path | str | None,
+    progress: Progress,
+    *,
+    link: bool,
+) -> None:
+    """Write the new twin; `link` its files to the old one's where they stay."""
+    recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
+    plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
+    rows = router_rows(plan)
+    require_heads(plan)
+    artifact.verify()
+    target.clear()
+    folder = target.folder
+    known = _take_over(artifact, folder, name, link=link)
+    report = None
+    if source is not None:
+        report = add_expert(
+            plan,
+            artifact.shared,
+            folder / "experts" / name,
+            target.work,
+            progress,
+            finished=dict(target.finished),
+            record=target.record,
+        )
+    router = fit_on_shared(folder, plan, rows, progress)
+    router.save(folder / "router")
+    manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
+    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    write_manifest(folder, manifest, known)
+
+
+def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:
+    """What an interrupted change must have had in common with this one to be gone on with."""
+    model = locate(Path.cwd(), source.model, "the new expert") if source else folder
+    files = [*model.glob("*.safetensors"), *model.glob("*.json"), *([Path(source.router_data)] if source else [])]
+    asked = f"{change} {name}"
+    return fingerprint_of(files, change=asked, twin=sha256_of(folder / MANIFEST), versions=versions())
 
 
 def _source(model: Path | str, router_data: Path | str) -> ExpertSource:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import TensorSpec, sha256_of
+from twinmerge.files.checkpoint import TensorSpec
+from twinmerge.files.hashes import fingerprint_of, sha256_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
-from twinmerge.files.staging import fingerprint_of, require_space, resumable_folder
+from twinmerge.files.strict_json import read_json
+from twinmerge.files.target import Folder, durable_folder, require_space, size_of
 from twinmerge.files.writer import CheckpointWriter, copy_side_files
 from twinmerge.merging.engine import merge_tensor
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor, one_thread
@@ -69,25 +71,30 @@ def merge_models(
     entries = plan.chunk_entries(memory_bytes, executor.sharing)
     with one_thread():
         plan.require_related()
-    with resumable_folder(out, _fingerprint(plan), overwrite=overwrite, resume=resume) as staged:
-        writer = CheckpointWriter.plan(plan.specs, staged.folder, plan.reference.stem)
-        require_space(staged.folder, writer.nbytes)
-        writer.allocate()
-        finished = {name: digest for name, digest in staged.finished.items() if _is_intact(writer, name, digest)}
-        with one_thread():
-            statistics = _prepasses(plan, entries)
-        largest_first = sorted((s for s in plan.specs if s.name not in finished), key=lambda spec: -spec.numel)
-        task = _Task(plan, writer, statistics, entries)
-        progress("merging", len(finished), len(plan.specs))
-        for spec, digest in executor.map(task, largest_first):
-            finished[spec.name] = digest
-            staged.record(spec.name, digest)
-            progress("merging", len(finished), len(plan.specs))
-        writer.finish(plan.reference.stem)
-        _copy_side_files(plan, staged.folder)
-        manifest = _manifest(plan, writer, hash_inputs)
-        (staged.folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    with durable_folder(out, _fingerprint(plan), overwrite=overwrite, resume=resume) as target:
+        if not target.complete:
+            _merge_into(target, plan, entries, executor, progress)
+            manifest = json.dumps(_manifest(plan, target.folder, hash_inputs), indent=1)
+            (target.folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    return read_json(out / MANIFEST)
+
+
+def _merge_into(target: Folder, plan: MergePlan, entries: int, executor: Executor, progress: Progress) -> None:
+    """Merge what the folder in work does not hold yet."""
+    writer = CheckpointWriter.plan(plan.specs, target.folder, plan.reference.stem)
+    require_space(target.folder, writer.nbytes - size_of(target.folder))
+    writer.allocate()
+    done = {name for name, digest in target.finished.items() if _is_intact(writer, name, digest)}
+    with one_thread():
+        statistics = _prepasses(plan, entries)
+    largest_first = sorted((spec for spec in plan.specs if spec.name not in done), key=lambda spec: -spec.numel)
+    progress("merging", len(done), len(plan.specs))
+    results = executor.map(_Task(plan, writer, statistics, entries), largest_first)
+    for count, (spec, digest) in enumerate(results, len(done) + 1):
+        target.record(spec.name, digest)
+        progress("merging", count, len(plan.specs))
+    writer.finish()
+    _copy_side_files(plan, target.folder)
 
 
 @dataclass(frozen=True)
@@ -148,10 +155,11 @@ def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
     return found.hexdigest() == digest
 
 
-def _fingerprint(plan: MergePlan) -> str:
+def _fingerprint(plan: MergePlan) -> dict[str, object]:
     """What an interrupted run must have had in common with this one to be gone on with."""
     files = [spec.file for model in (plan.reference, *plan.experts.values()) for spec in model.specs.values()]
-    return fingerprint_of([importlib.metadata.version("twinmerge"), repr(plan.merge)], files)
+    version = importlib.metadata.version("twinmerge")
+    return fingerprint_of(files, recipe=sha256_of_json(repr(plan.merge)), version=version)
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:
@@ -168,10 +176,11 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(plan: MergePlan, writer: CheckpointWriter, hash_inputs: bool) -> dict[str, Any]:
+def _manifest(plan: MergePlan, folder: Path, hash_inputs: bool) -> dict[str, Any]:
     inputs = {str(model.path): model for model in (plan.reference, *plan.experts.values())}
     files = {
-        file: {"bytes": size, "sha256": sha256_of(writer.folder / file)} for file, (_, size) in writer.heads.items()
+        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        for file in sorted(folder.glob("*.safetensors"))
     }
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

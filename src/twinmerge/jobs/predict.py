@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import DataError, GateError, InputError
-from twinmerge.files.checkpoint import read_json
-from twinmerge.files.growing import GrowingFile, growing_file
+from twinmerge.errors import GateError, InputError
 from twinmerge.files.rows import STANDARD, Row, RowReader, count_lines, open_rows, refuse_taken
+from twinmerge.files.strict_json import read_json
+from twinmerge.files.target import GrowingFile, growing_file
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings
 from twinmerge.hf.generate import end_ids
@@ -169,18 +169,17 @@ def predict_file(
     with open_rows(source) as file:
         total = count_lines(source)
         with _output(target, fingerprint, overwrite=overwrite, resume=resume) as output:
-            before = output.note or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
+            before = output.last or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
             if not output.complete:
                 name = "standard input" if source == STANDARD else str(source)
                 reader = RowReader(file, name, taken=taken)
                 reader.skip(before["rows"], before["bytes"], before["sha256"])
-                with _said_what_is_kept(output, target):
-                    rows = iter(reader)
-                    first = list(islice(rows, 1))  # a bad first row is refused before the model is loaded
-                    model = TwinModel.from_pretrained(artifact.path, device=device)
-                    counted: Counter[str] = Counter(before["experts"])
-                    _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
-            note = output.note or before
+                rows = iter(reader)
+                first = list(islice(rows, 1))  # a bad first row is refused before the model is loaded
+                model = TwinModel.from_pretrained(artifact.path, device=device)
+                counted: Counter[str] = Counter(before["experts"])
+                _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
+            note = output.last or before
     experts = dict(sorted(note["experts"].items()))
     fallback = experts.pop(_FALLBACK, 0)
     return {"rows": note["rows"], "resumed": before["rows"], "experts": experts, "fallback": fallback}
@@ -190,12 +189,12 @@ class _StandardOutput:
     complete = False
 
     def __init__(self) -> None:
-        self.note: Mapping[str, Any] | None = None
+        self.last: Mapping[str, Any] | None = None
 
-    def append(self, content: bytes, note: Mapping[str, Any]) -> None:
+    def append(self, content: bytes, note: Mapping[str, Any], kept: str) -> None:
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
-        self.note = note
+        self.last = note
 
 
 _Output = GrowingFile | _StandardOutput
@@ -222,7 +221,7 @@ def _answer_all(
     progress: Callable[[int, int | None], None],
 ) -> None:
     """Answer what is left to read, and append it window by window."""
-    done = (output.note or {"rows": 0})["rows"]
+    done = (output.last or {"rows": 0})["rows"]
     progress(done, total)
 
     def answered(rows: int) -> None:
@@ -234,19 +233,7 @@ def _answer_all(
         experts.update(_FALLBACK if answer["fallback"] else answer["expert"] for answer in answers)
         content = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         note = {"rows": reader.rows, "bytes": reader.bytes, "sha256": reader.sha256, "experts": dict(experts)}
-        output.append(content.encode(), note)
-
-
-@contextmanager
-def _said_what_is_kept(output: _Output, target: Path) -> Iterator[None]:
-    """Whoever stops the work is told what is kept of it."""
-    try:
-        yield
-    except (DataError, KeyboardInterrupt) as error:
-        if output.note is None or target == STANDARD:
-            raise
-        kept = f"the answers of {output.note['rows']:,} rows are kept: go on with --resume"
-        raise type(error)(f"{str(error) or 'interrupted'}; {kept}") from error
+        output.append(content.encode(), note, f"the answers of {reader.rows:,} rows are")
 
 
 def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:

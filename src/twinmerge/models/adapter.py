@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import Checkpoint, read_json
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.strict_json import read_json
 from twinmerge.models.source import Expert
 from twinmerge.tensors.difference import require_finite
 from twinmerge.tensors.low_rank import LowRank

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import CheckpointError, MismatchError
-from twinmerge.files.checkpoint import Checkpoint, read_json, sha256_of
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
+from twinmerge.files.strict_json import read_json
 from twinmerge.tensors.difference import require_finite
 
 RELATED_COSINE = 0.5

@@ -1,6 +1,5 @@
-"""Knows where weights came from: their files, what those hold, and the licence on the card beside them."""
+"""Says where weights came from: their files, what those hold, and the licence on the card beside them."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import yaml
 
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import Checkpoint, sha256_of
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import header_sha256, sha256_of
 
 CARD = "README.md"
 
@@ -57,13 +57,6 @@ def require_unchanged(entry: Mapping[str, Any], checkpoint: Checkpoint, what: st
             f"{what} {checkpoint.path} is not what the twin was built from: {changed[0]} differs from its sha256 in "
             "the manifest; put that version back, or build the twin again"
         )
-
-
-def header_sha256(file: Path) -> str:
-    """SHA-256 of a safetensors file's header: the length and the JSON before the data."""
-    with file.open("rb") as opened:
-        length = opened.read(8)
-        return hashlib.sha256(length + opened.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def licence_of(folder: Path) -> str | None:

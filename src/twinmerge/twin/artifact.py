@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
-from twinmerge.files.checkpoint import Checkpoint, save_tensors, sha256_of
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
+from twinmerge.files.writer import save_tensors
 from twinmerge.tensors.float8 import EIGHT_BITS, SCALE
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Part, unpack

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from twinmerge.files.checkpoint import Checkpoint, TensorSpec, save_checkpoint, save_tensors, sha256_of
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.hashes import sha256_of
 from twinmerge.files.progress import Progress, silent
-from twinmerge.files.writer import copy_side_files
+from twinmerge.files.writer import CheckpointWriter, copy_side_files, save_tensors
 from twinmerge.merging.executor import Executor, make_executor
 from twinmerge.merging.method import Scaled
 from twinmerge.merging.statistics import Statistics
@@ -24,8 +25,6 @@ from twinmerge.twin.artifact import write_exclusive
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import Key, choose_ranks, compress
 from twinmerge.twin.shared import bound_of, merge_parameter, prepare, require_fine_tune
-
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,8 @@ def write_weights(
         finished: parameters whose part files an interrupted run left in `work`, and their SHA-256, which is verified.
         record: told the name and the SHA-256 of every part file that is complete.
     """
-    task = _Decompose(plan, prepare(plan), work)
-    done = {
-        name for name, digest in finished.items() if task.part(name).exists() and sha256_of(task.part(name)) == digest
-    }
-    left = sorted((t for t in plan.tasks if t.name not in done), key=lambda t: -t.spec.numel)
-    if done:
-        progress("decomposing", len(done), len(plan.tasks))
-    for count, (finding, digest) in enumerate((executor or make_executor("threads")).map(task, left), len(done) + 1):
-        record(finding.name, digest)
-        progress("decomposing", count, len(plan.tasks))
-    records = {t.name: TensorRecord.load(t.name, task.part(t.name)) for t in plan.tasks}
+    work_on = _Decompose(plan, prepare(plan), work)
+    records = _decompose_all(work_on, plan.tasks, progress, executor, finished, record)
     ranks = _ranks(plan, records)
     _write_shared(plan, records, folder)
     experts = {}
@@ -123,6 +113,8 @@ class _Decompose:
     plan: Plan
     statistics: Statistics
     work: Path
+    shared: Checkpoint | None = None
+    """The shared expert, where it is there already."""
 
     def part(self, name: str) -> Path:
         """The part file of a parameter, whose name may be no file's."""
@@ -130,10 +122,41 @@ class _Decompose:
 
     def __call__(self, task: TensorTask) -> str:
         """The SHA-256 of the part file."""
-        return sha256_of(decompose_tensor(task, self.plan, self.statistics, self.part(task.name)).part)
+        stored = self.shared.read(task.name) if self.shared else None
+        return sha256_of(decompose_tensor(task, self.plan, self.statistics, self.part(task.name), stored).part)
 
 
-def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progress: Progress = silent) -> WeightsReport:
+def _decompose_all(
+    work: _Decompose,
+    tasks: Sequence[TensorTask],
+    progress: Progress,
+    executor: Executor | None,
+    finished: Mapping[str, str],
+    record: Callable[[str, str], None],
+) -> dict[str, TensorRecord]:
+    """Decompose what no verified part file holds yet, the largest first."""
+    done = {
+        name for name, digest in finished.items() if work.part(name).exists() and sha256_of(work.part(name)) == digest
+    }
+    left = sorted((task for task in tasks if task.name not in done), key=lambda task: -task.spec.numel)
+    if done:
+        progress("decomposing", len(done), len(tasks))
+    for count, (finding, digest) in enumerate((executor or make_executor("threads")).map(work, left), len(done) + 1):
+        record(finding.name, digest)
+        progress("decomposing", count, len(tasks))
+    return {task.name: TensorRecord.load(task.name, work.part(task.name)) for task in tasks}
+
+
+def add_expert(
+    plan: Plan,
+    shared: Checkpoint,
+    folder: Path,
+    work: Path,
+    progress: Progress = silent,
+    *,
+    finished: Mapping[str, str] = {},
+    record: Callable[[str, str], None] = lambda name, digest: None,
+) -> WeightsReport:
     """Write the exclusive part and the head of the one expert that a plan opened; the shared expert stays as it is.
 
     Args:
@@ -142,15 +165,13 @@ def add_expert(plan: Plan, shared: Checkpoint, folder: Path, work: Path, progres
         folder: `experts/NAME`, created.
         work: an existing folder for part files.
         progress: told after every parameter.
+        finished: as for `write_weights`.
+        record: as for `write_weights`.
     """
     (name,) = plan.experts
     require_fine_tune(plan, name)
-    records = {}
     tasks = [task for task in plan.tasks if task.exclusive]
-    for index, task in enumerate(tasks):
-        part = work / f"{index:05d}.safetensors"
-        records[task.name] = decompose_tensor(task, plan, Statistics(), part, shared.read(task.name))
-        progress("decomposing", index + 1, len(tasks))
+    records = _decompose_all(_Decompose(plan, Statistics(), work, shared), tasks, progress, None, finished, record)
     ranks = _ranks(plan, records)
     entry = _write_expert(plan, name, records, ranks, folder)
     return WeightsReport({task: {"ranks": {expert: rank}} for (task, expert), rank in ranks.items()}, {name: entry})
@@ -242,8 +263,11 @@ def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
 
 
 def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path) -> None:
-    specs: list[TensorSpec] = [task.spec for task in plan.tasks]
-    save_checkpoint(specs, lambda name: Checkpoint.open(records[name].part).read("shared"), folder, MAX_SHARD_BYTES)
+    writer = CheckpointWriter.plan([task.spec for task in plan.tasks], folder)
+    writer.allocate()
+    for task in plan.tasks:
+        writer.write(task.name, 0, Checkpoint.open(records[task.name].part).read("shared").view(-1))
+    writer.finish()
     copy_side_files(plan.base.path, folder)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
-from twinmerge.files.checkpoint import save_tensors
+from twinmerge.files.writer import save_tensors
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense, Part, of_form
 from twinmerge.twin.artifact import IN_ADAPTER, PEFT_PREFIX, TwinArtifact, adapter_config, to_peft, write_exclusive
