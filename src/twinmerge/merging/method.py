@@ -59,7 +59,7 @@ class Chunk:
 
     def base_value(self) -> Tensor:
         """The base in float64."""
-        return self._base.to(torch.float64, copy=True)
+        return self._base_float64.clone()
 
     def value(self, expert: str) -> Tensor:
         """An expert in float64."""
@@ -73,7 +73,7 @@ class Chunk:
             return self.changes[expert].to(dtype, copy=True)
         value = self.experts[expert]
         if torch.float64 in (dtype, value.dtype, self._base.dtype):
-            return value.to(torch.float64, copy=True).sub_(self._base).to(dtype)
+            return value.to(torch.float64, copy=True).sub_(self._base_float64).to(dtype)
         return value.to(torch.float32, copy=True).sub_(self._base_float32)
 
     @property
@@ -81,6 +81,10 @@ class Chunk:
         if self.base is None:
             raise ValueError(f"{self.tensor!r}: this method needs the base")
         return self.base
+
+    @cached_property
+    def _base_float64(self) -> Tensor:
+        return self._base.double()
 
     @cached_property
     def _base_float32(self) -> Tensor:
