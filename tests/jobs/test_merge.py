@@ -63,6 +63,13 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def rewrite(folder: Path, edit: Callable[[State], State]) -> None:
+    """Change the tensors of a model."""
+    state, config = edit(read(folder)), json.loads((folder / "config.json").read_text())
+    shutil.rmtree(folder)
+    write(folder, state, config)
+
+
 def recipe(folder: Path, text: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(text)
@@ -404,6 +411,45 @@ def test_a_result_too_large_for_its_dtype_is_refused(models: Path) -> None:
     path = kit(models, "task_arithmetic", "weight: 1.0e+6", "dtype: float16\n")
     with pytest.raises(CheckpointError, match="the merged values go up to .*, more than torch.float16 holds"):
         merge_models(path, models / "out")
+
+
+def test_counters_of_training_steps_may_differ_and_are_the_bases(models: Path) -> None:
+    for count, name in enumerate(("base", "a", "b")):
+        rewrite(models / name, lambda state, count=count: state | {"bn.num_batches_tracked": torch.tensor(7 + count)})
+    merge_models(ours(models), models / "out")
+    assert read(models / "out")["bn.num_batches_tracked"].item() == 7
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic, scaling: 1.0", "average"])
+def test_a_merged_variance_below_zero_is_refused_and_one_above_is_merged(models: Path, method: str) -> None:
+    for name, variance in (("base", 1.0), ("a", 0.25), ("b", 0.25)):
+        rewrite(models / name, lambda state, v=variance: state | {"bn.running_var": torch.tensor([2.0, v])})
+    path = ours(models, f"{{method: {method}}}")
+    if method == "average":
+        merge_models(path, models / "out")
+        assert read(models / "out")["bn.running_var"].tolist() == [2.0, 0.25]
+        return
+    with pytest.raises(CheckpointError, match="'bn.running_var': the merged variances go down to -0.5, and a varian"):
+        merge_models(path, models / "out")
+    assert not (models / "out").exists()
+
+
+@pytest.mark.parametrize("shared", ["average", "task_arithmetic, scaling: 1.0", "ties", "dare_linear", "dare_ties"])
+def test_a_merge_of_float64_models_is_that_of_float32_models_with_the_same_values(models: Path, shared: str) -> None:
+    narrow = merge_models(ours(models, f"{{method: {shared}}}"), models / "narrow") and read(models / "narrow")
+    for name in ("base", "a", "b"):
+        rewrite(models / name, lambda s: {n: t.double() if t.dtype.is_floating_point else t for n, t in s.items()})
+    merge_models(ours(models, f"{{method: {shared}}}", "dtype: float32\n"), models / "wide")
+    assert all(torch.allclose(tensor, narrow[name], atol=1e-6) for name, tensor in read(models / "wide").items())
+
+
+def test_a_twins_recipe_is_refused_at_once_with_the_command_that_takes_it(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "base: base\nexperts: {a: {model: a, router_data: x}, b: {model: b, router_data: x}}\nexclusive: {rank: 1}\n"
+    assert main(["merge", str(recipe(models, text)), "--out", str(models / "out")]) == 2
+    words = "recipe.yaml is the recipe of a twin (it has exclusive); `twinmerge build` takes it"
+    assert words in capsys.readouterr().err
 
 
 def test_allowed_differences_are_noted(models: Path) -> None:

@@ -1,6 +1,7 @@
 """Somebody else's merge method: one file outside the package."""
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from twinmerge.merging.method import Chunk, Method, Weight, merge_method, of_expert
@@ -14,6 +15,14 @@ class Quietest(Method):
     weight: Weight = 1.0
     pull: float = 1.0
     loudest: bool = False
+    limit: float | None = None
+
+    @field_validator("pull")
+    @classmethod
+    def _pulls(cls, pull: float) -> float:
+        if pull == 0:
+            raise ValueError("0 pulls nowhere")
+        return pull
 
     def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
         """Base and chosen changes."""

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tests.merging.memory import chunks, in_dtype, merge, models
 from twinmerge.errors import CheckpointError, RecipeError
-from twinmerge.files.schema import Strict, load_yaml
+from twinmerge.files.schema import Strict, Variant, load_yaml
 from twinmerge.merging import method as module
 from twinmerge.merging.engine import merge_tensor
 from twinmerge.merging.method import Chunk, Method, Scaled, find_method, merge_method, method_names
 from twinmerge.merging.statistics import Statistics
+from twinmerge.merging.ties import Ties
 
 OURS = ["pretrained", "average", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -251,6 +252,7 @@ def test_settings_that_do_not_fit_the_experts_are_named(name: str, settings: dic
 
 class Holder(Strict):
     shared: Method
+    trimmed: Ties = Ties()
 
 
 @pytest.mark.parametrize(
@@ -267,6 +269,10 @@ class Holder(Strict):
         ),
         ("shared: {method: magic}\n", ":1: shared.method must be pretrained or average or .*, found 'magic'$"),
         ("shared: {}\n", ":1: key 'shared.method' is missing$"),
+        (
+            "trimmed: {densty: 1}\nshared: {method: ties}\n",
+            ":1: unknown key 'densty' under trimmed; did you mean 'dens",
+        ),
         ("shared: 3\n", ":1: shared: input should be a valid dictionary .* found 3$"),
     ],
 )
@@ -287,6 +293,13 @@ def test_auto_scaling_must_be_replaced_before_merging(name: str) -> None:
         merge(automatic, base, experts)
     merged = merge(automatic.at(0.0), base, experts, dtype=torch.float32)
     assert all(torch.equal(merged[tensor], base[tensor]) for tensor in base)
+
+
+def test_a_form_is_found_by_the_registry_of_its_class() -> None:
+    assert Method.form_of({"method": "ties"}) is Ties.form_of({}) is Ties
+    assert method("ties").coefficients(["a"]) is None
+    with pytest.raises(NotImplementedError):
+        Variant.form_of({})
 
 
 # ---- the engine

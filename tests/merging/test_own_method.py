@@ -85,17 +85,20 @@ def test_own_method_merges_and_is_a_merge_method_of_mergekits_recipes(family: Ge
     [
         ({"pull": "far"}, "kit.yaml:7: parameters.pull: must be a number, found 'far'"),
         ({"loudest": 3}, "kit.yaml:7: parameters.loudest: input should be a valid boolean, found 3"),
+        ({"pull": [0, 1]}, r"parameters.pull: Value error, 0 pulls nowhere, found 0.0, for tensor 'embed.w'"),
         ({"pul": 1}, "kit.yaml:7: unknown key 'pul' under parameters; did you mean 'pull'"),
     ],
 )
 def test_wrong_settings_of_an_own_method_in_a_mergekit_recipe_are_named(
     tmp_path: Path, parameters: dict[str, Any], words: str
 ) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
     content = {"merge_method": "quietest", "base_model": "b", "models": [{"model": "a"}], "parameters": parameters}
     text = "".join(yaml.safe_dump({key: value}) for key, value in content.items())
     (tmp_path / "kit.yaml").write_text(f"# a comment\n{text}")
     with pytest.raises(RecipeError, match=words.replace(":7:", ":[67]:")):
-        load_merge(tmp_path / "kit.yaml")
+        load_merge(tmp_path / "kit.yaml").methods.at("embed.w", 0.0)
 
 
 def test_own_method_makes_a_twins_shared_expert_and_contends_in_a_suite(family: Get, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from twinmerge.files import writer
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of
 from twinmerge.files.writer import copy_side_files
+from twinmerge.models.compatible import Allow
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Part, of_form
 from twinmerge.tensors.sparse import Sparse
@@ -129,6 +131,20 @@ def test_auto_scaling_leaves_less_residual_energy_than_the_papers_and_the_mean(f
         left[scaling] = sum(entry["energy"] * (1 - entry["energy_kept"]) for entry in report.experts.values())
     # each tensor's choice is at least as good, to float32 sums of squares
     assert left["auto"] <= min(left.values()) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("name", ["embeddings.word_embeddings.weight", "embeddings.LayerNorm.bias"])
+def test_a_merged_value_too_large_for_the_dtype_of_the_base_is_refused_as_merge_does(tmp_path: Path, name: str) -> None:
+    made = tiny.make_family(tmp_path, tiny.bert().half(), tiny.transformers.BertForSequenceClassification)
+    for expert in EXPERTS:
+        rewrite(
+            made.root / expert / "model.safetensors",
+            lambda tensors: {n: t.fill_(60000.0) if n == f"bert.{name}" else t for n, t in tensors.items()},
+        )
+    plan = made.plan(shared={"method": "task_arithmetic", "scaling": 1.0}, exclusive={"rank": 1})
+    plan = replace(plan, allow=Allow(unrelated=True))
+    with pytest.raises(CheckpointError, match=f"'{name}': the merged values go up to 1.8e.05, more than torch.float16"):
+        written(plan, tmp_path / "out")
 
 
 # ---- the laws

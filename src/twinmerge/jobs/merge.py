@@ -117,7 +117,7 @@ class _Task:
     def _merged(self, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
         method = self.plan.method(spec.name)
         read = partial(self.plan.chunks, spec.name, self.entries)
-        return merge_tensor(method, read, self.statistics[method.model_dump_json()], spec.dtype)
+        return merge_tensor(method, read, self.statistics.get(method.model_dump_json(), Statistics()), spec.dtype)
 
     def _copied(self, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
         """Integers are not merged: the reference's are taken, and all models must agree on them, except on counters."""
@@ -163,16 +163,20 @@ def _fingerprint(plan: MergePlan) -> dict[str, object]:
 
 
 def _copy_side_files(plan: MergePlan, folder: Path) -> None:
-    """Config, tokenizer and processor files of the reference; the config says the dtype of the result."""
+    """Config, tokenizer and processor files of the reference; the config says the result's dtype and labels."""
     if not plan.reference.path.is_dir():
         return
     copy_side_files(plan.reference.path, folder)
     config = folder / "config.json"
-    if plan.merge.dtype and config.exists():
+    labels = plan.labels.names
+    if (plan.merge.dtype or labels) and config.exists():
         content = json.loads(config.read_text(encoding="utf-8"))
-        for key in ("dtype", "torch_dtype"):
+        for key in ("dtype", "torch_dtype") if plan.merge.dtype else ():
             if key in content:
                 content[key] = str(plan.merge.dtype).removeprefix("torch.")
+        if labels:
+            content["id2label"] = {str(row): label for row, label in enumerate(labels)}
+            content["label2id"] = {label: row for row, label in enumerate(labels)}
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

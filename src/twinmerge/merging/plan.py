@@ -1,18 +1,21 @@
 """Opens and matches every file of a static merge, before any work, and reads them stretch by stretch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from twinmerge.errors import MismatchError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.merging.align import Labels, align, backbone_root, order_labels
+from twinmerge.merging.average import Average
 from twinmerge.merging.executor import OWN_BYTES
 from twinmerge.merging.method import Chunk, Method
 from twinmerge.merging.recipe import StaticMerge, depths, layer_count
 from twinmerge.models.compatible import (
     Allow,
     compare_configs,
-    compare_tensors,
     compare_vocabularies,
     plausible_bound,
     require_plausible,
@@ -36,6 +39,9 @@ class MergePlan:
     experts: Mapping[str, Checkpoint]
     specs: tuple[TensorSpec, ...]
     """What is written, in the order of the reference."""
+    copied: frozenset[str]
+    """What only the reference has, beside the backbone, and the result gets from it."""
+    labels: Labels
     depths: Mapping[str, float]
     notes: tuple[str, ...]
     """Differences that were allowed, and what is unusual."""
@@ -43,8 +49,8 @@ class MergePlan:
 
     @property
     def merged(self) -> list[TensorSpec]:
-        """Those of `specs` that are merged; integers are copied."""
-        return [spec for spec in self.specs if spec.dtype.is_floating_point]
+        """Those of `specs` that are merged."""
+        return [spec for spec in self.specs if spec.dtype.is_floating_point and spec.name not in self.copied]
 
     @property
     def read_bytes(self) -> int:
@@ -58,8 +64,8 @@ class MergePlan:
         return sum(spec.numel * spec.dtype.itemsize for spec in self.specs)
 
     def method(self, name: str) -> Method:
-        """The method that merges a tensor."""
-        return self.merge.methods.at(name, self.depths[name])
+        """The method that merges a tensor; one that only the reference has is the average of that."""
+        return Average() if name in self.copied else self.merge.methods.at(name, self.depths[name])
 
     def chunk_entries(self, memory_bytes: int, sharing: int) -> int:
         """Entries of a tensor that each of the workers that share a process's memory holds at a time.
@@ -94,13 +100,20 @@ class MergePlan:
             largest = require_plausible(first, f"{whose}: {name!r} in {reference.specs[name].file}", start)
             bound = None if self.allow.unrelated else plausible_bound(largest)
             experts = {}
-            for expert, checkpoint in self.experts.items():
-                tensor = first if checkpoint is reference else checkpoint.read_flat(name, start, stop)
+            for expert, checkpoint in ({"": reference} if name in self.copied else self.experts).items():
+                tensor = first if checkpoint is reference else self._read(expert, name, start, stop)
                 if checkpoint is not reference:
                     where = f"expert {expert!r}: {name!r} in {checkpoint.specs[name].file}"
                     require_plausible(tensor, where, start, bound)
                 experts[expert] = tensor.view(shape)
             yield Chunk(name, start, first.view(shape) if self.base else None, experts)
+
+    def _read(self, expert: str, name: str, start: int, stop: int) -> Tensor:
+        """Entries of an expert's tensor, the rows of its head in the order of the reference's labels."""
+        checkpoint, rows = self.experts[expert], self.labels.rows.get(expert)
+        if rows is None or name not in self.labels.tensors:
+            return checkpoint.read_flat(name, start, stop)
+        return checkpoint.read(name)[rows].flatten()[start:stop]
 
     def require_related(self) -> None:
         """Refuse models that are no fine-tunes of the reference.
@@ -108,7 +121,8 @@ class MergePlan:
         Raises:
             MismatchError: with the measured distance.
         """
-        names = [spec.name for spec in self.merged if len(spec.shape) > 1]
+        root = backbone_root(self.merged)
+        names = [spec.name for spec in self.merged if len(spec.shape) > 1 and spec.name.startswith(root)]
         for name, expert in self.experts.items():
             if expert is not self.reference and not self.allow.unrelated:
                 require_related(self.reference, name, expert, [(n, n) for n in names], ", or --allow-unrelated")
@@ -141,10 +155,8 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
 
     reference = open_once(merge.reference)
     base = open_once(merge.base) if merge.base else None
-    experts = {name: open_once(path) for name, path in merge.experts.items()}
-    notes: list[str] = []
+    experts, copied, notes = _align_all(reference, {name: open_once(path) for name, path in merge.experts.items()})
     for name, expert in experts.items():
-        compare_tensors(reference, name, expert)
         notes += compare_configs(reference, name, expert, allow)
         notes += compare_vocabularies(reference.path, name, expert.path, allow)
         if mixed := [
@@ -164,8 +176,37 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
         replace(spec, dtype=merge.dtype) if merge.dtype and spec.dtype.is_floating_point else spec
         for spec in reference.specs.values()
     )
-    plan = MergePlan(merge, reference, base, experts, specs, depths(list(reference.specs)), tuple(notes), allow)
+    merged = [name for name, spec in reference.specs.items() if spec.dtype.is_floating_point and name not in copied]
+    labels = order_labels(reference, experts, merged)
+    deep, notes = depths(list(reference.specs)), [*notes, *labels.notes]
+    plan = MergePlan(merge, reference, base, experts, specs, copied, labels, deep, tuple(notes), allow)
     for spec in plan.merged:
         if fault := plan.method(spec.name).misfit(experts):
             raise RecipeError(fault)
     return plan
+
+
+def _align_all(
+    reference: Checkpoint, models: Mapping[str, Checkpoint]
+) -> tuple[dict[str, Checkpoint], frozenset[str], list[str]]:
+    """The models under the reference's names, what only the reference has, and what is left out or copied."""
+    found = {name: align(reference, name, model) for name, model in models.items()}
+    copied = frozenset[str]().union(*(aligned.lacking for aligned in found.values()))
+    notes = [
+        f"{name!r}: what lies beside its backbone is not merged and left out: {_some(aligned.head)}"
+        for name, aligned in found.items()
+        if aligned.head
+    ]
+    if copied:
+        notes.append(f"no expert has what is taken from {reference.path.name} as it is: {_some(sorted(copied))}")
+    for name, aligned in found.items():
+        if some := sorted(copied - aligned.lacking):
+            other = next(other for other, one in found.items() if some[0] in one.lacking)
+            raise MismatchError(
+                f"{other!r} lacks {some[0]!r}, which {name!r} has; give models that all have it, or none of them"
+            )
+    return {name: aligned.checkpoint for name, aligned in found.items()}, copied, notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
