@@ -1,6 +1,7 @@
 """Rows of text: what the file holds comes back, and the first bad line is named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinmerge.errors import DataError
-from twinmerge.files.rows import iter_rows, read_rows
+from twinmerge.files.rows import count_lines, iter_rows, read_rows
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -44,6 +45,56 @@ def test_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     assert [row["text"] for row in read_rows(path, labelled=False)] == ["a", "b"]
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n \r\n\t", "\n" * 5])
+def test_blank_lines_at_the_end_are_nothing(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "a"}\r\n{"text": "b"}' + end.encode())
+    assert [row["text"] for row in read_rows(path, labelled=False)] == ["a", "b"]
+    assert count_lines(path) == 2
+
+
+@given(st.lists(st.sampled_from(["\n", " ", "\r\n", "x", "y\n"]), max_size=12))
+def test_lines_are_counted_as_they_are_read(tmp_path_factory: pytest.TempPathFactory, pieces: list[str]) -> None:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_bytes("".join(pieces).encode())
+    assert count_lines(path) == len("".join(pieces).rstrip().encode().splitlines() if "".join(pieces).strip() else [])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters()), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(fields=st.dictionaries(st.text(st.characters(), max_size=5), VALUES, max_size=4), ascii_only=st.booleans())
+def test_a_row_that_is_read_can_be_written_again(
+    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, object], ascii_only: bool
+) -> None:
+    """Whatever the file holds; an answer keeps the row's fields."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    raw = json.dumps({**fields, "text": "a"}, ensure_ascii=ascii_only)
+    path.write_bytes(raw.encode(errors="surrogatepass"))
+    refused = re.search(r"[\ud800-\udfff]|\\ud[89a-f]|NaN|Infinity", raw)
+    try:
+        [row] = read_rows(path, labelled=False)
+    except DataError:
+        if refused:
+            return
+        raise
+    json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    assert row == json.loads(raw)
+
+
+def test_odd_but_readable_fields_are_kept(tmp_path: Path) -> None:
+    row = {"text": "a\u0000b\u2028", "x": [-0.0, 10**4000, "\U0001f600", {"": {}}], "deep": None}
+    for _ in range(98):
+        row["deep"] = [row["deep"]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    assert read_rows(path, labelled=False) == [row]
+
+
 def test_rows_come_one_by_one(tmp_path: Path) -> None:
     rows = iter_rows(write(tmp_path / "rows.jsonl", '{"text": "a"}', "broken"), labelled=False)
     assert next(rows) == {"text": "a"}
@@ -56,7 +107,28 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
     [
         ("{text: a}", r"rows\.jsonl:2: not JSON: Expecting property name"),
         ('{"text": "a", "score": NaN}', r"rows\.jsonl:2: not JSON: NaN is not a JSON number"),
-        ("", r"rows\.jsonl:2: expected a JSON object, found an empty line"),
+        ('\n{"text": "b"}', r"rows\.jsonl:2: expected a JSON object, found an empty line; rows follow it"),
+        ('\r\n \t\r\n{"text": "b"}', r"rows\.jsonl:2: expected a JSON object, found an empty line; rows follow it"),
+        ('{"text": "a", "text": "b"}', r"rows\.jsonl:2: not JSON: key 'text' stands twice$"),
+        ('{"text": "a", "more": [{"x": 1, "x": 1}]}', r"rows\.jsonl:2: not JSON: key 'x' stands twice$"),
+        ('{"text": "a", "score": 1e999}', r"rows\.jsonl:2: not JSON: 1e999 is too large for a number$"),
+        ('{"text": "a", "score": [-1e999]}', r"rows\.jsonl:2: not JSON: -1e999 is too large for a number$"),
+        ('{"text": "a", "score": -Infinity}', r"rows\.jsonl:2: not JSON: -Infinity is not a JSON number$"),
+        (
+            '{"text": "a", "id": ' + "9" * 5000 + "}",
+            r"rows\.jsonl:2: not JSON: an integer of 5,000 digits is too long$",
+        ),
+        ('{"text": ' + "[" * 10**5 + "]" * 10**5 + "}", r"rows\.jsonl:2: not JSON: it is nested too deeply$"),
+        ('{"x": ' * 10**5 + "1" + "}" * 10**5, r"rows\.jsonl:2: not JSON: it is nested too deeply$"),
+        ('{"text": "a", "x": ' + "[" * 101 + "]" * 101 + "}", r"rows\.jsonl:2: 'x' holds lists or .* 100 deep$"),
+        ('{"text": "a", "x": {"y": ["\\ud800"]}}', r"rows\.jsonl:2: 'x' holds half a surrogate pair at character 0$"),
+        ('{"text": "a", "\\udfff": 1}', r"rows\.jsonl:2: a key holds half a surrogate pair at character 0$"),
+        ('{"text": "a", "x": {"a\\ud800": 1}}', r"rows\.jsonl:2: a key holds half a surrogate pair at character 1$"),
+        ('{"text": "a", "label": "\\ud800"}', r"rows\.jsonl:2: 'label' holds half a surrogate pair"),
+        ('{"text": "a\x00"}', r"rows\.jsonl:2: not JSON: Invalid control character"),
+        ("\x00" * 9, r"rows\.jsonl:2: not JSON: Expecting value"),
+        ('{"text": "a", 1: 2}', r"rows\.jsonl:2: not JSON: Expecting property name"),
+        ('{"text": "a"} {"text": "b"}', r"rows\.jsonl:2: not JSON: Extra data"),
         ('["a"]', r'rows\.jsonl:2: expected a JSON object, found \["a"\]'),
         ('"' + "a" * 99 + '"', r"rows\.jsonl:2: expected a JSON object, found \"a+\.\.\.$"),
         ("{}", r"rows\.jsonl:2: the row lacks 'text'; found no fields"),
@@ -88,8 +160,9 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_empty_file_holds_no_rows(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl holds no rows"):
-        read_rows(write(tmp_path / "rows.jsonl"), labelled=False)
+    for lines in ((), ("",), ("", " ")):
+        with pytest.raises(DataError, match=r"rows\.jsonl holds no rows"):
+            read_rows(write(tmp_path / "rows.jsonl", *lines), labelled=False)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

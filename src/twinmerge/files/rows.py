@@ -1,4 +1,4 @@
-"""Knows how rows of text are read from JSON lines, and says where one is wrong."""
+"""Reads rows of text from JSON lines, such as can be written again, and says where one is wrong."""
 
 import hashlib
 import json
@@ -10,11 +10,14 @@ from typing import Any, BinaryIO
 
 from twinmerge.errors import DataError
 from twinmerge.files.hashes import sha256_of_first
+from twinmerge.files.strict_json import parse_json
 
 Row = dict[str, Any]
 """One input: `text`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""
 STANDARD = Path("-")
 """Standard input or output."""
+_DEPTH = 100
+"""How deep lists and objects of a row may lie in each other; what is deeper may be readable, but not writable again."""
 
 
 def read_rows(path: Path, *, labelled: bool) -> list[Row]:
@@ -59,15 +62,16 @@ def open_rows(path: Path) -> Iterator[BinaryIO]:
 
 
 def count_lines(path: Path) -> int | None:
-    """Lines of a file, fast and in little memory; None of what can be read only once."""
+    """Lines of a file without blank ones at its end, fast and in little memory; None of what can be read only once."""
     if not path.is_file():
         return None
-    count, end = 0, b"\n"
+    count, blank = 0, 1
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            count += chunk.count(b"\n")
-            end = chunk[-1:]
-    return count + (end != b"\n")
+            if content := chunk.rstrip():
+                count, blank = count + blank + content.count(b"\n"), 0
+            blank += chunk.count(b"\n", len(content))
+    return count
 
 
 class RowReader:
@@ -110,14 +114,21 @@ class RowReader:
             )
 
     def __iter__(self) -> Iterator[Row]:
-        """Read on.
+        """Read on; blank lines may stand at the end.
 
         Raises:
             DataError: at the first bad line, or if there is none at all.
         """
+        blank = False
         for line in self._file:
-            row = _parse(line, f"{self._name}:{self.rows + 1}", labelled=self._labelled)
-            refuse_taken(row, self._taken, f"{self._name}:{self.rows + 1}")
+            where = f"{self._name}:{self.rows + 1}"
+            if not line.strip():
+                blank = True
+                continue
+            if blank:
+                raise DataError(f"{where}: expected a JSON object, found an empty line; rows follow it")
+            row = _parse(line, where, labelled=self._labelled)
+            refuse_taken(row, self._taken, where)
             self._digest.update(line)
             self.bytes += len(line)
             self.rows += 1
@@ -138,21 +149,20 @@ def refuse_taken(row: Row, taken: Collection[str], where: str) -> None:
 
 
 def _parse(line: bytes, where: str, *, labelled: bool) -> Row:
-    if not line.strip():
-        raise DataError(f"{where}: expected a JSON object, found an empty line")
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_reject_constant)
+        row = parse_json(line.decode("utf-8-sig"), finite=True)
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}") from error
     except ValueError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
+    _require_writable(row, where)
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {_described(row)}")
     if "text" not in row:
         raise DataError(f"{where}: the row lacks 'text'; found {', '.join(map(repr, row)) or 'no fields'}")
     for field in ("text", "text_pair"):
-        if field in row:
-            _check_text(row[field], f"{where}: {field!r}")
+        if not isinstance(row.get(field, ""), str):
+            raise DataError(f"{where}: {field!r} must be a string, found {_described(row[field])}")
     if labelled:
         if "label" not in row:
             raise DataError(f"{where}: the row lacks 'label'; found {', '.join(map(repr, row))}")
@@ -160,13 +170,23 @@ def _parse(line: bytes, where: str, *, labelled: bool) -> Row:
     return row
 
 
-def _check_text(value: object, what: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"{what} must be a string, found {_described(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{what} holds half a surrogate pair at character {error.start}") from error
+def _require_writable(row: object, where: str) -> None:
+    """Refuse texts that are none, in keys and values, and what lies too deep."""
+    left: list[tuple[object, str, int]] = [(row, "the row", 1)]
+    while left:
+        value, what, depth = left.pop()
+        if isinstance(value, str):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{where}: {what} holds half a surrogate pair at character {error.start}") from error
+        elif isinstance(value, dict | list):
+            if depth > _DEPTH:
+                raise DataError(f"{where}: {what} holds lists or objects more than {_DEPTH} deep")
+            inner = value.items() if isinstance(value, dict) else ((what, item) for item in value)
+            for key, item in inner:
+                left += [(key, "a key", depth)] * isinstance(value, dict)
+                left.append((item, repr(key) if depth == 1 and isinstance(value, dict) else what, depth + 1))
 
 
 def _label(value: object, where: str) -> str:
@@ -181,7 +201,3 @@ def _described(value: object) -> str:
     """The value as JSON, shortened."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _reject_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
