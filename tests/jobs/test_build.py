@@ -25,7 +25,8 @@ from twinmerge.hf.features import check_router
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import build as module
-from twinmerge.jobs.build import build, open_plan, router_features, router_rows, sampled
+from twinmerge.jobs.build import build, open_plan, router_features, sampled
+from twinmerge.jobs.checks import router_rows
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
 from twinmerge.routing.router import Router
@@ -503,7 +504,7 @@ BAD: dict[str, tuple[Callable[[Family], Any], str]] = {
     ),
     "head of no known class": (
         other_config("sms", architectures=["BertForNothing"]),
-        r"^an expert: config\.json must name a transformers class in architectures, found \['BertForNothing'\]",
+        "^expert 'sms' is a BertForNothing, which gives rows of text no answer; known are classes for seq",
     ),
     "head that does not fit its class": (
         replace_tensors("sms", lambda t: {**t, "extra.weight": torch.ones(2)}),
@@ -533,7 +534,7 @@ BAD: dict[str, tuple[Callable[[Family], Any], str]] = {
     ),
     "base without tokenizer": (
         lambda f: [path.unlink() for path in f.base.glob("tokenizer*")],
-        "this twin has no tokenizer, so it takes tensors only; add the base's tokenizer files",
+        "^base .*base has no tokenizer, and router data are rows of text; put its files there",
     ),
 }
 

@@ -10,7 +10,8 @@ from twinmerge.eval.metrics import expected_calibration_error, reliability
 from twinmerge.eval.results import RouterResult
 from twinmerge.eval.seed import SeedRun
 from twinmerge.hf.inputs import ids_of
-from twinmerge.jobs.build import router_features, router_rows, sampled
+from twinmerge.jobs.build import router_features, sampled
+from twinmerge.jobs.checks import router_rows
 from twinmerge.routing.router import fit_router
 from twinmerge.twin.features import Features, Layers
 

@@ -83,10 +83,15 @@ def check_router(folder: Path, settings: RouterSettings) -> None:
         settings: the recipe's.
 
     Raises:
-        MismatchError: if `one_pass` leaves no layer to gate, or the model has no single list of layers to watch.
+        MismatchError: if the model has no such layers, `one_pass` leaves none to gate, or there is no single list of
+            layers to watch.
     """
+    model = without_weights(folder)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if settings.features.layers is not None and count is not None:
+        settings.features.layers.among(count + 1)
     if settings.one_pass:
-        check_one_pass(settings.features, len(hidden_layers(without_weights(folder))))
+        check_one_pass(settings.features, len(hidden_layers(model)))
 
 
 def check_one_pass(features: Features, layers: int) -> list[int]:

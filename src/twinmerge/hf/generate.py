@@ -1,9 +1,54 @@
 """Writes texts under the settings of the expert that writes them."""
 
-from transformers import GenerationConfig
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from twinmerge.errors import GateError
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BY_PADDED_LENGTH = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "exponential_decay_length_penalty")
 
 
 def end_ids(settings: GenerationConfig) -> tuple[int, ...]:
     """The tokens that end a text; none where only its length does."""
     ends = settings.eos_token_id
     return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+def sees_padding(settings: GenerationConfig) -> bool:
+    """Whether what is written depends on how far a prompt was padded."""
+    return any(getattr(settings, name, None) not in (None, 0, 1.0) for name in _BY_PADDED_LENGTH)
+
+
+def writer(backbone: PreTrainedModel, settings: GenerationConfig | None, asked: Mapping[str, Any]) -> Any:
+    """The same model under other settings, less those that what is asked makes idle; calls run side by side."""
+    model: Any = copy.copy(backbone)
+    model.generation_config = chosen = copy.deepcopy(settings or backbone.generation_config)
+    idle = _SAMPLING if asked.get("do_sample", chosen.do_sample) in (False, None) else ()
+    for name in (*idle, *(("max_length",) if asked.get("max_new_tokens") else ())):
+        setattr(chosen, name, None)
+    return model
+
+
+def join(parts: Sequence[tuple[Sequence[int], Any]], padding: int) -> Any:
+    """Texts that were written apart, as one batch: each row's come where the row was.
+
+    Args:
+        parts: the rows of each pass, and what it wrote, (rows x as many, seq).
+        padding: fills the shorter ones.
+    """
+    if len(parts) == 1:
+        return parts[0][1]
+    if not all(isinstance(written, Tensor) for _, written in parts):
+        raise GateError("these rows are written under different settings of their experts; ask for each expert alone")
+    width = max(written.shape[1] for _, written in parts)
+    rows: dict[int, Tensor] = {}
+    for members, written in parts:
+        filled = torch.nn.functional.pad(written, (0, width - written.shape[1]), value=padding)
+        rows |= dict(zip(members, filled.chunk(len(members)), strict=True))
+    return torch.cat([rows[row] for row in sorted(rows)])

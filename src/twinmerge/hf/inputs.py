@@ -31,7 +31,7 @@ Encoded = dict[str, list[int]]
 """One row's `input_ids`, `attention_mask` and what else the tokenizer makes, (seq,) each."""
 
 
-def encode(model: TwinModel, rows: Sequence[Row], *, room: int = 0) -> list[Encoded]:
+def encode(model: TwinModel, rows: Sequence[Row], *, expert: str | None = None, room: int = 0) -> list[Encoded]:
     """Tokens of rows, cut at the model's limit; `text_pair` is used where a row has it.
 
     A row without any token becomes the token that a text begins with: no model reads nothing. What the tokenizer makes
@@ -40,6 +40,7 @@ def encode(model: TwinModel, rows: Sequence[Row], *, room: int = 0) -> list[Enco
     Args:
         model: whose tokenizer is used.
         rows: texts.
+        expert: that reads them; None is the router, which reads with the base's tokenizer.
         room: tokens left free below the limit, for a continuation.
 
     Raises:
@@ -51,20 +52,25 @@ def encode(model: TwinModel, rows: Sequence[Row], *, room: int = 0) -> list[Enco
         chosen = [index for index, row in enumerate(rows) if ("text_pair" in row) is paired]
         if not chosen:
             continue
-        found = _tokens(model, [rows[index] for index in chosen], paired, room)
+        found = _tokens(model, [rows[index] for index in chosen], expert, room)
         for place, index in enumerate(chosen):
             encoded[index] = {name: values[place] for name, values in found.items() if name in taken}
-    return [one if one["input_ids"] else _start(model, one) for one in encoded]
+    return [one if one["input_ids"] else _start(tokenizer_of(model, expert), one) for one in encoded]
 
 
-def spans_of(model: TwinModel, rows: Sequence[Row]) -> list[list[Span]]:
-    """Where every token of encoded rows comes from; a row without tokens, which got one, has none of its text."""
-    found = [_tokens(model, [row], "text_pair" in row, 0)[0] for row in rows]
-    spans = [list(zip(one.sequence_ids, one.offsets, strict=True)) for one in found]
-    return [[(sequence, start, end) for sequence, (start, end) in one] or [(None, 0, 0)] for one in spans]
+def spans_of(model: TwinModel, row: Row, expert: str) -> list[Span]:
+    """Where every token of an encoded row comes from; a row without tokens, which got one, has none of its text."""
+    found = _tokens(model, [row], expert, 0)[0]
+    spans = zip(found.sequence_ids, found.offsets, strict=True)
+    return [(sequence, start, end) for sequence, (start, end) in spans] or [(None, 0, 0)]
 
 
-def _tokens(model: TwinModel, rows: Sequence[Row], paired: bool, room: int) -> Any:
+def tokenizer_of(model: TwinModel, expert: str | None) -> Any:
+    """The tokenizer with which an expert reads; the base's, unless it has its own."""
+    return model.own_of(expert).tokenizer or model.tokenizer
+
+
+def _tokens(model: TwinModel, rows: Sequence[Row], expert: str | None, room: int) -> Any:
     """What the tokenizer makes of rows that all have a second text, or none."""
     if model.tokenizer is None:
         raise ArtifactError("this twin has no tokenizer, so it takes tensors only; add the base's tokenizer files")
@@ -72,9 +78,11 @@ def _tokens(model: TwinModel, rows: Sequence[Row], paired: bool, room: int) -> A
     if limit is not None and limit <= room:
         raise ArtifactError(f"texts of {limit} tokens leave no room for {room} new ones; ask for fewer")
     cut: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit - room}
-    texts, pairs = [row["text"] for row in rows], [row["text_pair"] for row in rows] if paired else None
+    own = model.own_of(expert)
+    texts = [[own.prompt + row["text"] for row in rows], [row["text_pair"] for row in rows if "text_pair" in row]]
+    texts = [[text.lower() for text in part] for part in texts] if own.lower_case else texts
     with _ONE_AT_A_TIME:
-        return model.tokenizer(texts, pairs, **cut)
+        return tokenizer_of(model, expert)(texts[0], texts[1] or None, **cut)
 
 
 def _taken_by(model: TwinModel) -> set[str]:
@@ -163,13 +171,15 @@ def ids_of(model: TwinModel, rows: Sequence[Row]) -> Tensor:
 
 
 def length_limit(model: TwinModel) -> int | None:
-    """Tokens an input is cut at: the recipe's, else what tokenizer and positions allow; None if nothing says."""
-    table, trained = position_table(model.backbone), model.backbone.config.get_text_config()
-    said = [model.max_length] if model.max_length is not None else [
-        model.tokenizer.model_max_length,
-        getattr(trained, "max_position_embeddings", None),
-    ]  # fmt: skip
-    limits = [int(limit) for limit in (*said, table) if limit is not None and 0 < limit < _NO_LIMIT]
+    """Tokens a twin's inputs are cut at; see `limit_of`."""
+    return limit_of(model.backbone, model.tokenizer, model.max_length)
+
+
+def limit_of(backbone: PreTrainedModel, tokenizer: Any, asked: int | None) -> int | None:
+    """Tokens an input is cut at: what was asked, else what tokenizer and positions allow; None if nothing says."""
+    trained = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    said = [asked] if asked is not None else [tokenizer.model_max_length, trained]
+    limits = [int(limit) for limit in (*said, position_table(backbone)) if limit is not None and 0 < limit < _NO_LIMIT]
     return min(limits, default=None)
 
 
@@ -193,8 +203,7 @@ def position_table(backbone: PreTrainedModel) -> int | None:
     return min(served, default=None)
 
 
-def _start(model: TwinModel, empty: Encoded) -> Encoded:
-    tokenizer = model.tokenizer
+def _start(tokenizer: Any, empty: Encoded) -> Encoded:
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     first = next((token for token in known if token is not None), 0)
     return {name: [{"input_ids": first, "attention_mask": 1}.get(name, 0)] for name in empty}

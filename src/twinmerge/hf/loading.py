@@ -17,6 +17,7 @@ from transformers.utils import logging
 from twinmerge.errors import ArtifactError, MismatchError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.strict_json import read_json
+from twinmerge.models.compatible import VOCABULARY_FILES
 
 _LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`: nothing is fetched, no Python of a folder is run, nobody is asked on the terminal."""
@@ -61,16 +62,21 @@ def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedM
     return loaded
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, like: Path | None = None) -> Any:
     """The folder's tokenizer, None if it has none; one without a padding token pads with its end token.
 
+    Args:
+        folder: with the tokenizer's files.
+        like: a model folder whose config.json says the kind of tokenizer, where the folder has none.
+
     Raises:
-        MismatchError: if transformers has no such tokenizer.
+        MismatchError: if transformers has no such tokenizer, or its files are damaged.
     """
-    if not (folder / "tokenizer_config.json").exists():
+    if not any((folder / file).is_file() for file in ("tokenizer_config.json", *VOCABULARY_FILES)):
         return None
+    config = load_config(like) if like is not None and not (folder / "config.json").is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL, **({} if config is None else {"config": config}))
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(folder, "tokenizer_config.json", error) from error
     if tokenizer.pad_token is None:

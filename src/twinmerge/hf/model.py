@@ -15,9 +15,11 @@ from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
 from twinmerge.hf.features import EnoughError, Probe, check_one_pass, hidden_layers, pool, show
+from twinmerge.hf.generate import join, writer
 from twinmerge.hf.heads import answered, load_head, take
 from twinmerge.hf.kinds import exchange_layers
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
+from twinmerge.hf.own import OWN, Own
 from twinmerge.routing.router import Router, Routing
 from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
@@ -75,6 +77,7 @@ class TwinModel(nn.Module):
         router: Router | None = None,
         tokenizer: Any = None,
         max_length: int | None = None,
+        own: Mapping[str, Own] | None = None,
         mode: Mode = "auto",
         drop_below: float = 0.02,
         merge_bytes: int = 2**30,
@@ -89,6 +92,7 @@ class TwinModel(nn.Module):
             router: in front; without one every call needs a gate or an expert.
             tokenizer: of the shared expert.
             max_length: tokens an input is cut at.
+            own: expert -> what it has of its own beside weights.
             mode: how gated layers compute, the same result each way. `all`: the ranks of all experts in use for every
                 row; `gather`: each row's own ranks; `merge`: merged weights, one set for every different gate;
                 `auto`: the cheapest by the cost models of `gating` and `merged`; `factors`: the same, but never merged
@@ -104,6 +108,7 @@ class TwinModel(nn.Module):
         self.slot = GateSlot()
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.own = dict(own or {})
         self.parameter_names = tuple(name for name, _ in backbone.named_parameters())
         stored = backbone.state_dict()
         self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
@@ -148,6 +153,7 @@ class TwinModel(nn.Module):
             router=Router.load(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
             max_length=artifact.manifest["recipe"]["max_length"],
+            own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
         )
         model.heads.to(to)
         return model.to(device) if device is not None else model
@@ -285,24 +291,37 @@ class TwinModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any) -> Any:
-        """Transformers' generate under gates fixed from the prompts (METHOD §5).
+        """Transformers' generate under gates fixed from the prompts (METHOD §5), each row by its expert's settings.
 
         Args:
             gate: (batch, expert); None asks the router, or takes `expert`.
-            expert: one name, or one a row.
+            expert: whose generation config and end tokens hold, one name or one a row; None takes the gate's largest.
             **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
         """
         rows = _rows(inputs)
+        names = None if expert is None else self._names(expert, rows)
         if gate is not None:
             gate = self._checked(gate, rows)
-        elif expert is not None:
-            gate = self.one_hot(self._names(expert, rows))
+        elif names is not None:
+            gate = self.one_hot(names)
         else:
-            gate = self.route(**_prompt(self.backbone, inputs))
+            routing = self._routing(_prompt(self.backbone, inputs))
+            gate, names = routing.gate, self._named(routing.router_logits)
+        settings = [self.own_of(name).generation for name in names or self._named(gate)]
         backbone: Any = self.backbone
-        new = int(inputs.get("max_new_tokens") or backbone.generation_config.max_new_tokens or _NEW_TOKENS)
-        with self._gated(gate, tokens=_tokens(inputs) + new * rows, calls=1 + new):
-            return backbone.generate(**inputs)
+        parts = []
+        for one in dict.fromkeys(map(id, settings)):
+            members = [row for row in range(rows) if id(settings[row]) == one]
+            model = writer(backbone, settings[members[0]], inputs)
+            new = int(inputs.get("max_new_tokens") or model.generation_config.max_new_tokens or _NEW_TOKENS)
+            picked = take(inputs, members, rows)
+            with self._gated(gate[members], tokens=_tokens(picked) + new * len(members), calls=1 + new):
+                parts.append((members, model.generate(**picked)))
+        return join(parts, inputs.get("pad_token_id") or backbone.generation_config.pad_token_id or 0)
+
+    def own_of(self, expert: str | None) -> Own:
+        """What an expert has of its own beside weights."""
+        return self.own.get(expert or "", Own())
 
     @torch.no_grad()
     def materialize(self, gate_row: Tensor) -> PreTrainedModel:

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
-from twinmerge.errors import DataError
 from twinmerge.files.hashes import fingerprint_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
-from twinmerge.files.rows import Row, read_rows
+from twinmerge.files.rows import Row
 from twinmerge.files.target import durable_folder, require_free, require_space, size_of
 from twinmerge.hf.features import check_router
-from twinmerge.hf.heads import load_head
 from twinmerge.hf.inputs import features_of, ids_of
 from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.checks import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
@@ -68,11 +67,10 @@ def build(
         recipe = Recipe.load(recipe)
     out = Path(out)
     require_free(out, overwrite=overwrite, resume=resume)
-    plan = open_plan(recipe, allow)
+    found = checked(open_plan(recipe, allow))
+    plan = found.plan
     needs = Needs.of(plan)
     executor = needs.within(executor or make_executor("threads"), memory_bytes)
-    rows = router_rows(plan)
-    require_heads(plan)
     settings = sha256_of_json(recipe.model_dump(mode="json", exclude={"root"}))
     fingerprint = fingerprint_of(plan.files, recipe=settings, versions=versions())
     with durable_folder(out, fingerprint, overwrite=overwrite, resume=resume) as target:
@@ -88,15 +86,15 @@ def build(
                 finished=dict(target.finished),
                 record=target.record,
             )
-            _complete(target.folder, plan, rows, report, progress)
+            _complete(target.folder, found, report, progress)
     return TwinArtifact.open(out)
 
 
-def _complete(
-    folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], report: WeightsReport, progress: Progress
-) -> None:
-    """Add the router, the manifest and the model card to a twin's weights."""
-    router = fit_on_shared(folder, plan, rows, progress)
+def _complete(folder: Path, found: Checked, report: WeightsReport, progress: Progress) -> None:
+    """Add what is each expert's own, the router, the manifest and the model card to a twin's weights."""
+    plan = found.plan
+    found.write_own(folder)
+    router = fit_on_shared(folder, plan, found.rows, progress)
     router.save(folder / "router")
     manifest = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -135,36 +133,7 @@ def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
     check_router(base, recipe.router)
     plan = make_plan(recipe, parameter_kinds(base), allow=allow, by_class=by_class)
     require_shapes_of_class(plan.base)
-    load_tokenizer(base)
     return plan
-
-
-def router_rows(plan: Plan) -> dict[str, list[Row]]:
-    """The router data of every expert, in the gate's order, read before any work."""
-    recipe = plan.recipe
-    rows = {}
-    for name in plan.expert_names:
-        rows[name] = read_rows(
-            recipe.locate(recipe.experts[name].router_data, f"experts.{name}.router_data"), labelled=False
-        )
-        if len(rows[name]) < 2:
-            raise DataError(
-                f"experts.{name}.router_data holds {len(rows[name])} row; the router needs at least 2 of every expert"
-            )
-    return rows
-
-
-def require_heads(plan: Plan) -> None:
-    """Refuse heads that cannot answer, before any work.
-
-    Raises:
-        CheckpointError: if one holds NaN or Inf.
-        MismatchError: if one is not what its class needs.
-    """
-    for expert in plan.experts.values():
-        head = expert.read_head()
-        if head:
-            load_head(expert.config, head)
 
 
 def router_features(

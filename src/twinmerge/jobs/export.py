@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from twinmerge.files.target import durable_folder
 from twinmerge.files.writer import copy_side_files
 from twinmerge.hf.loading import quiet
 from twinmerge.hf.model import TwinModel
+from twinmerge.hf.own import GENERATION, OWN, bring_own
 from twinmerge.jobs.build import versions
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.export import export_peft, export_stacked
@@ -37,8 +39,9 @@ def export(
     Args:
         twin: the twin's folder.
         out: the folder to write.
-        to: `dense`, an ordinary transformers model for one gate, with the head of its largest weight and the tokenizer;
-            `peft`, a PEFT adapter for every expert; `stacked-lora`, one adapter of all of them with its map.
+        to: `dense`, an ordinary transformers model for one gate, with the head, tokenizer and settings of its
+            largest weight; `peft`, a PEFT adapter for every expert, with its own beside it; `stacked-lora`, one
+            adapter of all of them with its map.
         gate: for `dense`, weights by expert; those left out are 0, and nothing makes them sum to 1.
         expert: for `dense`, this expert alone: the same as a gate of 1 for it.
         overwrite: replace a folder that exists.
@@ -59,6 +62,8 @@ def export(
             held = _export_dense(artifact, folder, weights)
         else:
             held = (export_peft if to == "peft" else export_stacked)(artifact, folder)
+            for name in artifact.expert_names if to == "peft" else ():
+                bring_own(artifact.path / "experts" / name / OWN, folder / name)
         progress(f"exporting as {to}", 1, 1)
         inputs = {"base": artifact.manifest.get("base", {}), **artifact.manifest["experts"]}
         note = {
@@ -91,11 +96,17 @@ def _gate(artifact: TwinArtifact, to: Form, gate: Mapping[str, float] | None, ex
 
 
 def _export_dense(artifact: TwinArtifact, folder: Path, gate: Mapping[str, float]) -> dict[str, Any]:
-    """A plain model folder: weights summed for the gate, the head of its largest weight, tokenizer files."""
+    """A plain model folder: weights summed for the gate, and all else of the expert with the largest weight."""
     model = TwinModel.from_pretrained(artifact.path)
-    plain = model.materialize(torch.tensor(list(gate.values()), dtype=torch.float64))
+    plain: Any = model.materialize(torch.tensor(list(gate.values()), dtype=torch.float64))
+    chosen = max(gate, key=gate.__getitem__)
+    own, settings = artifact.path / "experts" / chosen / OWN, model.own_of(chosen).generation
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id") if settings is not None else ():
+        setattr(plain.config, token, getattr(settings, token))
     copy_side_files(artifact.path, folder)
     with quiet():
         plain.save_pretrained(folder)
-    head = max(gate, key=gate.__getitem__) if model.heads else None
-    return {"gate": dict(gate), "head": head, "class": type(plain).__name__}
+    if (artifact.path / GENERATION).is_file():
+        shutil.copyfile(artifact.path / GENERATION, folder / GENERATION)
+    bring_own(own, folder)
+    return {"gate": dict(gate), "head": chosen if model.heads else None, "class": type(plain).__name__, "own": chosen}

@@ -14,7 +14,8 @@ from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.loading import by_class
-from twinmerge.jobs.build import fit_on_shared, model_card, require_heads, router_rows, versions, with_provenance
+from twinmerge.jobs.build import fit_on_shared, model_card, versions, with_provenance
+from twinmerge.jobs.checks import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
 from twinmerge.twin.artifact import MANIFEST, TwinArtifact, write_manifest
@@ -126,8 +127,8 @@ def _fill(
     """Write the new twin; `link` its files to the old one's where they stay."""
     recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
     plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
-    rows = router_rows(plan)
-    require_heads(plan)
+    found = checked(plan)
+    plan = found.plan
     artifact.verify()
     target.clear()
     folder = target.folder
@@ -143,7 +144,8 @@ def _fill(
             finished=dict(target.finished),
             record=target.record,
         )
-    router = fit_on_shared(folder, plan, rows, progress)
+    found.write_own(folder)
+    router = fit_on_shared(folder, plan, found.rows, progress)
     router.save(folder / "router")
     manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
@@ -286,6 +288,7 @@ def _manifest(
         "root": str(plan.recipe.root),
         "experts": dict(sorted(experts.items())),
         "tensors": tensors,
+        "notes": [*old.get("notes", []), *plan.notes],
         "changes": [
             *old.get("changes", []),
             {"at": now, "change": change, "expert": name, "versions": versions()},

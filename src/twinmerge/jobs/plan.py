@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.files.checkpoint import TensorSpec
+from twinmerge.jobs.checks import checked
 from twinmerge.merging.executor import OWN_BYTES, Executor
 from twinmerge.merging.plan import MergePlan
 from twinmerge.merging.recipe import layer_count
@@ -52,6 +53,8 @@ def describe_twin(plan: Plan, memory_bytes: int, executor: Executor, folder: Pat
     Raises:
         RecipeError: if the memory does not suffice.
     """
+    found = checked(plan)
+    plan = found.plan
     needs = Needs.of(plan)
     executor = needs.within(executor, memory_bytes)
     recipe = plan.recipe
@@ -64,7 +67,8 @@ def describe_twin(plan: Plan, memory_bytes: int, executor: Executor, folder: Pat
                 "adapter": expert.is_adapter,
                 "head": expert.config.get("architectures", [None])[0] if expert.head else None,
                 "head_tensors": len(expert.head),
-                "tokenizer": _tokenizer_of(expert.checkpoint.path),
+                "answers": found.answers[name].kind,
+                "own": sorted(found.own[name]),
             }
             for name, expert in sorted(plan.experts.items())
         },
@@ -74,6 +78,7 @@ def describe_twin(plan: Plan, memory_bytes: int, executor: Executor, folder: Pat
         "merged": sum(bool(task.experts) for task in plan.tasks),
         "decomposed": sum(task.exclusive and task.kind in MATRICES for task in plan.tasks),
         "tokenizer": _tokenizer_of(plan.base.path),
+        "max_length": recipe.max_length,
         "vocabulary": plan.base.config.get("vocab_size"),
         "read_bytes": plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts.values()),
         "write_bytes": needs.result_bytes,

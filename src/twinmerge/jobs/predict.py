@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -21,8 +21,8 @@ from twinmerge.files.strict_json import read_json
 from twinmerge.files.target import GrowingFile, growing_file
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings
-from twinmerge.hf.generate import end_ids
-from twinmerge.hf.inputs import Encoded, batches_of, encode, pad, padding_id, spans_of
+from twinmerge.hf.generate import end_ids, sees_padding
+from twinmerge.hf.inputs import Encoded, batches_of, encode, pad, padding_id, spans_of, tokenizer_of
 from twinmerge.hf.model import Mode, TwinModel
 from twinmerge.jobs.build import versions
 from twinmerge.twin.artifact import MANIFEST, TwinArtifact
@@ -260,64 +260,110 @@ def _settle(model: TwinModel, row: Row, settings: PredictSettings) -> None:
         model.encode(gate, **pad(model, encode(model, [row])))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Rows of a window that are read alike, by whom, and where they go; empty where the pass that answers routes."""
+
+    rows: Sequence[int]
+    reader: str | None = None
+    experts: Sequence[str] = ()
+    gate: Tensor = field(default_factory=lambda: torch.empty(0))
+    fallback: Sequence[bool] = ()
+
+    def take(self, chosen: Sequence[int]) -> "_Group":
+        """Some of them."""
+        rows = [self.rows[place] for place in chosen]
+        if not self.experts:
+            return _Group(rows, self.reader)
+        experts, fallback = [self.experts[place] for place in chosen], [self.fallback[place] for place in chosen]
+        return _Group(rows, self.reader, experts, self.gate[list(chosen)], fallback)
+
+
 def _answer(
     model: TwinModel, rows: Sequence[Row], settings: PredictSettings, kinds: Mapping[str, Answers], seen: int
 ) -> Iterator[tuple[list[int], list[Answer]]]:
     """Answers of a window after `seen` rows, batch by batch: (indices of rows, answers)."""
     generates = CONTINUATION in kinds.values()
     new = settings.max_new_tokens if generates else 0
-    encoded = encode(model, rows, room=new)
     # one gate for all: weights merged once, if they may be kept; else history must not choose between the two
     kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
-    for chosen in batches_of(model, encoded, settings.limits, new=new):
-        picked = [encoded[index] for index in chosen]
-        with _in_mode(model, "merge" if kept else "factors"):
-            answers, outputs = (_continued if generates else _labelled)(model, picked, settings)
-        for index, one, answer, output in zip(chosen, picked, answers, outputs, strict=True):
-            name = answer["expert"]
-            require_texts(kinds[name], rows[index], f"row {seen + index + 1}, answered by expert {name!r}")
-            answer |= kinds[name].read(_reading(model, kinds[name], name, rows[index], one, output))
-        yield chosen, answers
+    for group in _groups(model, rows, settings, generates):
+        encoded = encode(model, [rows[index] for index in group.rows], expert=group.reader, room=new)
+        alike = generates and sees_padding(_generation(model, group.reader))
+        for chosen in batches_of(model, encoded, settings.limits, new=new, alike=alike):
+            part, picked = group.take(chosen), [encoded[place] for place in chosen]
+            with _in_mode(model, "merge" if kept else "factors"):
+                answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings)
+            for index, one, answer, output in zip(part.rows, picked, answers, outputs, strict=True):
+                name = answer["expert"]
+                require_texts(kinds[name], rows[index], f"row {seen + index + 1}, answered by expert {name!r}")
+                answer |= kinds[name].read(_reading(model, kinds[name], name, rows[index], one, output))
+            yield list(part.rows), answers
+
+
+def _groups(model: TwinModel, rows: Sequence[Row], settings: PredictSettings, generates: bool) -> list[_Group]:
+    """The rows of a window by how they are read and written; routed before, where that differs by expert."""
+    every = range(len(rows))
+    if settings.expert is not None:
+        names = [settings.expert] * len(rows)
+        return [_Group(every, settings.expert, names, model.one_hot(names), [False] * len(rows))]
+    if not generates and not any(own.reads for own in model.own.values()):
+        return [_Group(every)]
+    encoded = encode(model, rows)
+    gate = torch.zeros(len(rows), len(model.expert_names), device=model.device)
+    names, fallback = [""] * len(rows), [False] * len(rows)
+    for chosen in batches_of(model, encoded, settings.limits):
+        with _in_mode(model, "factors"):
+            routing = model.routing(**pad(model, [encoded[index] for index in chosen]))
+        gate[chosen] = routing.gate.to(gate)
+        for index, expert, alone in zip(chosen, routing.expert.tolist(), routing.fallback.tolist(), strict=True):
+            names[index], fallback[index] = model.expert_names[expert], alone
+    whole, members = _Group(every, None, names, gate, fallback), dict[str | None, list[int]]()
+    for index, name in enumerate(names):
+        own = model.own_of(name)
+        members.setdefault(name if own.reads or own.generation else None, []).append(index)
+    return [replace(whole.take(own), reader=name) for name, own in members.items()]
+
+
+def _generation(model: TwinModel, expert: str | None) -> Any:
+    return model.own_of(expert).generation or model.backbone.generation_config
 
 
 def _reading(model: TwinModel, kind: Answers, expert: str, row: Row, encoded: Encoded, output: Tensor) -> Reading:
     owner: Any = model.heads[expert] if model.heads else model.backbone
     if kind is CONTINUATION:
-        decode = partial(model.tokenizer.decode, skip_special_tokens=True)
-        return Reading(row, output, owner.config, decode=decode, ends=end_ids(owner.generation_config))
+        decode = partial(tokenizer_of(model, expert).decode, skip_special_tokens=True)
+        return Reading(row, output, owner.config, decode=decode, ends=end_ids(_generation(model, expert)))
     real = output[: len(encoded["input_ids"])] if kind.by_token else output
-    return Reading(row, real.float(), owner.config, spans_of(model, [row])[0] if kind.spans else ())
+    spans = spans_of(model, row, expert) if kind.spans else ()
+    return Reading(row, real.float(), owner.config, spans, model.own_of(expert).pool)
 
 
 def _labelled(
-    model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings
+    model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings
 ) -> tuple[list[Answer], list[Tensor]]:
     """What heads say; where there are none, the backbone's last hidden states."""
-    out = model(**pad(model, encoded), expert=settings.expert)
-    fallback = [False] * len(encoded) if out.fallback is None else out.fallback.tolist()
-    return _routed(model, out.expert, out.gate, fallback), list(out.logits if model.heads else out.last_hidden_state)
+    out = model(**pad(model, encoded), **({"gate": part.gate, "expert": part.experts} if part.experts else {}))
+    outputs = out.logits if model.heads else out.last_hidden_state
+    return _routed(model, out.expert, out.gate, part.fallback or out.fallback.tolist()), list(outputs)
 
 
 def _continued(
-    model: TwinModel, encoded: Sequence[Encoded], settings: PredictSettings
+    model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings
 ) -> tuple[list[Answer], list[Tensor]]:
-    """A causal LM's greedy continuations: routed with padding on the right, written with padding on the left."""
-    if settings.expert is None:
-        routing = model.routing(**pad(model, encoded))
-        gate, fallback = routing.gate, routing.fallback.tolist()
-        names = [model.expert_names[index] for index in routing.expert.tolist()]
-    else:
-        names, fallback = [settings.expert] * len(encoded), [False] * len(encoded)
-        gate = model.one_hot(names)
+    """A causal LM's greedy continuations, written with padding on the left."""
     inputs: dict[str, Any] = pad(model, encoded, side="left")
     written = model.generate(
         **inputs,
-        gate=gate,
+        gate=part.gate,
+        expert=part.experts,
         do_sample=False,
+        num_return_sequences=1,
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=padding_id(model),
     )
-    return _routed(model, names, gate, fallback), list(written[:, inputs["input_ids"].shape[1] :])
+    answers = _routed(model, part.experts, part.gate, part.fallback)
+    return answers, list(written[:, inputs["input_ids"].shape[1] :])
 
 
 def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback: Sequence[bool]) -> list[Answer]:

@@ -149,7 +149,7 @@ class TwinArtifact:
 
 def _part_of(name: str) -> str:
     if name.startswith("experts/"):
-        return "heads" if "/head/" in name else "exclusive"
+        return "heads" if name.split("/")[2] in ("head", "own") else "exclusive"
     if name.startswith("router/"):
         return "router"
     return "shared" if name.endswith((".safetensors", ".safetensors.index.json")) else "other"

@@ -1,0 +1,139 @@
+"""Refuses, before any work, experts that could not answer rows of text and rows that could not be read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from twinmerge.errors import DataError, MismatchError, RecipeError
+from twinmerge.files.rows import Row, read_rows
+from twinmerge.hf.answers import Answers, answers_of
+from twinmerge.hf.heads import load_head
+from twinmerge.hf.inputs import limit_of, position_table
+from twinmerge.hf.loading import load_tokenizer, without_weights
+from twinmerge.hf.own import OWN, files_of, trained_length
+from twinmerge.models.source import Expert
+from twinmerge.twin.plan import Plan
+
+_ROWS_LOOKED_AT = 200
+"""Of each expert's router data, whether the tokenizer knows their words."""
+_MOSTLY_UNKNOWN = 0.5
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A plan that was found good, and what was read to find it so.
+
+    Attributes:
+        plan: with `max_length` of its recipe where the experts' tokenizers say one, and with more notes.
+        rows: the router data of every expert, in the gate's order.
+        answers: how each expert answers.
+        own: what is kept of each expert beside weights: file -> content.
+    """
+
+    plan: Plan
+    rows: Mapping[str, list[Row]]
+    answers: Mapping[str, Answers]
+    own: Mapping[str, Mapping[str, bytes]]
+
+    def write_own(self, folder: Path) -> None:
+        """Keep what is each expert's own in a twin's folder."""
+        for name, files in self.own.items():
+            for file, content in files.items():
+                path = folder / "experts" / name / OWN / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+
+
+def checked(plan: Plan) -> Checked:
+    """Look at everything that an input or an answer will need: tokenizers, heads, lengths, layers, rows.
+
+    Raises:
+        MismatchError: if an expert answers no rows of text, or has something of its own that it cannot have alone.
+        RecipeError: if the recipe asks for more positions than there are.
+        DataError: if router data are missing, too few, or unknown to the tokenizer.
+        CheckpointError: if a head holds NaN or Inf.
+    """
+    base = plan.base.path
+    tokenizer, model = load_tokenizer(base), without_weights(base)
+    if model.main_input_name != "input_ids":
+        raise MismatchError(
+            f"base {base} reads {model.main_input_name}, but router data and inputs of a twin are rows of text"
+        )
+    if tokenizer is None:
+        raise MismatchError(f"base {base} has no tokenizer, and router data are rows of text; put its files there")
+    answers, own = {}, {}
+    for name, expert in plan.experts.items():
+        answers[name] = answers_of(_config(expert, plan), f"expert {name!r}")
+        other = plan.allow.vocabulary
+        folder, adapter = _folder(expert), expert.is_adapter
+        own[name] = files_of(name, folder, base, answers[name], adapter=adapter, other_vocabulary=other)
+        if head := expert.read_head():
+            load_head(expert.config, head)
+    with_head = [name for name, expert in plan.experts.items() if expert.head]
+    if without := [name for name in plan.experts if with_head and name not in with_head]:
+        raise MismatchError(
+            f"expert {with_head[0]!r} has a head of its own, expert {without[0]!r} has none; give all or none"
+        )
+    rows = router_rows(plan)
+    notes = [note for name, part in rows.items() for note in _unknown_words(name, part, tokenizer)]
+    longest, more = _length(plan, model, tokenizer)
+    recipe = plan.recipe.model_copy(update={"max_length": longest})
+    return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more)), rows, answers, own)
+
+
+def _config(expert: Expert, plan: Plan) -> Mapping[str, Any]:
+    """The config of the class that answers."""
+    return expert.config if expert.head or expert.config.get("architectures") else plan.base.config
+
+
+def _folder(expert: Expert) -> Path:
+    path = expert.checkpoint.path
+    return path if path.is_dir() else path.parent
+
+
+def _length(plan: Plan, model: Any, tokenizer: Any) -> tuple[int | None, list[str]]:
+    """Tokens that inputs are cut at: the recipe's, else the most that any expert was trained on; and notes."""
+    asked, table = plan.recipe.max_length, position_table(model)
+    if asked is not None and table is not None and asked > table:
+        raise RecipeError(f"max_length: the model has positions for {table} tokens, found {asked}")
+    trained = {name: trained_length(_folder(e), plan.base.path) for name, e in plan.experts.items()}
+    if asked is not None:
+        longer = {name: length for name, length in trained.items() if length is not None and length > asked}
+        return asked, [
+            f"{n!r} was trained on up to {length} tokens, inputs are cut at {asked}" for n, length in longer.items()
+        ]
+    said = [length for length in trained.values() if length is not None]
+    limit = limit_of(model, tokenizer, None)
+    whole = len(said) < len(trained) or not said or (limit is not None and max(said) >= limit)
+    return None if whole else max(said), []
+
+
+def router_rows(plan: Plan) -> dict[str, list[Row]]:
+    """The router data of every expert, in the gate's order."""
+    recipe, rows = plan.recipe, {}
+    for name in plan.expert_names:
+        key = f"experts.{name}.router_data"
+        rows[name] = read_rows(recipe.locate(recipe.experts[name].router_data, key), labelled=False)
+        if len(rows[name]) < 2:
+            raise DataError(f"{key} holds {len(rows[name])} row; the router needs at least 2 of every expert")
+    return rows
+
+
+def _unknown_words(name: str, rows: Sequence[Row], tokenizer: Any) -> list[str]:
+    """A note where the tokenizer knows few words of an expert's inputs.
+
+    Raises:
+        DataError: if it knows none.
+    """
+    texts = [row["text"] for row in rows[:: max(1, len(rows) // _ROWS_LOOKED_AT)]]
+    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    unknown = sum(token == tokenizer.unk_token_id for token in tokens)
+    if unknown == len(tokens):
+        what = f"every token is {tokenizer.unk_token}" if tokens else "not a single token"
+        raise DataError(
+            f"experts.{name}.router_data: to the base's tokenizer, its texts are {what}; are they in its language, "
+            "and is it the base's tokenizer?"
+        )
+    share = unknown / len(tokens)
+    return [f"experts.{name}.router_data: {share:.0%} of its tokens are unknown"] if share > _MOSTLY_UNKNOWN else []
