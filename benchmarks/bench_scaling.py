@@ -94,7 +94,7 @@ def _score(at: SeedRun, model: Any, name: str, rows: int, body: Any = None) -> f
     picked = task.validation[:rows]
     names = [name] * len(picked)
     answers = at.answers(model, picked, model.one_hot(names), names, name, body)
-    return score(task.metric, [row["label"] for row in picked], answers, task.positive_label)
+    return score(task.spec.metric, [row["label"] for row in picked], answers, task.spec.positive_label)
 
 
 if __name__ == "__main__":

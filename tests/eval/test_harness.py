@@ -9,12 +9,13 @@ import torch
 
 from tests import tiny
 from twinmerge.errors import DataError, RecipeError
+from twinmerge.eval import harness
 from twinmerge.eval.ablation import slice_features
 from twinmerge.eval.harness import run_suite
 from twinmerge.eval.metrics import MISROUTED
 from twinmerge.eval.results import read_predictions
 from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, texts
-from twinmerge.eval.suite import Suite
+from twinmerge.eval.suite import Suite, TaskSpec
 from twinmerge.files.progress import silent
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
@@ -228,6 +229,23 @@ def test_another_precision_is_run_again(run: Any, suite: Suite, monkeypatch: pyt
         run_suite(suite.model_copy(update={"precision": "bfloat16"}), run[0])
 
 
+def test_routers_of_other_settings_are_compared_again(
+    run: Any, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, result = run
+    (tmp_path / "routers.seed-0.json").write_bytes((out / "runs" / "routers.seed-0.json").read_bytes())
+    monkeypatch.setattr("twinmerge.eval.harness.router_ablation", lambda _: [])
+    assert harness._routers(tmp_path, SeedRun(suite, 0, silent)) == result.routers
+    fewer = suite.router.model_copy(update={"samples_per_expert": 10})
+    assert harness._routers(tmp_path, SeedRun(suite.model_copy(update={"router": fewer}), 0, silent)) == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": 1}'])
+def test_a_damaged_run_is_no_finished_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "twin.seed-0.json").write_text(content)
+    assert harness._kept(tmp_path / "twin.seed-0.json", "mark") is None
+
+
 def test_auto_is_the_fastest_precision_of_the_machine_and_the_result_names_it(
     run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +295,13 @@ def test_slices_of_all_features_are_the_layers() -> None:
         ("{method: pretrained}", "{method: pretrained}, scalings: [1.0]", r"scalings belong to kind static"),
         ("{head: sms}", "{head: spam}", r"unseen.far.head must be a task of the suite, found 'spam'"),
         ("ag: {}, sms: {metric: macro_f1}, trec: {}", "ag: {}", r"a suite needs at least two tasks, found 1"),
+        (
+            "sms: {metric: macro_f1}",
+            "sms: {metric: f1}",
+            r"suite.yaml:\d+: tasks.sms: metric f1, and only that one, needs",
+        ),
+        ("ag: {}", "ag: {positive_label: x}", r"needs a positive_label; found metric accuracy with 'x'"),
+        ("ag: {}", "ag: {metric: f2}", r"tasks.ag.metric: input should be 'accuracy', 'f1' or 'macro_f1', found 'f2'"),
         ("validation_rows", "validation_row", r"unknown key 'validation_row'; did you mean 'validation_rows'\?"),
     ],
 )
@@ -287,6 +312,12 @@ def test_a_suite_that_is_wrong_says_where(tmp_path: Path, old: str, new: str, me
     path.write_text(text.replace(old, new))
     with pytest.raises(RecipeError, match=message):
         Suite.load(path)
+
+
+def test_a_label_that_no_test_row_has_is_refused(suite: Suite) -> None:
+    tasks = {**suite.tasks, "sms": TaskSpec(metric="f1", positive_label="Spam")}
+    with pytest.raises(DataError, match="task 'sms': no test row has the positive_label 'Spam'"):
+        SeedRun(suite.model_copy(update={"tasks": tasks}), 0, silent).tasks  # noqa: B018
 
 
 def test_the_cache_variable_is_known_without_being_set(monkeypatch: pytest.MonkeyPatch, suite: Suite) -> None:

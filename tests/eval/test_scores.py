@@ -11,7 +11,7 @@ from tests.eval.make_result import make_result, named, run, task
 from twinmerge.errors import DataError
 from twinmerge.eval.metrics import normalized_score
 from twinmerge.eval.results import Interval, Predictions, SuiteResult
-from twinmerge.eval.scores import compare, normalized_interval, paired_difference_interval, score_tasks, summarize
+from twinmerge.eval.scores import compare, normalized_interval, score_tasks, summarize
 
 SMALL = {"rows": 40, "tasks": ("trec", "sms"), "resamples": 40}
 
@@ -43,7 +43,7 @@ def test_contestant_equal_to_its_experts_scores_exactly_one(one: Predictions, pr
 
 @given(experts())
 def test_contestant_differs_from_itself_by_exactly_nothing(one: Predictions) -> None:
-    assert paired_difference_interval([one], [one], "routed", resamples=30) == Interval(value=0, low=0, high=0)
+    assert compare([one], [one], "routed", resamples=30).difference == Interval(value=0, low=0, high=0)
 
 
 def test_value_is_the_normalized_score_of_the_plain_rows(suite: tuple[SuiteResult, list[Predictions]]) -> None:
@@ -88,7 +88,7 @@ def test_paired_interval_is_narrower_than_the_scores_own() -> None:
     right = "a" * 300 + "b" * 100
     worse = "b" + right[1:]
     one, other = (run(sms=task("a" * 400, "a" * 400, answers)) for answers in (right, worse))
-    difference = paired_difference_interval([one], [other], "oracle_head")
+    difference = compare([one], [other], "oracle_head").difference
     own = normalized_interval([one], "oracle_head")
     assert difference.value == pytest.approx(1 / 400, abs=1e-12)
     assert difference.low >= 0
@@ -97,7 +97,7 @@ def test_paired_interval_is_narrower_than_the_scores_own() -> None:
 
 def test_difference_of_protocols_is_what_routing_costs() -> None:
     one = run(sms=task("ab" * 50, "ab" * 50, "ab" * 50, "a-" * 50))
-    cost = paired_difference_interval([one], [one], "oracle_head", "routed")
+    cost = compare([one], [one], "oracle_head", "routed").difference
     assert cost.value == 0.5
     assert 0.35 < cost.low < 0.5 < cost.high < 0.65  # 100 rows: 1.96 sqrt(1/400) = 0.098
 
@@ -149,7 +149,7 @@ def test_no_predictions_are_refused() -> None:
 )
 def test_contestants_on_other_rows_are_not_compared(other: Predictions, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        paired_difference_interval([run(sms=task("ab", "ab", "ab"))], [other], "oracle_head")
+        compare([run(sms=task("ab", "ab", "ab"))], [other], "oracle_head")
 
 
 def test_comparison_names_both_sides(suite: tuple[SuiteResult, list[Predictions]]) -> None:
@@ -157,7 +157,8 @@ def test_comparison_names_both_sides(suite: tuple[SuiteResult, list[Predictions]
     found = compare(runs, reference, "routed", "oracle_head", resamples=20)
     assert (found.contestant, found.protocol) == ("twin-0.06", "routed")
     assert (found.reference, found.reference_protocol) == ("ties", "oracle_head")
-    assert found.difference == paired_difference_interval(runs, reference, "routed", "oracle_head", resamples=20)
+    scores = (normalized_interval(runs, "routed"), normalized_interval(reference, "oracle_head"))
+    assert found.difference.value == scores[0].value - scores[1].value
 
 
 # --- summaries ---------------------------------------------------------------------------------------------------

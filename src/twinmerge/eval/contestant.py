@@ -14,8 +14,7 @@ from twinmerge.eval.metrics import mask_misrouted
 from twinmerge.eval.results import ContestantResult, Kind, Predictions, TaskPredictions
 from twinmerge.eval.scores import normalized_interval, score_tasks
 from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, Built, SeedRun, Twin, texts
-from twinmerge.eval.suite import ContestantSpec
-from twinmerge.eval.tasks import Task
+from twinmerge.eval.suite import ContestantSpec, Task
 from twinmerge.files.rows import Row
 from twinmerge.hf.features import pool
 from twinmerge.hf.inputs import tokenized_batches
@@ -221,8 +220,8 @@ class _Contestant:
             if run.gate is not None:
                 gate_mean[name] = dict(zip(names, run.gate[span].double().mean(dim=0).tolist(), strict=True))
             tasks[name] = TaskPredictions(
-                metric=task.metric,
-                positive_label=task.positive_label,
+                metric=task.spec.metric,
+                positive_label=task.spec.positive_label,
                 labels=[row["label"] for row in task.test],
                 expert=at.expert_answers[name],
                 oracle_head=answered,

@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from twinmerge.eval.scores import compare, summarize
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
 from twinmerge.files.progress import Progress, silent
+from twinmerge.jobs.build import versions
 from twinmerge.runtime.precision import resolve
 
 
@@ -72,66 +74,63 @@ def run_suite(
             spec = suite.contestants[name]
             if spec.seeds is not None and seed not in spec.seeds:
                 continue
-            mark = _fingerprint(suite, spec, seed)
-            result, answers = _resume(runs, name, seed, spec, mark) or _store(
-                runs, *run_contestant(at, name, spec), mark
-            )
+            result, answers = _run(runs, at, name, spec)
             results.append(result)
             predictions.append(answers)
         if suite.router_ablation and seed == suite.seeds[0]:
-            routers = _router_table(runs, at)
+            routers = _routers(runs, at)
     order = {name: index for index, name in enumerate(names)}
     results.sort(key=lambda one: (order[one.name], one.seed))
     predictions.sort(key=lambda one: (order[one.contestant], one.seed))
     return _assemble(suite, seeds, results, predictions, routers)
 
 
-def _fingerprint(suite: Suite, spec: ContestantSpec, seed: int) -> str:
-    """Of everything in a suite file that a run depends on, wherever the file lies: titles and who else runs do not."""
+def _fingerprint(at: SeedRun, *specs: ContestantSpec) -> str:
+    """Of versions and everything in a suite file that a run depends on, wherever the file lies; not of titles."""
     beside = {"base_title", "contestants", "folder", "root", "router_ablation", "seeds", "sources"}
-    told = (
-        suite.model_dump_json(exclude=beside),
-        str(suite.root_of(seed)),
-        spec.model_dump_json(exclude={"title", "seeds"}),
-    )
+    told = [json.dumps(versions()), at.suite.model_dump_json(exclude=beside), str(at.suite.root_of(at.seed))]
+    told += [spec.model_dump_json(exclude={"title", "seeds"}) for spec in specs]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
-def _resume(
-    runs: Path, name: str, seed: int, spec: ContestantSpec, mark: str
-) -> tuple[ContestantResult, Predictions] | None:
-    """A finished run with the same settings."""
-    path = runs / f"{name}.seed-{seed}.json"
-    if not path.exists():
-        return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["fingerprint"] != mark:
-        return None
-    result = ContestantResult.model_validate_json(json.dumps(stored["result"]))
-    answers = read_predictions(runs / f"{name}.seed-{seed}.predictions.json.gz")
-    return result.model_copy(update={"title": spec.title}), answers
-
-
-def _store(
-    runs: Path, result: ContestantResult, answers: Predictions, mark: str
-) -> tuple[ContestantResult, Predictions]:
-    """Keep a finished run; the JSON last, so that half a run is never resumed."""
-    write_predictions(answers, runs)
-    path = runs / f"{result.name}.seed-{result.seed}.json"
-    temporary = path.with_suffix(".tmp")
-    content = {"fingerprint": mark, "result": json.loads(result.model_dump_json())}
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+def _run(runs: Path, at: SeedRun, name: str, spec: ContestantSpec) -> tuple[ContestantResult, Predictions]:
+    """A contestant's result and predictions: those of a finished run with the same settings, if there is one."""
+    path, mark = runs / f"{name}.seed-{at.seed}.json", _fingerprint(at, spec)
+    kept = _kept(path, mark)
+    if kept is not None:
+        result = ContestantResult.model_validate_json(json.dumps(kept))
+        answers = read_predictions(runs / f"{name}.seed-{at.seed}.predictions.json.gz")
+        return result.model_copy(update={"title": spec.title}), answers
+    result, answers = run_contestant(at, name, spec)
+    write_predictions(answers, runs)  # first, so that half a run is never taken for one
+    _keep(path, mark, json.loads(result.model_dump_json()))
     return result, answers
 
 
-def _router_table(runs: Path, at: SeedRun) -> list[RouterResult]:
-    """Router ablations of the first seed, kept like the runs."""
-    path = runs / f"routers.seed-{at.seed}.json"
-    if not path.exists():
-        found = router_ablation(at)
-        path.write_text(json.dumps([json.loads(one.model_dump_json()) for one in found], indent=1), encoding="utf-8")
-    return [RouterResult.model_validate(one) for one in json.loads(path.read_text(encoding="utf-8"))]
+def _routers(runs: Path, at: SeedRun) -> list[RouterResult]:
+    """Routers on their own, kept like the runs."""
+    path, mark = runs / f"routers.seed-{at.seed}.json", _fingerprint(at)
+    kept = _kept(path, mark)
+    if kept is None:
+        kept = [json.loads(one.model_dump_json()) for one in router_ablation(at)]
+        _keep(path, mark, kept)
+    return [RouterResult.model_validate(one) for one in kept]
+
+
+def _kept(path: Path, mark: str) -> Any:
+    """What a finished run with the same settings left; None where there is none that can be read."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(stored, dict) and stored.get("fingerprint") == mark
+    return stored.get("result") if same else None
+
+
+def _keep(path: Path, mark: str, result: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"fingerprint": mark, "result": result}, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def _assemble(

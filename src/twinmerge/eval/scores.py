@@ -1,4 +1,4 @@
-"""Knows how predictions become scores: normalized, with bootstrap intervals, compared, and summed up over seeds."""
+"""Makes scores of predictions: normalized, with bootstrap intervals, compared, and summed up over seeds."""
 
 import zlib
 from collections import Counter, defaultdict
@@ -56,7 +56,7 @@ def normalized_interval(
     return Interval(value=value, low=low, high=high)
 
 
-def paired_difference_interval(
+def compare(
     runs: Sequence[Predictions],
     reference: Sequence[Predictions],
     protocol: Protocol,
@@ -64,7 +64,7 @@ def paired_difference_interval(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Interval:
+) -> Comparison:
     """Normalized score of one contestant minus another's; both are scored on the same resamples.
 
     Args:
@@ -86,28 +86,12 @@ def paired_difference_interval(
     value = _value(runs, protocols[0]) - _value(reference, protocols[1])
     first, second = _resampled([runs, reference], protocols, resamples, seed)
     low, high = percentile_interval(first - second)
-    return Interval(value=value, low=low, high=high)
-
-
-def compare(
-    runs: Sequence[Predictions],
-    reference: Sequence[Predictions],
-    protocol: Protocol,
-    reference_protocol: Protocol | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Comparison:
-    """`paired_difference_interval` as a record of the report."""
-    difference = paired_difference_interval(
-        runs, reference, protocol, reference_protocol, resamples=resamples, seed=seed
-    )
     return Comparison(
         contestant=runs[0].contestant,
-        protocol=protocol,
+        protocol=protocols[0],
         reference=reference[0].contestant,
-        reference_protocol=reference_protocol or protocol,
-        difference=difference,
+        reference_protocol=protocols[1],
+        difference=Interval(value=value, low=low, high=high),
     )
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.eval.suite import Suite
-from twinmerge.eval.tasks import Task
+from twinmerge.eval.suite import Suite, Task
 from twinmerge.files.progress import Progress
 from twinmerge.files.rows import Row
 from twinmerge.hf.inputs import tokenized_batches

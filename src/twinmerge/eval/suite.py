@@ -1,13 +1,13 @@
-"""Knows what a suite file says: tasks, where their rows and experts lie, and who is compared."""
+"""Reads a suite file: tasks, where their rows and experts lie, and who is compared."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from twinmerge.errors import RecipeError
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.eval.results import Slug
-from twinmerge.eval.tasks import Task
 from twinmerge.files.cache import CACHE_VARIABLE, cache_folder
 from twinmerge.files.rows import Row, read_rows
 from twinmerge.files.schema import Strict, load_yaml
@@ -18,10 +18,34 @@ from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, Route
 
 
 class TaskSpec(Strict):
-    """How a task is judged."""
+    """How a task is judged: by a metric, `f1` being that of the class `positive_label`."""
 
     metric: Literal["accuracy", "f1", "macro_f1"] = "accuracy"
     positive_label: str | None = None
+
+    @model_validator(mode="after")
+    def _label_of_f1(self) -> "TaskSpec":
+        if (self.metric == "f1") != (self.positive_label is not None):
+            found = f"{self.metric} with {self.positive_label!r}"
+            raise ValueError(f"metric f1, and only that one, needs a positive_label; found metric {found}")
+        return self
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task at one seed.
+
+    Attributes:
+        name: the key of its scores everywhere.
+        spec: how it is judged.
+        validation: labelled rows that settings may be chosen on.
+        test: labelled rows that nothing is chosen on.
+    """
+
+    name: str
+    spec: TaskSpec
+    validation: list[Row]
+    test: list[Row]
 
 
 class UnseenSpec(Strict):
@@ -146,10 +170,17 @@ class Suite(Strict):
         return (self.folder / Path(root.replace("{seed}", str(seed))).expanduser()).resolve()
 
     def task(self, name: str, seed: int) -> Task:
-        """One task with its validation and test rows."""
+        """One task with its validation and test rows.
+
+        Raises:
+            DataError: if rows cannot be read, or `f1` is about a label that no test row has.
+        """
         spec = self.tasks[name]
         validation, test = (self._rows(name, split, seed) for split in ("validation", "test"))
-        return Task(name, spec.metric, spec.positive_label, validation, test[: self.test_rows])
+        test = test[: self.test_rows]
+        if spec.positive_label is not None and all(row["label"] != spec.positive_label for row in test):
+            raise DataError(f"task {name!r}: no test row has the positive_label {spec.positive_label!r}")
+        return Task(name, spec, validation, test)
 
     def _rows(self, task: str, split: str, seed: int) -> list[Row]:
         return read_rows(self.root_of(seed) / self.data.format(task=task, split=split), labelled=True)
