@@ -34,12 +34,13 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from twinmerge.files.rows import read_rows
-from twinmerge.hf.inputs import ids_of
 from twinmerge.hf.kinds import layer_kind
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
-from twinmerge.jobs.build import router_features
-from twinmerge.routing.router import Router, Routing, fit_router, group_gates
+from twinmerge.hf.router_data import EncodedRows
+from twinmerge.routing.fit import fit_router
+from twinmerge.routing.group_wise import group_gates
+from twinmerge.routing.router import Router, Stored
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gate import keep_large
 from twinmerge.tensors.low_rank import LowRank
@@ -48,6 +49,7 @@ from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import RouterSettings
 
 SEED, RANK, EXPERTS, DROP = 0, 8, 8, 0.02
+LAST = Layers("last")
 FLOAT32, BFLOAT16 = 1e-4, 0.05
 """Largest difference allowed: of states of size 1 in float32; of logits in bfloat16 (8 bits, 12 layers), over their
 deviation."""
@@ -187,7 +189,7 @@ def published(ours: Encoder, router: Router, inputs: Inputs) -> Callable[[], Ten
     routing_model, answering = ours.static, copy.deepcopy(ours.static)
 
     def run() -> Tensor:
-        gate = router(routing_model(**inputs)[0].mean(dim=1)).gate[0].tolist()
+        gate = router.route(Stored({LAST: routing_model(**inputs)[0].mean(dim=1)})).gate[0].tolist()
         scaled = [
             {name: weight * vector for name, vector in own.items()} for weight, own in zip(gate, dense, strict=True)
         ]
@@ -201,8 +203,7 @@ def published(ours: Encoder, router: Router, inputs: Inputs) -> Callable[[], Ten
 
 def group_wise(ours: Encoder, gates: Tensor, inputs: Inputs) -> Callable[[], None]:
     """The published group-wise mode on this batch: at most 20 groups, a merged model each, made for the batch."""
-    routing = Routing(gates, gates.clamp_min(1e-9).log(), torch.zeros(len(gates), dtype=torch.bool))
-    group, means = group_gates(routing, 20, seed=SEED)
+    group, means = group_gates(gates, gates.argmax(dim=1), 20, seed=SEED)
     parts, model = list(ours.exclusive.values()), copy.deepcopy(ours.static)
 
     def run() -> None:
@@ -352,7 +353,7 @@ def ways_case(options: Options) -> dict[str, Any]:
     one = some_rows(inputs, 0)
     by_publication = published(ours, router, one)
     with torch.inference_mode():
-        gate = router(ours.static(**one)[0].mean(dim=1)).gate
+        gate = router.route(Stored({LAST: ours.static(**one)[0].mean(dim=1)})).gate
         error = max(error, ours.check(by_publication(), gate, one))
     with tempfile.TemporaryDirectory() as folder, quiet_peft():
         mixture = peft_xlora(ours.static, Path(folder))
@@ -375,8 +376,8 @@ def untrained_router(experts: int, features: int) -> Router:
     """The paper's network, for its time alone."""
     torch.manual_seed(SEED)
     names = [f"e{index:03d}" for index in range(experts)]
-    rows = {name: torch.randn(8, features) for name in names}
-    return fit_router(rows, RouterSettings(method="mlp", features=Features.parse("last"), epochs=1), seed=SEED)
+    rows = Stored({LAST: torch.randn(8 * experts, features)})
+    return fit_router(rows, 8 * names, RouterSettings(method="mlp", features=Features(LAST), epochs=1), seed=SEED)
 
 
 @contextmanager
@@ -414,8 +415,8 @@ def routed_case(options: Options) -> dict[str, Any]:
         name: read_rows(options.suite / "data" / f"{task}.router.jsonl", labelled=False)[:200]
         for name, task in zip(ours.twin.expert_names, tasks, strict=True)
     }
-    all_layers = router_features(ours.twin, rows, Layers("all"))
-    ids = {name: ids_of(ours.twin, own) for name, own in rows.items()}
+    owners = [name for name, own in rows.items() for _ in own]
+    data = EncodedRows.of(ours.twin, [row for own in rows.values() for row in own])
     texts = [
         row["text"]
         for task in tasks
@@ -427,9 +428,7 @@ def routed_case(options: Options) -> dict[str, Any]:
     error, second_look = 0.0, 0.0
     for title, given in ROUTERS.items():
         settings = RouterSettings(**given)
-        width = 2 * ours.static.config.hidden_size if settings.one_pass else None  # layers 0 and 1 come first
-        features = {name: own[:, :width] for name, own in all_layers.items()} if settings.features.layers else None
-        router = fit_router(features, settings, seed=SEED, ids=ids)
+        router = fit_router(data, owners, settings, seed=SEED)
         second_look = router.report.get("second_look", second_look)
         contestants[f"twin, {title}"] = run = routed(ours.twin, router, inputs)
         gates, states = run()

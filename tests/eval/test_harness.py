@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from twinmerge.errors import DataError, RecipeError
 from twinmerge.eval import harness
-from twinmerge.eval.ablation import slice_features
+from twinmerge.eval.ablation import sliced
 from twinmerge.eval.harness import run_suite
 from twinmerge.eval.metrics import MISROUTED
 from twinmerge.eval.results import read_predictions
@@ -20,6 +20,7 @@ from twinmerge.files.progress import silent
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
 from twinmerge.jobs.predict import predict
+from twinmerge.routing.router import Stored
 from twinmerge.twin.features import Layers
 
 SUITE = """
@@ -279,12 +280,16 @@ def test_an_unknown_contestant_is_named(suite: Suite, tmp_path: Path) -> None:
 
 
 def test_slices_of_all_features_are_the_layers() -> None:
-    features = torch.arange(12.0).reshape(1, 12)
-    assert slice_features(features, Layers((0,)), 4).tolist() == [[0, 1, 2, 3]]
-    assert slice_features(features, Layers((1,)), 4).tolist() == [[4, 5, 6, 7]]
-    assert slice_features(features, Layers("last"), 4).tolist() == [[8, 9, 10, 11]]
-    assert slice_features(features, Layers((0, 2)), 4).tolist() == [[0, 1, 2, 3, 8, 9, 10, 11]]
-    assert torch.equal(slice_features(features, Layers("all"), 4), features)
+    stored = Stored({Layers("all"): torch.arange(12.0).reshape(1, 12)})
+
+    def of(layers: Layers) -> Any:
+        return sliced(stored, layers, 4).hidden(layers).tolist()
+
+    assert of(Layers((0,))) == [[0, 1, 2, 3]]
+    assert of(Layers((1,))) == [[4, 5, 6, 7]]
+    assert of(Layers("last")) == [[8, 9, 10, 11]]
+    assert of(Layers((0, 2))) == [[0, 1, 2, 3, 8, 9, 10, 11]]
+    assert of(Layers("all")) == [list(range(12))]
 
 
 @pytest.mark.parametrize(

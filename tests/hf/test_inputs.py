@@ -15,8 +15,6 @@ from twinmerge.hf.batches import BatchLimits
 from twinmerge.hf.inputs import (
     batches_of,
     encode,
-    features_of,
-    ids_of,
     length_limit,
     pad,
     padding_id,
@@ -25,6 +23,7 @@ from twinmerge.hf.inputs import (
     tokenized_batches,
 )
 from twinmerge.hf.model import TwinModel
+from twinmerge.hf.router_data import EncodedRows
 from twinmerge.routing.tokens import PADDING, token_ids
 from twinmerge.twin.features import Layers
 
@@ -68,14 +67,13 @@ def test_padding_goes_where_it_is_asked_for(model: TwinModel) -> None:
 def test_features_of_rows_are_those_of_each_alone(twin: Twins, name: str) -> None:
     """GPT-2 counts positions, and its tokenizer pads on the left: positions must start at the first real token."""
     model = TwinModel.from_pretrained(twin(name))
-    for chosen, values in features_of(model, rows(), Layers("last"), BatchLimits(rows=4)):
-        for index, value in zip(chosen, values, strict=True):
-            alone = model.features_as(Layers("last"), **tokenize(model, [rows()[index]]))[0]
-            assert torch.allclose(value, alone, atol=1e-5)  # padded and not
+    for row, value in zip(rows(), EncodedRows.of(model, rows()).hidden(Layers("last")), strict=True):
+        alone = model.features_as(Layers("last"), **tokenize(model, [row]))[0]
+        assert torch.allclose(value, alone, atol=1e-5)  # padded and not
 
 
 def test_ids_are_those_that_the_router_sees(model: TwinModel) -> None:
-    ids = ids_of(model, rows())
+    ids = EncodedRows.of(model, rows()).ids
     for row, found in zip(rows(), ids, strict=True):
         assert found[found != PADDING].tolist() == token_ids(tokenize(model, [row]))[0].tolist()
 

@@ -24,12 +24,13 @@ from twinmerge.files.hashes import sha256_of
 from twinmerge.hf.features import check_router
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
+from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs import build as module
-from twinmerge.jobs.build import build, open_plan, router_features, sampled
+from twinmerge.jobs.build import build, left_out, open_plan
 from twinmerge.jobs.checks import router_rows
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
-from twinmerge.routing.router import Router
+from twinmerge.routing.store import load_router
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
@@ -119,14 +120,14 @@ def test_router_is_fitted_on_the_shared_experts_features(family: Get, twin: Twin
         load_backbone(folder), {name: {} for name in GATE_ORDER}, kinds={}, tokenizer=load_tokenizer(folder)
     )
     rows = {name: tiny.text_rows(name) for name in GATE_ORDER}
-    features = router_features(model, rows, Layers("all"))
-    router = Router.load(TwinArtifact.open(folder).path / "router")
-    right = [router(features[name]).expert == index for index, name in enumerate(GATE_ORDER)]
-    assert float(torch.cat(right).float().mean()) > 0.9
+    every = EncodedRows.of(model, [row for part in rows.values() for row in part])
+    router = load_router(TwinArtifact.open(folder).path / "router")
+    right = router.route(every).expert == torch.arange(3).repeat_interleave(24)
+    assert float(right.float().mean()) > 0.9
     assert router.report["inputs_per_expert"] == 24
     loaded = TwinModel.from_pretrained(folder)
     x = loaded.tokenizer([rows["sms"][0]["text"]], return_tensors="pt")
-    assert torch.allclose(loaded.features(**x), features["sms"][:1], atol=1e-5)
+    assert torch.allclose(loaded.features(**x), every.take(torch.tensor([24])).hidden(Layers("all")), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["mlp", "centroid", "knn"])
@@ -134,6 +135,7 @@ def test_every_router_can_be_built(bert: Family, tmp_path: Path, method: str) ->
     router = {"method": method, "features": "layers:[0, 1]", "samples_per_expert": 10}
     artifact = build(write_recipe(bert, router=router), tmp_path / "twin")
     assert artifact.manifest["router"]["inputs_per_expert"] == 10
+    assert sum("10 of its 24 rows are used" in note for note in artifact.manifest["notes"]) == 3
     assert TwinModel.from_pretrained(tmp_path / "twin").route(input_ids=torch.tensor([[5, 6]])).shape == (1, 3)
 
 
@@ -153,15 +155,10 @@ def test_one_pass_of_a_model_without_one_list_of_layers_is_refused(tmp_path: Pat
         check_router(tmp_path, RouterSettings(features="layer:0", one_pass=True))
 
 
-def test_rows_of_the_router_come_from_anywhere_in_the_file() -> None:
-    """It may be sorted, and longer than what is needed."""
-    rows = [{"text": str(i)} for i in range(60)]
-    found = sampled({"sms": rows}, RouterSettings(samples_per_expert=10), 0)["sms"]
-    assert found == sorted(found, key=rows.index)
-    assert len(found) == 10
-    assert rows.index(found[-1]) > 30
-    assert sampled({"sms": rows}, RouterSettings(), 0)["sms"] == rows
-    assert sampled({"sms": rows}, RouterSettings(samples_per_expert=10), 1)["sms"] != found
+def test_rows_that_the_router_does_not_use_are_noted() -> None:
+    rows = {name: tiny.text_rows(name, count) for name, count in (("ag", 12), ("sms", 10), ("trec", 3))}
+    (note,) = left_out(rows, RouterSettings(samples_per_expert=10))
+    assert note == "experts.ag.router_data: 10 of its 12 rows are used, drawn at random (router.samples_per_expert)"
 
 
 def test_progress_goes_through_all_stages(bert: Family, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from twinmerge.files.hashes import sha256_of
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import grow
 from twinmerge.jobs.build import build
-from twinmerge.routing.router import Router
+from twinmerge.routing.store import load_router
 from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 
@@ -78,7 +78,7 @@ def test_added_expert_leaves_every_other_files_bits(source: Path, twin: Path, tm
     after = hashes(twin)
     assert of_others(after, "news") == of_others(before, "news")
     assert (twin / "model.safetensors").stat().st_ino == inode  # nothing was copied
-    assert artifact.expert_names == ("ag", "news", "sms", "trec") == Router.load(artifact.path / "router").expert_names
+    assert artifact.expert_names == ("ag", "news", "sms", "trec") == load_router(artifact.path / "router").expert_names
     assert artifact.verify() == len(after) - 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["news", "news.jsonl", "twin"]
 
@@ -124,7 +124,7 @@ def test_expert_replaced_by_itself_gives_the_twin_back(
 def test_removed_expert_is_gone_and_comes_back(source: Path, twin: Path) -> None:
     before = hashes(twin)
     artifact = grow.remove(twin, "sms")
-    assert artifact.expert_names == ("ag", "trec") == Router.load(artifact.path / "router").expert_names
+    assert artifact.expert_names == ("ag", "trec") == load_router(artifact.path / "router").expert_names
     assert all("sms" not in entry["ranks"] for entry in artifact.manifest["tensors"].values())
     assert not (twin / "experts" / "sms").exists()
     assert of_others(hashes(twin), "sms") == of_others(before, "sms")

@@ -1,7 +1,9 @@
 """Routers that look at tokens: n-grams against scikit-learn's tf-idf, mixtures, cascades, files."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,17 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from twinmerge.errors import DataError, GateError
-from twinmerge.routing.router import Router, fit_router
-from twinmerge.routing.tokens import PADDING, NgramHead, join_ids, stack_ids, token_ids
+from tests.tiny import rewrite
+from twinmerge.errors import ArtifactError, DataError, GateError
+from twinmerge.routing.fit import fit_router
+from twinmerge.routing.router import Examples, Router, Routing, Stored
+from twinmerge.routing.store import load_router, save_router
+from twinmerge.routing.tokens import PADDING, NgramHead, stack_ids, token_ids
+from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
 
 EXPERTS = ("ag", "sms", "trec")
+ALL = Layers("all")
 
 
 def sentences(rows: int = 80, own: float = 0.4, seed: int = 0) -> dict[str, Tensor]:
@@ -44,14 +51,36 @@ def stacked(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def head(seed: int = 0) -> NgramHead:
     made = NgramHead(3)
-    made.fit(*stacked(sentences(seed=seed)), stacked(sentences(rows=20, seed=5)))
+    made.fit(examples(sentences(seed=seed)), examples(sentences(rows=20, seed=5)))
     return made
+
+
+def examples(ids: dict[str, Tensor]) -> Examples:
+    rows, labels = stacked(ids)
+    return Examples(Stored({}, rows), labels, torch.ones(len(rows)))
+
+
+def fitted(
+    words: str, ids: dict[str, Tensor] | None = None, states: dict[str, Tensor] | None = None, **given: Any
+) -> Router:
+    """A router of such features; the rows of ids and states are the same."""
+    settings = RouterSettings(features=words, **given)
+    first = ids if ids is not None else states
+    assert first is not None
+    owners = [name for name, rows in first.items() for _ in rows]
+    layers = settings.features.layers
+    known = {} if layers is None or states is None else {layers: torch.cat(list(states.values()))}
+    return fit_router(Stored(known, None if ids is None else torch.cat(list(ids.values()))), owners, settings, seed=0)
+
+
+def routed(router: Router, ids: Tensor, states: Tensor | None = None) -> Routing:
+    layers = router.settings.features.layers
+    return router.route(Stored({} if layers is None or states is None else {layers: states}, ids))
 
 
 def accuracy(router: Router, own: float = 0.4) -> float:
     ids, labels = stacked(sentences(seed=9, own=own))
-    states = stacked(features(seed=9))[0]
-    found = router.decide(ids, lambda rows: states if rows is None else states[rows])
+    found = routed(router, ids, stacked(features(seed=9))[0])
     return float((found.expert == labels).float().mean())
 
 
@@ -69,71 +98,68 @@ def test_vectors_are_those_of_scikit_learn() -> None:
 
 
 def test_tokens_alone_find_the_expert() -> None:
-    router = fit_router(None, RouterSettings(features="tokens"), seed=0, ids=sentences())
+    router = fitted("tokens", sentences())
     assert accuracy(router) > 0.9  # chance is 1/3
     assert router.report["feature_size"] == 0
 
 
 def test_two_experts() -> None:
     two = {name: rows for name, rows in sentences().items() if name != "trec"}
-    router = fit_router(None, RouterSettings(features="tokens"), seed=0, ids=two)
+    router = fitted("tokens", two)
     ids = sentences(seed=9)
-    assert float((router(None, ids["sms"]).expert == 1).float().mean()) > 0.9
-    assert float((router(None, ids["ag"]).expert == 0).float().mean()) > 0.9
+    assert float((routed(router, ids["sms"]).expert == 1).float().mean()) > 0.9
+    assert float((routed(router, ids["ag"]).expert == 0).float().mean()) > 0.9
 
 
 def test_both_together_are_better_than_either() -> None:
-    hard = {"ids": sentences(own=0.15)}
-    tokens = fit_router(None, RouterSettings(features="tokens"), seed=0, **hard)
-    hidden = fit_router(features(), RouterSettings(features="all"), seed=0)
-    both = fit_router(features(), RouterSettings(features="all+tokens"), seed=0, **hard)
+    hard = sentences(own=0.15)
+    tokens, hidden, both = (
+        fitted("tokens", hard),
+        fitted("all", None, features()),
+        fitted("all+tokens", hard, features()),
+    )
     assert accuracy(both, 0.15) > max(accuracy(tokens, 0.15), accuracy(hidden, 0.15)) + 0.02
 
 
 def test_cascade_asks_for_features_of_uncertain_rows_only() -> None:
-    settings = RouterSettings(features="cascade")
-    router = fit_router(features(), settings, seed=0, ids=sentences(own=0.2))
-    full = fit_router(features(), RouterSettings(features="all+tokens"), seed=0, ids=sentences(own=0.2))
+    router = fitted("cascade", sentences(own=0.2), features())
+    full = fitted("all+tokens", sentences(own=0.2), features())
     ids, states = stacked(sentences(seed=9, own=0.2))[0], stacked(features(seed=9))[0]
     asked: list[Tensor] = []
 
-    def some(rows: Tensor | None) -> Tensor:
-        assert rows is not None
-        asked.append(rows)
-        return states[rows]
+    class Watched(Stored):
+        def take(self, rows: Tensor) -> Stored:
+            asked.append(rows)
+            return Stored({ALL: states}, ids).take(rows)
 
-    found = router.decide(ids, some)
+    found = router.route(Watched({}, ids))
     assert 0 < len(asked[0]) < len(ids)
     assert 0 < router.report["second_look"] < 1
-    expected = full(states[asked[0]], ids[asked[0]])
+    expected = routed(full, ids[asked[0]], states[asked[0]])
     assert torch.allclose(found.gate[asked[0]], expected.gate)
     certain = [row for row in range(len(ids)) if row not in asked[0].tolist()]
-    assert bool((found.gate[certain].amax(dim=1) >= router.ngrams.certainty).all())  # type: ignore[union-attr]
+    assert bool((found.gate[certain].amax(dim=1) >= router.certainty).all())
     assert torch.allclose(found.gate.sum(dim=1), 1.0 - found.fallback.float())
 
 
 def test_cascade_without_uncertain_rows_never_asks() -> None:
-    router = fit_router(features(), RouterSettings(features="cascade"), seed=0, ids=sentences())
-    router.ngrams.certainty.fill_(0)  # type: ignore[union-attr]
-    assert len(router.decide(stacked(sentences())[0], lambda rows: pytest.fail("asked")).gate) == 240
+    router = fitted("cascade", sentences(), features())
+    router.certainty.fill_(0)
+    assert len(routed(router, stacked(sentences())[0]).gate) == 240  # there are no hidden states
 
 
 def test_cascade_whose_tokens_are_always_wrong_trusts_none_of_them() -> None:
     ids = sentences(own=0.0)  # tokens say nothing
-    router = fit_router(
-        {n: 50.0 * torch.eye(4)[i].expand(80, 4) + torch.randn(80, 4) for i, n in enumerate(EXPERTS)},
-        RouterSettings(features="cascade"),
-        seed=0,
-        ids=ids,
-    )
+    states = {n: 50.0 * torch.eye(4)[i].expand(80, 4) + torch.randn(80, 4) for i, n in enumerate(EXPERTS)}
+    router = fitted("cascade", ids, states)
     assert router.report["accuracy"] == 1.0
     assert router.report["second_look"] > 0.9
 
 
 def test_input_of_unknown_tokens_is_left_to_the_shared_expert() -> None:
-    router = fit_router(None, RouterSettings(features="tokens"), seed=0, ids=sentences())
+    router = fitted("tokens", sentences())
     known = sentences(seed=9)["ag"][:3]
-    found = router(None, torch.cat([known, torch.full((1, 12), 999)]))
+    found = routed(router, torch.cat([known, torch.full((1, 12), 999)]))
     assert found.fallback.tolist() == [False, False, False, True]
     assert not bool(found.gate[3].any())
 
@@ -143,8 +169,8 @@ def test_padding_and_neighbours_change_nothing(pad: int, seed: int) -> None:
     ids = stacked(sentences(rows=2, seed=seed))[0]
     router = fitted_once()
     wide = torch.nn.functional.pad(ids, (0, pad), value=PADDING)
-    alone = torch.cat([router(None, row[None]).router_logits for row in ids])
-    assert torch.allclose(router(None, wide).router_logits, alone, atol=1e-6)
+    alone = torch.cat([routed(router, row[None]).router_logits for row in ids])
+    assert torch.allclose(routed(router, wide).router_logits, alone, atol=1e-6)
 
 
 _once: list[Router] = []
@@ -152,27 +178,53 @@ _once: list[Router] = []
 
 def fitted_once() -> Router:
     if not _once:
-        _once.append(fit_router(None, RouterSettings(features="tokens"), seed=0, ids=sentences()))
+        _once.append(fitted("tokens", sentences()))
     return _once[0]
 
 
 @pytest.mark.parametrize("spec", ["tokens", "all+tokens", "cascade", "last+tokens", "layers:[0,1]+tokens"])
 @pytest.mark.parametrize("method", ["linear", "knn"])
 def test_saved_and_loaded_router_routes_to_the_bit(spec: str, method: str, tmp_path: Path) -> None:
-    router = fit_router(features(), RouterSettings(features=spec, method=method), seed=0, ids=sentences())
-    router.save(tmp_path / "router")
-    loaded = Router.load(tmp_path / "router")
+    router = fitted(spec, sentences(), features(), method=method)
+    save_router(router, tmp_path / "router")
+    loaded = load_router(tmp_path / "router")
     ids, states = stacked(sentences(seed=9))[0], stacked(features(seed=9))[0]
-    first, second = (r.decide(ids, lambda rows: states if rows is None else states[rows]) for r in (router, loaded))
+    first, second = (routed(one, ids, states) for one in (router, loaded))
     assert torch.equal(first.gate, second.gate)
     assert loaded.report == router.report
 
 
+@pytest.mark.parametrize("words", ["tokens", "all", "all+tokens", "cascade"])
+def test_router_saved_before_gates_had_forms_is_read(words: str, tmp_path: Path) -> None:
+    """Of format 1: its file held every tensor whatever the router looked at, and its gates were soft."""
+    router = fitted(words, sentences(), features())
+    save_router(router, tmp_path / "router")
+    content = json.loads((tmp_path / "router" / "router.json").read_text())
+    for key in ("gate", "top_k"):
+        del content["settings"][key]
+    (tmp_path / "router" / "router.json").write_text(json.dumps(content))
+    size = 4 if "all" in words or words == "cascade" else 0
+    unused = {"mean": torch.zeros(size), "deviation": torch.ones(size), "centroids": torch.zeros(3, size)}
+    unused |= {f"ngrams.{name}": torch.tensor(7.0) for name in ("share", "temperature", "certainty")}
+    rewrite(tmp_path / "router" / "router.safetensors", lambda stored: {**unused, **stored})
+    ids, states = stacked(sentences(seed=9))[0], stacked(features(seed=9))[0]
+    loaded = load_router(tmp_path / "router")
+    assert loaded.settings.gate == "soft"
+    assert torch.equal(routed(loaded, ids, states).gate, routed(router, ids, states).gate)
+
+
+def test_router_file_that_lacks_a_tensor_is_named(tmp_path: Path) -> None:
+    save_router(fitted("all+tokens", sentences(), features()), tmp_path / "router")
+    rewrite(tmp_path / "router" / "router.safetensors", lambda s: {k: v for k, v in s.items() if k != "ngrams.share"})
+    with pytest.raises(ArtifactError, match=r"router\.safetensors lacks 'ngrams\.share'; the twin must be built again"):
+        load_router(tmp_path / "router")
+
+
 def test_order_of_experts_does_not_matter() -> None:
     turned = dict(reversed(sentences().items()))
-    first, second = (fit_router(None, RouterSettings(features="tokens"), seed=3, ids=d) for d in (sentences(), turned))
+    first, second = (fitted("tokens", rows) for rows in (sentences(), turned))
     ids = stacked(sentences(seed=9))[0]
-    assert torch.equal(first(None, ids).gate, second(None, ids).gate)
+    assert torch.equal(routed(first, ids).gate, routed(second, ids).gate)
 
 
 def test_ids_of_a_batch() -> None:
@@ -180,7 +232,6 @@ def test_ids_of_a_batch() -> None:
     assert token_ids(inputs).tolist() == [[5, 6, PADDING], [7, PADDING, PADDING]]
     assert token_ids({"input_ids": torch.tensor([[5, 6]])}).tolist() == [[5, 6]]
     assert stack_ids([torch.tensor([1]), torch.tensor([2, 3])]).tolist() == [[1, PADDING], [2, 3]]
-    assert join_ids([torch.tensor([[1]]), torch.tensor([[2, 3]])]).tolist() == [[1, PADDING], [2, 3]]
 
 
 def test_input_without_tokens_is_refused() -> None:
@@ -191,7 +242,7 @@ def test_input_without_tokens_is_refused() -> None:
 def test_router_data_without_common_tokens_is_refused() -> None:
     ids = {name: (1000 * i + torch.arange(40)).view(10, 4) for i, name in enumerate(EXPERTS)}
     with pytest.raises(DataError, match="no token occurs in two inputs"):
-        fit_router(None, RouterSettings(features="tokens"), seed=0, ids=ids)
+        fitted("tokens", ids)
 
 
 def test_very_many_ngrams_are_cut_to_the_most_frequent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """A whole model on every path against the dense reference: mixed gates, merged weights, generation, one pass."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,11 +9,13 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from twinmerge.errors import MismatchError
 from twinmerge.hf.model import Mode, TwinModel
-from twinmerge.routing.router import fit_router
+from twinmerge.routing.fit import fit_router
+from twinmerge.routing.router import Router, Stored
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense
+from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
 
 EXPERTS = 3
@@ -141,16 +145,21 @@ def test_features_of_lower_layers_need_no_full_pass() -> None:
     states = model.encode(None, **INPUTS, output_hidden_states=True)["hidden_states"]
     mask = INPUTS["attention_mask"].unsqueeze(-1)
     pooled = [(state * mask).sum(dim=1) / mask.sum(dim=1) for state in states]
-    for spec, layers in (("embeddings", [0]), ("layer:2", [2]), ("layers:[2,0]", [2, 0]), ("layer:3", [3])):
+    for layers in ((0,), (2,), (2, 0), (3,)):
         want = torch.cat([pooled[layer] for layer in layers], dim=1)
-        torch.testing.assert_close(model.features_as(spec, **INPUTS), want, **TOLERANCE)
+        torch.testing.assert_close(model.features_as(Layers(layers), **INPUTS), want, **TOLERANCE)
+
+
+def one_pass_router(names: Sequence[str], words: str, size: int) -> Router:
+    settings = RouterSettings(method="linear", features=words, one_pass=True, fallback=None)
+    rows = torch.cat([torch.randn(20, size) + index for index in range(len(names))])
+    owners = [name for name in names for _ in range(20)]
+    return fit_router(Stored({settings.features.layers: rows}), owners, settings, seed=0)
 
 
 def test_one_pass_gates_only_what_lies_above_the_routers_layers() -> None:
     model, _ = twin(bert, drop_below=0.0)
-    settings = RouterSettings(method="linear", features="layers:[0,1]", one_pass=True, fallback=None)
-    rows = {name: torch.randn(20, 32) + index for index, name in enumerate(model.expert_names)}
-    model.router = fit_router(rows, settings, seed=0)
+    model.router = one_pass_router(model.expert_names, "layers:[0,1]", 32)
     routing, outputs = model._route_on_the_way(INPUTS)
     torch.testing.assert_close(routing.gate, model.route(**INPUTS), **TOLERANCE)
     assert torch.equal(model.encode_as_routed(routing.gate, **INPUTS)[0], outputs[0])
@@ -185,8 +194,7 @@ def test_each_mode_in_half_precision_is_the_dense_reference_to_its_precision(mod
 
 def test_one_pass_needs_layers_above_the_routers() -> None:
     model, _ = twin(bert)
-    rows = {name: torch.randn(20, 16) + index for index, name in enumerate(model.expert_names)}
-    model.router = fit_router(rows, RouterSettings(features="layer:3", one_pass=True), seed=0)
+    model.router = one_pass_router(model.expert_names, "layer:3", 16)
     with pytest.raises(MismatchError, match="one_pass needs features of layers below the last"):
         model._route_on_the_way(INPUTS)
 

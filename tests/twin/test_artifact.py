@@ -13,7 +13,8 @@ from torch import Tensor
 from twinmerge.errors import ArtifactError
 from twinmerge.files.hashes import sha256_of
 from twinmerge.files.writer import save_tensors
-from twinmerge.routing.router import HEADS, Router
+from twinmerge.routing.combined import assemble
+from twinmerge.routing.store import load_router, save_router
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense, Part
 from twinmerge.tensors.sparse import Sparse
@@ -75,9 +76,8 @@ def make_twin(folder: Path, experts: Mapping[str, Mapping[str, Part]]) -> Path:
         (folder / "experts" / expert / "head").mkdir()
         save_tensors({"classifier.weight": counted(2, 3)}, folder / "experts" / expert / "head" / "model.safetensors")
         (folder / "experts" / expert / "head" / "config.json").write_text('{"id2label": {"0": "no", "1": "yes"}}')
-    Router(
-        HEADS["centroid"](3, len(experts)), list(experts), 3, RouterSettings(method="centroid", features="all")
-    ).save(folder / "router")
+    settings = RouterSettings(method="centroid", features="all")
+    save_router(assemble(list(experts), settings, feature_size=3), folder / "router")
     manifest = {
         "recipe": {"max_length": None},
         "experts": {expert: {} for expert in experts},
@@ -138,7 +138,7 @@ def test_names_and_kinds_are_those_of_the_manifest(twin: Path) -> None:
     artifact = TwinArtifact.open(str(twin))
     assert artifact.expert_names == ("ag", "sms")
     assert artifact.kinds == KINDS
-    assert Router.load(artifact.path / "router").expert_names == ("ag", "sms")
+    assert load_router(artifact.path / "router").expert_names == ("ag", "sms")
     assert torch.equal(artifact.shared.read("layer.values"), torch.zeros(2))
 
 

@@ -2,20 +2,20 @@
 
 import time
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from twinmerge.eval.metrics import expected_calibration_error, reliability
+from twinmerge.eval.metrics import reliability
 from twinmerge.eval.results import RouterResult
 from twinmerge.eval.seed import SeedRun
-from twinmerge.hf.inputs import ids_of
-from twinmerge.jobs.build import router_features, sampled
+from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.checks import router_rows
-from twinmerge.routing.router import fit_router
+from twinmerge.routing.calibrate import calibration_error
+from twinmerge.routing.fit import fit_router
+from twinmerge.routing.router import Stored
 from twinmerge.twin.features import Features, Layers
 
 INPUTS_PER_EXPERT = (1000, 100, 10)
+_ALL = Layers("all")
 
 
 def router_ablation(at: SeedRun) -> list[RouterResult]:
@@ -24,12 +24,15 @@ def router_ablation(at: SeedRun) -> list[RouterResult]:
     All features are computed once and variants take their layers of them.
     """
     started, settings, model = time.monotonic(), at.suite.router, at.reference.model
-    rows, test = sampled(router_rows(at.plan), settings, at.seed), [row for _, row in at.test]
+    rows, size = router_rows(at.plan), model.backbone.config.hidden_size
+    owners = [name for name, part in rows.items() for _ in part]
+    known, test = (
+        EncodedRows.of(model, part, at.progress)
+        for part in ([row for part in rows.values() for row in part], [row for _, row in at.test])
+    )
     with at.autocast():
-        features = router_features(model, {**rows, "": test}, Layers("all"), at.progress)
-    ids = {name: ids_of(model, part) for name, part in {**rows, "": test}.items()}
-    test_features, test_ids, size = features.pop(""), ids.pop(""), model.backbone.config.hidden_size
-    layers = test_features.shape[1] // size - 1
+        learnt, asked = (Stored({_ALL: part.hidden(_ALL)}, part.ids) for part in (known, test))
+    layers = asked.hidden(_ALL).shape[1] // size - 1
     labels = torch.tensor([list(at.tasks).index(task) for task, _ in at.test])
     feature_seconds = time.monotonic() - started
     every = [
@@ -51,38 +54,30 @@ def router_ablation(at: SeedRun) -> list[RouterResult]:
     for index, (method, words, count) in enumerate(variants):
         started, looked = time.monotonic(), Features.parse(words)
         chosen = settings.model_copy(update={"method": method, "features": looked, "samples_per_expert": count})
-        wanted = looked.layers or Layers("all")
-        taken = {name: slice_features(part, wanted, size) for name, part in features.items()}
-        router = fit_router(taken if looked.layers else None, chosen, seed=at.seed, ids=ids if looked.tokens else None)
-
-        def of_test(rows: Tensor | None, layers: Layers = wanted) -> Tensor:
-            return slice_features(test_features if rows is None else test_features[rows], layers, size)
-
-        routing = router.decide(test_ids if looked.tokens else None, of_test)
-        plain = (routing.router_logits / router.temperature).softmax(dim=1)
-        gate = torch.where(routing.fallback[:, None], plain, routing.gate)
-        confidence, picked = gate.max(dim=1)
-        correct = (picked == labels).numpy()
-        certain = confidence.double().numpy().astype(np.float64)
+        wanted = looked.layers or _ALL
+        router = fit_router(sliced(learnt, wanted, size), owners, chosen, seed=at.seed)
+        confidence, picked = router.route(sliced(asked, wanted, size)).probability.max(dim=1)
+        correct = picked == labels
         found.append(
             RouterResult(
                 features=words,
                 method=method,
                 inputs_per_expert=router.report["inputs_per_expert"],
                 seed=at.seed,
-                accuracy=float(correct.mean()),
+                accuracy=float(correct.float().mean()),
                 held_out_accuracy=router.report["accuracy"],
-                calibration_error=expected_calibration_error(certain, correct),
+                calibration_error=calibration_error(confidence, correct),
                 nbytes=sum(tensor.nbytes for tensor in router.state_dict().values()),
                 seconds=time.monotonic() - started + feature_seconds,
-                reliability=reliability(certain, correct),
+                reliability=reliability(confidence.double().numpy(), correct.numpy()),
             )
         )
         at.progress("routers", index + 1, len(variants))
     return found
 
 
-def slice_features(features: Tensor, layers: Layers, size: int) -> Tensor:
-    """Columns of features `all` (rows, (layers + 1) * size) that belong to some layers."""
+def sliced(stored: Stored, layers: Layers, size: int) -> Stored:
+    """Of rows whose features are `all`, (layers + 1) * size numbers, those of some layers."""
+    features = stored.hidden(_ALL)
     states = features.reshape(len(features), -1, size)
-    return states[:, layers.among(states.shape[1])].flatten(1)
+    return Stored({layers: states[:, layers.among(states.shape[1])].flatten(1)}, stored.tokens)

@@ -21,7 +21,7 @@ from twinmerge.hf.inputs import tokenized_batches
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.predict import predict
 from twinmerge.merging.method import Method
-from twinmerge.routing.router import Routing, group_gates
+from twinmerge.routing.group_wise import group_gates
 
 _TIMED_ROWS, _TIMED_BATCH = 256, 32
 
@@ -154,9 +154,8 @@ class _Contestant:
     def _grouped(self, twin: Twin) -> Tensor:
         """Group-wise: by row, the mean gate of its group (METHOD §5)."""
         gate, names = twin.gate[: len(self.rows)], list(self.at.tasks)
-        scores = torch.eye(len(names))[[names.index(name) for name in twin.expert[: len(self.rows)]]]
-        routing = Routing(gate, scores, torch.zeros(len(gate), dtype=torch.bool))
-        group, gates = group_gates(routing, self.spec.groups or 1, seed=self.at.seed)
+        chosen = torch.tensor([names.index(name) for name in twin.expert[: len(self.rows)]])
+        group, gates = group_gates(gate, chosen, self.spec.groups or 1, seed=self.at.seed)
         self.settings["groups"] = len(gates)
         return gates[group]
 

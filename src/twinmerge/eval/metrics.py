@@ -169,26 +169,6 @@ def reliability(
     ]
 
 
-def expected_calibration_error(
-    confidence: Float64[np.ndarray, " row"], correct: Bool[np.ndarray, " row"], bins: int = 15
-) -> float:
-    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by their rows.
-
-    Args:
-        confidence: probability given to the answer, 0 to 1.
-        correct: whether the answer was right.
-        bins: bins of equal width (Guo et al. 2017, arXiv:1706.04599).
-
-    Returns:
-        0 for a calibrated router, at most 1.
-
-    Raises:
-        DataError: as `reliability`.
-    """
-    filled = reliability(confidence, correct, bins)
-    return sum(one.rows * abs(one.confidence - one.accuracy) for one in filled) / confidence.size
-
-
 class _Table(NamedTuple):
     """Distinct (label, predictions) tuples and how many rows have each."""
 

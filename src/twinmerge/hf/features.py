@@ -1,6 +1,7 @@
-"""Knows what a router sees of a model: which hidden states, how they are pooled and caught on their way."""
+"""Shows a router what it looks at in a model: hidden states, pooled and caught on their way."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from twinmerge.errors import MismatchError
+from twinmerge.hf.heads import take
 from twinmerge.hf.loading import without_weights
+from twinmerge.routing.router import Batch
+from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import GateSlot
-from twinmerge.twin.features import Features
+from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import RouterSettings
+
+
+@dataclass(frozen=True)
+class Looked(Batch):
+    """The inputs of one call as a router sees them."""
+
+    features: Callable[..., Tensor]
+    """`TwinModel.features_as`."""
+    inputs: Mapping[str, Any]
+
+    @property
+    def ids(self) -> Tensor:
+        """(row, seq) token ids."""
+        return token_ids(self.inputs)
+
+    def hidden(self, layers: Layers) -> Tensor:
+        """(row, feature) of the shared expert."""
+        return self.features(layers, **self.inputs)
+
+    def take(self, rows: Tensor) -> "Looked":
+        """Some of the rows."""
+        count = next(len(value) for value in self.inputs.values() if isinstance(value, Tensor))
+        return Looked(self.features, take(self.inputs, rows.tolist(), count))
 
 
 class EnoughError(Exception):

@@ -15,8 +15,6 @@ from twinmerge.files.rows import Row
 from twinmerge.hf.answers import Span
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.hf.model import TwinModel
-from twinmerge.routing.tokens import stack_ids
-from twinmerge.twin.features import Layers
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*(?<!rel_)(?<!relative_)pos(ition(al)?s?)?_embed\w*|embed_positions?)(\.|$)")
 """Names of modules that hold a row for every absolute position."""
@@ -155,19 +153,6 @@ def tokenized_batches(
     encoded = encode(model, rows)
     for chosen in batches_of(model, encoded, limits):
         yield chosen, pad(model, [encoded[index] for index in chosen])
-
-
-def features_of(
-    model: TwinModel, rows: Sequence[Row], layers: Layers, limits: BatchLimits = DEFAULTS.limits
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Router features of all rows, batch by batch: (indices of rows, (batch, feature))."""
-    for chosen, inputs in tokenized_batches(model, rows, limits):
-        yield chosen, model.features_as(layers, **inputs)
-
-
-def ids_of(model: TwinModel, rows: Sequence[Row]) -> Tensor:
-    """Token ids of all rows as the router sees them, (row, seq)."""
-    return stack_ids([torch.tensor(one["input_ids"]) for one in encode(model, rows)])
 
 
 def length_limit(model: TwinModel) -> int | None:

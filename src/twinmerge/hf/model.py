@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
-from twinmerge.hf.features import EnoughError, Probe, check_one_pass, hidden_layers, pool, show
+from twinmerge.hf.features import EnoughError, Looked, Probe, check_one_pass, hidden_layers, pool, show
 from twinmerge.hf.generate import join, writer
 from twinmerge.hf.heads import answered, load_head, take
 from twinmerge.hf.kinds import exchange_layers
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
-from twinmerge.routing.router import Router, Routing
+from twinmerge.routing.router import Router, Routing, Stored
+from twinmerge.routing.store import load_router
 from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
 from twinmerge.runtime.layers import GatedLayer, GatedLinear, join_banks, join_readers
@@ -150,7 +151,7 @@ class TwinModel(nn.Module):
             {name: {key: part.to(to) for key, part in parts.items()} for name, parts in exclusive.items()},
             kinds=artifact.kinds,
             heads=heads,
-            router=Router.load(artifact.path / "router"),
+            router=load_router(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
             max_length=artifact.manifest["recipe"]["max_length"],
             own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
@@ -392,13 +393,7 @@ class TwinModel(nn.Module):
         return context
 
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
-        router = self._required_router()
-
-        def features(rows: Tensor | None) -> Tensor:
-            return self.features(**(inputs if rows is None else take(inputs, rows.tolist(), _rows(inputs))))
-
-        ids = token_ids(inputs) if router.settings.features.tokens else None
-        return self._without_small(router.decide(ids, features))
+        return self._without_small(self._required_router().route(Looked(self.features_as, inputs)))
 
     def _without_small(self, routing: Routing) -> Routing:
         return replace(routing, gate=keep_large(routing.gate, self.drop_below))
@@ -406,11 +401,12 @@ class TwinModel(nn.Module):
     def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
         """One pass: what lies below is computed once and serves both the router and the answer."""
         router = self._required_router()
-        ids = token_ids(inputs) if router.settings.features.tokens else None
+        looked, layers = router.settings.features, router.settings.features.layers
+        ids = token_ids(inputs) if looked.tokens else None
         routings: list[Routing] = []
 
         def gate_of(features: Tensor) -> Tensor:
-            routings.append(self._without_small(router(features, ids)))
+            routings.append(self._without_small(router.route(Stored({layers: features} if layers else {}, ids))))
             return routings[0].gate
 
         outputs = self._one_pass(inputs, gate_of)

@@ -2,31 +2,29 @@
 
 import datetime
 import importlib.metadata
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from twinmerge.files.hashes import fingerprint_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
 from twinmerge.files.target import durable_folder, require_free, require_space, size_of
 from twinmerge.hf.features import check_router
-from twinmerge.hf.inputs import features_of, ids_of
 from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class
 from twinmerge.hf.model import TwinModel
+from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.checks import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
-from twinmerge.routing.router import Router, fit_router
+from twinmerge.routing.fit import fit_router
+from twinmerge.routing.router import Router
+from twinmerge.routing.store import save_router
 from twinmerge.twin.artifact import TwinArtifact, write_manifest
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import WeightsReport, write_weights
-from twinmerge.twin.features import Layers
 from twinmerge.twin.plan import Plan, make_plan
 from twinmerge.twin.recipe import Recipe, RouterSettings
 
@@ -95,7 +93,7 @@ def _complete(folder: Path, found: Checked, report: WeightsReport, progress: Pro
     plan = found.plan
     found.write_own(folder)
     router = fit_on_shared(folder, plan, found.rows, progress)
-    router.save(folder / "router")
+    save_router(router, folder / "router")
     manifest = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "recipe": plan.recipe.model_dump(mode="json", exclude={"root"}),
@@ -105,7 +103,7 @@ def _complete(folder: Path, found: Checked, report: WeightsReport, progress: Pro
         "experts": with_provenance(plan, report.experts, progress),
         "tensors": report.tensors,
         "router": router.report,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *left_out(found.rows, plan.recipe.router)],
     }
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     write_manifest(folder, manifest)
@@ -136,23 +134,6 @@ def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
     return plan
 
 
-def router_features(
-    model: TwinModel, rows: Mapping[str, Sequence[Row]], layers: Layers, progress: Progress = silent
-) -> dict[str, torch.Tensor]:
-    """Features of the shared expert on every expert's inputs: (rows, feature) by expert."""
-    total, done = sum(len(part) for part in rows.values()), 0
-    features = {}
-    for name, part in rows.items():
-        collected: list[torch.Tensor] = [torch.empty(0)] * len(part)
-        for chosen, values in features_of(model, part, layers):
-            for index, value in zip(chosen, values, strict=True):
-                collected[index] = value.cpu()
-            done += len(chosen)
-            progress("router features", done, total)
-        features[name] = torch.stack(collected)
-    return features
-
-
 def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
     """Fit the router on the shared expert as it lies on disk."""
     recipe = plan.recipe
@@ -163,21 +144,22 @@ def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], p
         tokenizer=load_tokenizer(folder),
         max_length=recipe.max_length,
     )
-    settings = recipe.router
-    rows = sampled(rows, settings, recipe.seed)
-    looked = settings.features
-    features = None if looked.layers is None else router_features(model, rows, looked.layers, progress)
-    ids = {name: ids_of(model, part) for name, part in rows.items()} if looked.tokens else None
-    router = fit_router(features, settings, seed=recipe.seed, ids=ids)
+    owners = [name for name, part in rows.items() for _ in part]
+    every = EncodedRows.of(model, [row for part in rows.values() for row in part], progress)
+    router = fit_router(every, owners, recipe.router, seed=recipe.seed)
     progress("router fitted", 1, 1)
     return router
 
 
-def sampled(rows: Mapping[str, Sequence[Row]], settings: RouterSettings, seed: int) -> dict[str, list[Row]]:
-    """As many rows of every expert as all have, from anywhere in its file, which may be sorted, in the file's order."""
-    count = min(settings.samples_per_expert, *(len(part) for part in rows.values()))
-    picked = {name: sorted(random.Random(seed).sample(range(len(part)), count)) for name, part in rows.items()}
-    return {name: [rows[name][index] for index in indices] for name, indices in picked.items()}
+def left_out(rows: Mapping[str, Sequence[Row]], settings: RouterSettings) -> list[str]:
+    """A note for every expert of whose router data only a part is used."""
+    most = settings.samples_per_expert
+    return [
+        f"experts.{name}.router_data: {most:,} of its {len(part):,} rows are used, drawn at random "
+        "(router.samples_per_expert)"
+        for name, part in rows.items()
+        if len(part) > most
+    ]
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from twinmerge.jobs.build import fit_on_shared, model_card, versions, with_prove
 from twinmerge.jobs.checks import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
+from twinmerge.routing.store import save_router
 from twinmerge.twin.artifact import MANIFEST, TwinArtifact, write_manifest
 from twinmerge.twin.decompose import WeightsReport, add_expert
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
@@ -146,7 +147,7 @@ def _fill(
         )
     found.write_own(folder)
     router = fit_on_shared(folder, plan, found.rows, progress)
-    router.save(folder / "router")
+    save_router(router, folder / "router")
     manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     write_manifest(folder, manifest, known)

@@ -1,4 +1,4 @@
-"""Knows how token ids say which expert an input belongs to: tf-idf weighted n-grams under a logistic regression."""
+"""Scores inputs by their token ids: tf-idf weighted n-grams under a logistic regression; costs no forward pass."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import DataError, GateError
+from twinmerge.routing.calibrate import cross_entropy
+from twinmerge.routing.router import Batch, Examples, Scorer
+from twinmerge.twin.recipe import RouterSettings
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -43,12 +46,6 @@ def stack_ids(rows: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=PADDING)
 
 
-def join_ids(parts: Sequence[Tensor]) -> Tensor:
-    """Several (row, seq) tensors of ids as one, padded to the widest."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([nn.functional.pad(part, (0, width - part.shape[1]), value=PADDING) for part in parts])
-
-
 class NgramHead(nn.Module):
     """Router logits from tokens and pairs of neighbouring tokens; costs no forward pass (METHOD §4).
 
@@ -60,9 +57,6 @@ class NgramHead(nn.Module):
     idf: Tensor
     weight: Tensor
     bias: Tensor
-    share: Tensor
-    temperature: Tensor
-    certainty: Tensor
 
     def __init__(self, experts: int, ngrams: int = 0) -> None:
         """Make an untrained head for so many n-grams."""
@@ -72,9 +66,6 @@ class NgramHead(nn.Module):
         self.register_buffer("idf", torch.zeros(ngrams))
         self.register_buffer("weight", torch.zeros(ngrams, experts, dtype=torch.float16))
         self.register_buffer("bias", torch.zeros(experts))
-        self.register_buffer("share", torch.ones(()))  # of these logits beside those of hidden states
-        self.register_buffer("temperature", torch.ones(()))  # of these logits alone
-        self.register_buffer("certainty", torch.tensor(float("inf")))  # a cascade trusts these logits from here on
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Look at a batch.
@@ -89,44 +80,36 @@ class NgramHead(nn.Module):
         logits = self.bias.expand(len(ids), -1).clone()
         return logits.index_add_(0, row, self.weight[column].float() * value[:, None]), unseen
 
-    def fit(self, ids: Tensor, labels: Tensor, held_out: tuple[Tensor, Tensor]) -> None:
+    def fit(self, training: Examples, held_out: Examples) -> None:
         """Choose n-grams and fit; the strength of the regularisation has the lowest held-out loss.
-
-        Args:
-            ids: (row, seq).
-            labels: (row,) the expert's index.
-            held_out: the same, only to select.
 
         Raises:
             DataError: if no two inputs have an n-gram in common.
         """
-        self._choose_ngrams(ids)
+        self._choose_ngrams(training.batch.ids)
         if not len(self.keys):
             raise DataError("router.features asks for tokens, but no token occurs in two inputs of the router data")
         best_loss = float("inf")
         for inverse_penalty in _INVERSE_PENALTIES:
             candidate = NgramHead(len(self.bias), len(self.keys))
             candidate.keys, candidate.idf = self.keys, self.idf
-            candidate._regress(ids, labels, inverse_penalty)
-            loss = float(nn.functional.cross_entropy(candidate(held_out[0])[0], held_out[1]))
+            candidate._regress(training, inverse_penalty)
+            loss = float(cross_entropy(candidate(held_out.batch.ids)[0], held_out.labels, held_out.weights))
             if loss < best_loss:
                 best_loss, best, self.inverse_penalty = loss, candidate, inverse_penalty
         self.weight, self.bias = best.weight, best.bias
 
-    def refit(self, ids: Tensor, labels: Tensor) -> None:
-        """Choose n-grams and fit once more, at the regularisation that `fit` chose.
+    def refit(self, everything: Examples) -> None:
+        """Choose n-grams and fit once more, at the regularisation that `fit` chose."""
+        self._choose_ngrams(everything.batch.ids)
+        self._regress(everything, self.inverse_penalty)
 
-        Args:
-            ids: (row, seq), held-out inputs among them.
-            labels: (row,) the expert's index.
-        """
-        self._choose_ngrams(ids)
-        self._regress(ids, labels, self.inverse_penalty)
-
-    def _regress(self, ids: Tensor, labels: Tensor, inverse_penalty: float) -> None:
+    def _regress(self, examples: Examples, inverse_penalty: float) -> None:
         from sklearn.linear_model import LogisticRegression
 
-        found = LogisticRegression(C=inverse_penalty, max_iter=300).fit(self._sparse(ids), labels.numpy())
+        regression = LogisticRegression(C=inverse_penalty, max_iter=300)
+        vectors, weights = self._sparse(examples.batch.ids), examples.weights.double().numpy()
+        found = regression.fit(vectors, examples.labels.numpy(), sample_weight=weights)
         coefficients, bias = found.coef_, found.intercept_
         if len(self.bias) == 2:  # scikit-learn keeps one row for two classes
             coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.append(-bias, bias) / 2
@@ -163,6 +146,28 @@ class NgramHead(nn.Module):
 
         row, column, value, _ = self._vectors(ids)
         return csr_matrix((value.numpy(), (row.numpy(), column.numpy())), shape=(len(ids), len(self.keys)))
+
+
+class Tokens(Scorer):
+    """Scores by n-grams; strange is an input whose n-grams the head never saw."""
+
+    def __init__(self, ngrams: NgramHead) -> None:
+        """Take a head."""
+        super().__init__()
+        self.ngrams = ngrams
+
+    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits, and the share of each input's n-grams that are unknown."""
+        found: tuple[Tensor, Tensor] = self.ngrams(batch.ids)
+        return found
+
+    def fit(self, training: Examples, held_out: Examples, settings: RouterSettings) -> None:
+        """Fit the head."""
+        self.ngrams.fit(training, held_out)
+
+    def refit(self, everything: Examples) -> None:
+        """Fit the head once more."""
+        self.ngrams.refit(everything)
 
 
 def _ngrams(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,9 +75,12 @@ class RouterSettings(Strict):
             `layer:K` or `layers:[...]` (0 = embeddings, K = after layer K), concatenated; `tokens`: n-grams of token
             ids, which cost no pass; `...+tokens`: both; `cascade`: tokens decide, only uncertain inputs take
             `all+tokens`.
+        gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `hard` takes one.
+        top_k: experts that a `top_k` gate mixes.
         one_pass: layers up to the last one in `features` run once, with the shared weights, for the router and for the
             answer; only those above are gated. For encoders; a generation always gates every layer.
-        samples_per_expert: inputs used of each expert, at most.
+        samples_per_expert: inputs used of each expert, at most, drawn from all it has; each costs a pass. Experts with
+            fewer count as much as the others.
         held_out: share of them that selects the epoch, the regularisation, the temperature and the fall-back distance.
         epochs: passes over the inputs (`mlp`).
         learning_rate: of AdamW (`mlp`).
@@ -88,8 +91,10 @@ class RouterSettings(Strict):
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
     features: FeaturesField = Features(Layers("all"), tokens=True)
+    gate: Literal["soft", "top_k", "hard"] = "soft"
+    top_k: Annotated[int, Field(ge=1, strict=True)] = 2
     one_pass: bool = False
-    samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 1000
+    samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 5000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epochs: Annotated[int, Field(ge=1, strict=True)] = 10
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4

@@ -1,0 +1,55 @@
+"""Reads router data through a model: the tokens and the features of rows of text, computed when they are asked for."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.rows import Row
+from twinmerge.hf.batches import DEFAULTS
+from twinmerge.hf.inputs import Encoded, batches_of, encode, pad
+from twinmerge.hf.model import TwinModel
+from twinmerge.routing.router import Batch
+from twinmerge.routing.tokens import stack_ids
+from twinmerge.twin.features import Layers
+
+
+class EncodedRows(Batch):
+    """Rows of text as a router sees them."""
+
+    def __init__(self, model: TwinModel, encoded: Sequence[Encoded], progress: Progress = silent) -> None:
+        """Take rows; nothing is computed yet.
+
+        Args:
+            model: whose hidden states are looked at.
+            encoded: the rows' tokens.
+            progress: called with ("router features", done, total).
+        """
+        self.model, self.encoded, self.progress = model, encoded, progress
+
+    @classmethod
+    def of(cls, model: TwinModel, rows: Sequence[Row], progress: Progress = silent) -> "EncodedRows":
+        """Encode rows with the model's tokenizer."""
+        return cls(model, encode(model, rows), progress)
+
+    @property
+    def ids(self) -> Tensor:
+        """(row, seq) token ids."""
+        return stack_ids([torch.tensor(one["input_ids"]) for one in self.encoded])
+
+    def hidden(self, layers: Layers) -> Tensor:
+        """(row, feature) of the shared expert, batch by batch of like length."""
+        found: list[Tensor] = [torch.empty(0)] * len(self.encoded)
+        done = 0
+        for chosen in batches_of(self.model, self.encoded, DEFAULTS.limits):
+            values = self.model.features_as(layers, **pad(self.model, [self.encoded[index] for index in chosen]))
+            for index, value in zip(chosen, values.cpu(), strict=True):
+                found[index] = value
+            done += len(chosen)
+            self.progress("router features", done, len(self.encoded))
+        return torch.stack(found)
+
+    def take(self, rows: Tensor) -> "EncodedRows":
+        """Some of the rows."""
+        return EncodedRows(self.model, [self.encoded[row] for row in rows.tolist()], self.progress)
