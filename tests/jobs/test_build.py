@@ -318,7 +318,7 @@ def test_finished_parameters_are_verified_and_not_computed_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "fit_on_shared", crash)
+        patch.setattr(module, "fit_on", crash)
         with pytest.raises(KeyboardInterrupt):
             build(recipe, tmp_path / "twin")
     parts = sorted((tmp_path / ".twin.partial" / "work").iterdir())

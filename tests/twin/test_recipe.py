@@ -74,11 +74,12 @@ def test_section_without_a_policy_takes_the_default_budget() -> None:
         ("all+tokens", Features(Layers("all"), tokens=True)),
         ("layer:2+tokens", Features(Layers((2,)), tokens=True)),
         ("cascade", Features(Layers("all"), tokens=True, form="cascade")),
+        ("speculative", Features(Layers("all"), tokens=True, form="speculative")),
     ],
 )
 def test_words_of_a_recipe_become_typed_features_and_words_again(words: str, features: Features) -> None:
-    settings = RouterSettings(features=words)
-    assert settings.features == features == RouterSettings(features=features).features
+    settings = RouterSettings(features=words, gate="hard")
+    assert settings.features == features == RouterSettings(features=features, gate="hard").features
     assert settings.model_dump()["features"] == str(features) == words
 
 

@@ -32,9 +32,9 @@ class Looked(Batch):
         """(row, seq) token ids."""
         return token_ids(self.inputs)
 
-    def hidden(self, layers: Layers) -> Tensor:
-        """(row, feature) of the shared expert."""
-        return self.features(layers, **self.inputs)
+    def hidden(self, layers: Layers, gate: Tensor | None = None) -> Tensor:
+        """(row, feature) under a gate."""
+        return self.features(layers, gate, **self.inputs)
 
     def take(self, rows: Tensor) -> "Looked":
         """Some of the rows."""

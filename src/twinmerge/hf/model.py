@@ -277,17 +277,17 @@ class TwinModel(nn.Module):
         return self.features_as(layers, **inputs)
 
     @torch.inference_mode()
-    def features_as(self, layers: Layers, **inputs: Any) -> Tensor:
-        """Features of other hidden states than the router's, (batch, feature)."""
+    def features_as(self, layers: Layers, gate: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Features of any hidden states, (batch, feature), under a gate (batch, expert); None is the shared expert."""
         mask = inputs.get("attention_mask")
         if layers.chosen == "last":
-            return pool(self.encode(None, **inputs)[0], mask)
+            return pool(self.encode(gate, **inputs)[0], mask)
         if self.layers and max(chosen := layers.among(len(self.layers) + 1)) < len(self.layers):
             probe = Probe(chosen, mask)
-            with suppress(EnoughError), self.slot.use(None), self.slot.watch(probe):
+            with suppress(EnoughError), self._gated(gate, tokens=_tokens(inputs)), self.slot.watch(probe):
                 self.backbone.base_model(**inputs, return_dict=True)
             return probe.features()
-        states = self.encode(None, **inputs, output_hidden_states=True)["hidden_states"]
+        states = self.encode(gate, **inputs, output_hidden_states=True)["hidden_states"]
         return torch.cat([pool(states[layer], mask) for layer in layers.among(len(states))], dim=1)
 
     @torch.inference_mode()

@@ -38,12 +38,13 @@ class EncodedRows(Batch):
         """(row, seq) token ids."""
         return stack_ids([torch.tensor(one["input_ids"]) for one in self.encoded])
 
-    def hidden(self, layers: Layers) -> Tensor:
-        """(row, feature) of the shared expert, batch by batch of like length."""
+    def hidden(self, layers: Layers, gate: Tensor | None = None) -> Tensor:
+        """(row, feature), batch by batch of like length."""
         found: list[Tensor] = [torch.empty(0)] * len(self.encoded)
         done = 0
         for chosen in batches_of(self.model, self.encoded, DEFAULTS.limits):
-            values = self.model.features_as(layers, **pad(self.model, [self.encoded[index] for index in chosen]))
+            inputs = pad(self.model, [self.encoded[index] for index in chosen])
+            values = self.model.features_as(layers, None if gate is None else gate[chosen], **inputs)
             for index, value in zip(chosen, values.cpu(), strict=True):
                 found[index] = value
             done += len(chosen)

@@ -92,7 +92,8 @@ def _complete(folder: Path, found: Checked, report: WeightsReport, progress: Pro
     """Add what is each expert's own, the router, the manifest and the model card to a twin's weights."""
     plan = found.plan
     found.write_own(folder)
-    router = fit_on_shared(folder, plan, found.rows, progress)
+    written = TwinArtifact(folder, {"experts": report.experts, "tensors": report.tensors, "files": {}})
+    router = fit_on(written, plan.recipe, found.rows, progress)
     save_router(router, folder / "router")
     manifest = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -134,14 +135,15 @@ def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
     return plan
 
 
-def fit_on_shared(folder: Path, plan: Plan, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
-    """Fit the router on the shared expert as it lies on disk."""
-    recipe = plan.recipe
+def fit_on(twin: TwinArtifact, recipe: Recipe, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
+    """Fit the router on a twin as it lies on disk; one that looks at the shared expert alone loads nothing else."""
+    backbone, gated = load_backbone(twin.path), recipe.router.features.form == "speculative"
+    parts = {name: twin.exclusive(name) if gated else {} for name in twin.expert_names}
     model = TwinModel(
-        load_backbone(folder),
-        {n: {} for n in plan.expert_names},
-        kinds={},
-        tokenizer=load_tokenizer(folder),
+        backbone,
+        {name: {key: part.to(backbone.dtype) for key, part in own.items()} for name, own in parts.items()},
+        kinds=twin.kinds if gated else {},
+        tokenizer=load_tokenizer(twin.path),
         max_length=recipe.max_length,
     )
     owners = [name for name, part in rows.items() for _ in part]

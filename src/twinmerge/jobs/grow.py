@@ -14,7 +14,7 @@ from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.loading import by_class
-from twinmerge.jobs.build import fit_on_shared, model_card, versions, with_provenance
+from twinmerge.jobs.build import fit_on, model_card, versions, with_provenance
 from twinmerge.jobs.checks import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
@@ -146,9 +146,10 @@ def _fill(
             record=target.record,
         )
     found.write_own(folder)
-    router = fit_on_shared(folder, plan, found.rows, progress)
+    manifest = _manifest(artifact, plan, change, name, report, progress)
+    router = fit_on(TwinArtifact(folder, manifest), recipe, found.rows, progress)
     save_router(router, folder / "router")
-    manifest = _manifest(artifact, plan, change, name, report, progress) | {"router": router.report}
+    manifest |= {"router": router.report}
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     write_manifest(folder, manifest, known)
 

@@ -1,9 +1,9 @@
-"""Puts scorers together: tokens beside hidden states, or tokens first and hidden states where they are in doubt."""
+"""Puts scorers together: tokens beside hidden states, before them where they are certain, or as a first guess."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinmerge.routing.calibrate import best_temperature, cross_entropy, least_certainty
 from twinmerge.routing.hidden import HEADS, Hidden
@@ -88,6 +88,29 @@ class Cascade(Router):
         return self._routing(logits, self.first_temperature, torch.zeros_like(strange, dtype=torch.bool))
 
 
+class Speculative(Router):
+    """Tokens guess an expert; hidden states of the pass under its gate, with the tokens, say which is right.
+
+    Where the guess is right, that pass is the answer; the other inputs run again. What hidden states say is learned
+    under guesses that tokens make of inputs they have not seen (`fit`): others would teach to trust every guess.
+    """
+
+    scorer: Sum
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits, and the distance of the hidden states, under the gates of the guessed experts."""
+        tokens, _ = self.scorer.tokens.score(batch)
+        gate = nn.functional.one_hot(tokens.argmax(dim=1), tokens.shape[1]).to(tokens)
+        logits, distance = self.scorer.hidden.score(batch, gate)
+        return logits + self.scorer.share * tokens, distance
+
+    def calibrate(self, held_out: Examples) -> dict[str, float]:
+        """As `Router.calibrate`; report the share of inputs that run again."""
+        super().calibrate(held_out)
+        routing, guess = self.route(held_out.batch), self.scorer.tokens.score(held_out.batch)[0].argmax(dim=1)
+        return {"second_look": float((routing.fallback | (routing.expert != guess)).float().mean())}
+
+
 def assemble(
     expert_names: Sequence[str],
     settings: RouterSettings,
@@ -113,5 +136,5 @@ def assemble(
     hidden = Hidden(looked.layers, HEADS[settings.method](feature_size, experts, **sizes), feature_size, experts)
     if not looked.tokens:
         return Router(expert_names, settings, hidden)
-    kind = Cascade if looked.form == "cascade" else Router
-    return kind(expert_names, settings, Sum(hidden, tokens))
+    kinds = {"sum": Router, "cascade": Cascade, "speculative": Speculative}
+    return kinds[looked.form](expert_names, settings, Sum(hidden, tokens))

@@ -219,9 +219,9 @@ class Hidden(Scorer):
         self.register_buffer("deviation", torch.ones(feature_size))
         self.register_buffer("centroids", torch.zeros(experts, feature_size))
 
-    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits, and the root mean squared distance to the nearest centroid."""
-        features = batch.hidden(self.layers)
+    def score(self, batch: Batch, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits, and the root mean squared distance to the nearest centroid, of hidden states under a gate."""
+        features = batch.hidden(self.layers, gate)
         with torch.autocast(features.device.type, enabled=False):
             standard = self._standard(features)
             nearest = torch.cdist(standard, self.centroids).amin(dim=1)
@@ -247,4 +247,5 @@ class Hidden(Scorer):
 
 
 def _centroids(rows: Rows, experts: int) -> Tensor:
-    return torch.stack([rows.features[rows.labels == index].mean(dim=0) for index in range(experts)])
+    share = nn.functional.one_hot(rows.labels, experts) * rows.weights[:, None]
+    return (share / share.sum(dim=0)).T @ rows.features

@@ -23,8 +23,13 @@ class Batch(ABC):
         """(row, seq) token ids, `tokens.PADDING` where there is none."""
 
     @abstractmethod
-    def hidden(self, layers: Layers) -> Tensor:
-        """(row, feature): hidden states of the shared expert, averaged over real tokens, any float dtype."""
+    def hidden(self, layers: Layers, gate: Tensor | None = None) -> Tensor:
+        """(row, feature): hidden states averaged over real tokens, any float dtype.
+
+        Args:
+            layers: which.
+            gate: (row, expert) under which the inputs run; None is the shared expert alone.
+        """
 
     @abstractmethod
     def take(self, rows: Tensor) -> "Batch":
@@ -33,7 +38,7 @@ class Batch(ABC):
 
 @dataclass(frozen=True)
 class Stored(Batch):
-    """A batch whose features were computed before."""
+    """A batch whose features were computed before, under whatever gate that was."""
 
     features: Mapping[Layers, Tensor]
     tokens: Tensor | None = None
@@ -49,7 +54,7 @@ class Stored(Batch):
             raise GateError("a router that looks at tokens needs token ids, and there are none")
         return self.tokens
 
-    def hidden(self, layers: Layers) -> Tensor:
+    def hidden(self, layers: Layers, gate: Tensor | None = None) -> Tensor:
         """As given.
 
         Raises:
@@ -144,8 +149,12 @@ class Router(nn.Module):
     @torch.no_grad()
     def route(self, batch: Batch) -> Routing:
         """Gate, scores and fall-back flags of every input."""
-        logits, distance = self.scorer.score(batch)
+        logits, distance = self.look(batch)
         return self._routing(logits, self.temperature, distance > self.fallback_distance)
+
+    def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (row, expert), and (row,) how strange every input is."""
+        return self.scorer.score(batch)
 
     @torch.no_grad()
     def calibrate(self, held_out: Examples) -> dict[str, float]:
@@ -154,7 +163,7 @@ class Router(nn.Module):
         Returns:
             What the report says besides.
         """
-        logits, distance = self.scorer.score(held_out.batch)
+        logits, distance = self.look(held_out.batch)
         self.temperature = torch.tensor(best_temperature(logits, held_out.labels, held_out.weights))
         if self.settings.fallback is not None:
             self.fallback_distance = distance.quantile(self.settings.fallback)

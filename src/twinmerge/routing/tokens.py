@@ -125,7 +125,7 @@ class NgramHead(nn.Module):
         keys, inputs = keys[common], inputs[common]
         most = torch.argsort(inputs, descending=True, stable=True)[:_MOST_NGRAMS].sort().values
         self.keys = keys[most]
-        self.idf = ((1 + len(ids)) / (1 + inputs[most])).log() + 1
+        self.idf = ((1 + len(torch.unique(row))) / (1 + inputs[most])).log() + 1
 
     def _vectors(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Row, n-gram and value of every entry, and the unseen share of every row."""

@@ -52,12 +52,13 @@ class Features:
     Attributes:
         layers: hidden states; None for none.
         tokens: whether token ids count too.
-        form: `sum`: everything at once; `cascade`: tokens first, hidden states where tokens are not certain.
+        form: `sum`: everything at once; `cascade`: tokens first, hidden states where tokens are not certain;
+            `speculative`: tokens first, hidden states of the pass under the expert that tokens say.
     """
 
     layers: Layers | None
     tokens: bool = False
-    form: Literal["sum", "cascade"] = "sum"
+    form: Literal["sum", "cascade", "speculative"] = "sum"
 
     @classmethod
     def parse(cls, words: object) -> "Features":
@@ -74,8 +75,8 @@ class Features:
             return words
         if words == "tokens":
             return cls(None, tokens=True)
-        if words == "cascade":
-            return cls(Layers("all"), tokens=True, form="cascade")
+        if words == "cascade" or words == "speculative":
+            return cls(Layers("all"), tokens=True, form=words)
         hidden = str(words).removesuffix("+tokens")
         numbers = _NUMBERS.fullmatch(hidden)
         if hidden in _NAMED:
@@ -84,8 +85,8 @@ class Features:
             layers = Layers(tuple(int(number) for number in (numbers[1] or numbers[2]).split(",")))
         else:
             raise ValueError(
-                "must be last, all, embeddings, layer:K or layers:[...], each alone or with +tokens, or tokens, or "
-                f"cascade, found {words!r}"
+                "must be last, all, embeddings, layer:K or layers:[...], each alone or with +tokens, or tokens, "
+                f"cascade or speculative, found {words!r}"
             )
         return cls(layers, tokens=hidden != words)
 

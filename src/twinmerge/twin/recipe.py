@@ -74,7 +74,8 @@ class RouterSettings(Strict):
         features: which hidden states of the shared expert are averaged over the tokens: `last`, `all`, `embeddings`,
             `layer:K` or `layers:[...]` (0 = embeddings, K = after layer K), concatenated; `tokens`: n-grams of token
             ids, which cost no pass; `...+tokens`: both; `cascade`: tokens decide, only uncertain inputs take
-            `all+tokens`.
+            `all+tokens`; `speculative`: an input runs under the expert that tokens say, `all+tokens` of that very pass
+            say whether it was right, and only those inputs run again where it was not.
         gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `hard` takes one.
         top_k: experts that a `top_k` gate mixes.
         one_pass: layers up to the last one in `features` run once, with the shared weights, for the router and for the
@@ -100,6 +101,14 @@ class RouterSettings(Strict):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
     neighbours: Annotated[int, Field(ge=1, strict=True)] = 10
     fallback: Annotated[float, Field(gt=0.5, le=1)] | None = 0.999
+
+    @model_validator(mode="after")
+    def _gate_of_one_expert(self) -> "RouterSettings":
+        if self.features.form == "speculative" and self.gate != "hard":
+            raise ValueError(
+                f"features speculative answer from a pass under one expert: gate must be hard, found {self.gate}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _layers_left_to_gate(self) -> "RouterSettings":

@@ -1,0 +1,87 @@
+"""Twins whose router looks at the pass under its own guess: what they answer, and how they grow."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.hf.test_model import ROWS, batch, stacked
+from tests.tiny import GATE_ORDER, Family
+from twinmerge.hf.model import TwinModel
+from twinmerge.jobs import grow
+from twinmerge.twin.artifact import TwinArtifact
+
+Twins = Callable[..., Path]
+ROUTER = {"features": "speculative", "gate": "hard", "fallback": None}
+LABELS = [name for name in tiny.EXPERTS for _ in range(3)]
+
+
+@pytest.fixture(params=["bert", "llama"])
+def model(request: pytest.FixtureRequest, twin: Twins) -> TwinModel:
+    return TwinModel.from_pretrained(twin(request.param, router=ROUTER))
+
+
+def test_answers_are_those_of_the_chosen_experts(model: TwinModel) -> None:
+    x = batch(*ROWS)
+    out = model(**x)
+    assert out.expert == LABELS
+    assert torch.equal(out.gate, model.one_hot(LABELS))
+    given = model(**x, expert=LABELS)
+    assert torch.allclose(stacked(out.logits), stacked(given.logits), atol=1e-5)
+    assert torch.equal(model.route(**x), out.gate)
+
+
+def test_rows_whose_guess_was_wrong_run_again_under_the_right_expert(model: TwinModel) -> None:
+    model.router.scorer.tokens.ngrams.weight.zero_()  # every guess is the same expert
+    model.router.scorer.tokens.ngrams.bias.copy_(torch.tensor([0.0, 1e-3, 0.0]))
+    x = batch(*ROWS)
+    out = model(**x)
+    assert len(set(out.expert)) > 1  # hidden states say otherwise
+    given = model(**x, expert=out.expert)
+    assert torch.allclose(stacked(out.logits), stacked(given.logits), atol=1e-5)
+
+
+def test_rows_unlike_all_others_are_the_shared_experts(model: TwinModel) -> None:
+    model.router.fallback_distance.zero_()
+    x = batch(*ROWS)
+    out = model(**x)
+    assert out.fallback.all()
+    assert not out.gate.any()
+    given = model(**x, gate=torch.zeros(len(ROWS), 3), expert=out.expert)
+    assert torch.allclose(stacked(out.logits), stacked(given.logits), atol=1e-5)
+
+
+def test_row_does_not_depend_on_its_batch_mates(model: TwinModel) -> None:
+    model.router.scorer.tokens.ngrams.weight.mul_(0.01)  # guesses are wrong at times
+    together = model(**batch(*ROWS))
+    for row, text in enumerate(ROWS):
+        alone = model(**batch(text))
+        assert alone.expert == together.expert[row : row + 1]
+        found, expected = stacked(together.logits)[row], stacked(alone.logits)[0]
+        if not model.heads:
+            found = found[: len(expected)]
+        assert torch.allclose(found[..., : expected.shape[-1]], expected, atol=1e-5)
+
+
+def test_twin_that_grows_and_shrinks_checks_its_guesses_anew(
+    family: Callable[[str], Family], twin: Twins, tmp_path: Path
+) -> None:
+    old, root = twin("bert", router=ROUTER), family("bert").root
+    new: dict[str, Any] = {"model": root / "sms", "router_data": root / "far.jsonl"}
+    new["router_data"].write_text("".join(f'{{"text": "w{5 + i % 9} w60 w{59 + i % 3}"}}\n' for i in range(24)))
+    grown = grow.add(old, "far", **new, out=tmp_path / "grown")
+    assert grown.expert_names == ("ag", "far", "sms", "trec")
+    model = TwinModel.from_pretrained(tmp_path / "grown")
+    assert model(**batch("w6 w60 w60", *ROWS)).expert == ["far", *LABELS]
+    report = TwinArtifact.open(tmp_path / "grown").manifest["router"]
+    assert report["inputs"] == dict.fromkeys(("ag", "far", "sms", "trec"), 24)
+    assert 0 <= report["second_look"] <= 1
+    grow.remove(tmp_path / "grown", "far")
+    again = TwinModel.from_pretrained(tmp_path / "grown")
+    before = TwinModel.from_pretrained(old)
+    x = batch(*ROWS)
+    assert again.expert_names == GATE_ORDER
+    assert torch.equal(again(**x).gate, before(**x).gate)
