@@ -79,6 +79,10 @@ def load_tokenizer(folder: Path, like: Path | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL, **({} if config is None else {"config": config}))
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(folder, "tokenizer_config.json", error) from error
+    except Exception as error:  # what the tokenizers library raises of a damaged file has no class of its own
+        if type(error) not in (Exception, TypeError, AttributeError):
+            raise
+        raise MismatchError(f"{folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
