@@ -128,7 +128,7 @@ class Recipe(Strict):
         shared: how the shared expert is merged.
         exclusive: how much exclusive knowledge is kept.
         router: how inputs find their experts.
-        max_length: tokens an input is cut at, by the router and in `predict`; null takes the tokenizer's limit.
+        max_length: tokens an input is cut at; null takes what the experts were trained on, else what the base allows.
         seed: of everything random.
         root: folder that relative paths start from (the recipe's own).
     """
