@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from scripts.fill_results import markdown_tables
 from tests.eval.make_result import make_result
 from twinmerge.eval.results import Interval, SuiteResult, read_result
 from twinmerge.report.page import render_html, write_report
-from twinmerge.report.tables import markdown_tables, summary_sentences, terminal_table
+from twinmerge.report.tables import summary_sentences, terminal_table
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

@@ -1,4 +1,4 @@
-"""Results as text: sentences, the terminal's table, and Markdown tables for the docs.
+"""Says results in words: sentences, the terminal's table, numbers as text.
 
 Every figure comes from the `SuiteResult`; normalized scores are shown times 100.
 """
@@ -35,44 +35,13 @@ def terminal_table(result: SuiteResult) -> RichTable:
     title = f"{result.suite}: normalized score x100, {100 * CONFIDENCE:.0f} % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("contestant")
-    for heading in _MAIN_HEADINGS[2:]:  # the kind is left out: at 80 columns titles have 12
+    for heading in MAIN_HEADINGS[2:]:  # the kind is left out: at 80 columns titles have 12
         table.add_column(heading, justify="right", no_wrap=True)
     best = headline(result)
     for one in result.summaries:
-        title, _, *figures = _main_cells(one)
+        title, _, *figures = main_cells(one)
         table.add_row(title, *figures, style="bold" if one is best else None)
     return table
-
-
-def markdown_tables(result: SuiteResult) -> str:
-    """All tables as Markdown, under headings of the third level."""
-    parts = [" ".join(summary_sentences(result))]
-    parts += ["### Contestants", _markdown(_MAIN_HEADINGS, map(_main_cells, result.summaries))]
-    for protocol in protocols(result):
-        parts += [
-            f"### Tasks, {PROTOCOL_NAMES[protocol]}",
-            _markdown(["contestant", *result.tasks], _task_rows(result, protocol)),
-        ]
-    if len(result.seeds) > 1:
-        headings = ["contestant", "protocol", *(f"seed {seed}" for seed in result.seeds)]
-        parts += ["### Seeds", _markdown(headings, seed_rows(result))]
-    if result.comparisons:
-        headings = ["contestant", "against", "difference in points"]
-        parts += ["### Paired differences", _markdown(headings, _comparison_rows(result))]
-    if result.routers:
-        parts += ["### Routers", _markdown(ROUTER_HEADINGS, map(_router_cells, mean_routers(result.routers)))]
-    unseen = [one for one in result.summaries if one.unseen]
-    if unseen:
-        tasks = list(dict.fromkeys(task for one in unseen for task in one.unseen))
-        rows = ([one.title, *(points(one.unseen.get(task)) for task in tasks)] for one in unseen)
-        parts += ["### Unseen tasks, raw score", _markdown(["contestant", *tasks], rows)]
-    for table in result.ablations.values():
-        parts += [
-            f"### {table.title}",
-            _markdown(table.columns, ([cell(value) for value in row] for row in table.rows)),
-        ]
-        parts += [table.note] if table.note else []
-    return "\n\n".join(parts) + "\n"
 
 
 def summary_sentences(result: SuiteResult) -> list[str]:
@@ -107,7 +76,7 @@ def _against_static(result: SuiteResult, best: Summary, protocol: Protocol, stat
     wanted = (best.name, protocol, static.name, static_protocol)
     for pair in result.comparisons:
         if (pair.contestant, pair.protocol, pair.reference, pair.reference_protocol) == wanted:
-            return f"{sentence}: a difference of {_with_interval(pair.difference)} points."
+            return f"{sentence}: a difference of {with_interval(pair.difference)} points."
     return f"{sentence}."
 
 
@@ -171,7 +140,7 @@ def _mean_router(group: Sequence[RouterResult]) -> RouterResult:
 
 # --- rows of tables ----------------------------------------------------------------------------------------------
 
-_MAIN_HEADINGS = ["contestant", "kind", "routed", "oracle head", "exclusive", "on disk", "ms/input"]
+MAIN_HEADINGS = ["contestant", "kind", "routed", "oracle head", "exclusive", "on disk", "ms/input"]
 ROUTER_HEADINGS = [
     "features",
     "method",
@@ -184,24 +153,17 @@ ROUTER_HEADINGS = [
 ]
 
 
-def _main_cells(one: Summary) -> list[str]:
+def main_cells(one: Summary) -> list[str]:
+    """A contestant's row of the main table."""
     return [
         one.title,
         KIND_NAMES[one.kind],
-        _MISSING if one.normalized_routed is None else _with_interval(one.normalized_routed),
-        _with_interval(one.normalized_oracle_head),
+        _MISSING if one.normalized_routed is None else with_interval(one.normalized_routed),
+        with_interval(one.normalized_oracle_head),
         times(one.exclusive_ratio),
         size(sum(one.bytes.values())),
         milliseconds(one.ms_per_input),
     ]
-
-
-def _task_rows(result: SuiteResult, protocol: Protocol) -> Iterable[list[str]]:
-    for one in result.summaries:
-        if protocol == "oracle_head" or one.normalized_routed is not None:
-            yield [one.title, *(points(getattr(one.tasks[task], f"normalized_{protocol}")) for task in result.tasks)]
-    if result.summaries:
-        yield ["experts, raw score", *(points(result.summaries[0].tasks[task].expert) for task in result.tasks)]
 
 
 def seed_rows(result: SuiteResult) -> Iterable[list[str]]:
@@ -213,40 +175,6 @@ def seed_rows(result: SuiteResult) -> Iterable[list[str]]:
                 yield [one.title, protocol.replace("_", " "), *(points(at.get(seed)) for seed in result.seeds)]
 
 
-def _comparison_rows(result: SuiteResult) -> Iterable[list[str]]:
-    titles = {one.name: one.title for one in result.summaries}
-
-    def named(name: str, protocol: Protocol) -> str:
-        return f"{titles[name]} ({PROTOCOL_NAMES[protocol]})"
-
-    for pair in result.comparisons:
-        yield [
-            named(pair.contestant, pair.protocol),
-            named(pair.reference, pair.reference_protocol),
-            _with_interval(pair.difference),
-        ]
-
-
-def _router_cells(router: RouterResult) -> list[str]:
-    return [
-        router.features,
-        router.method,
-        str(router.inputs_per_expert),
-        percent(router.accuracy),
-        percent(router.held_out_accuracy),
-        f"{router.calibration_error:.3f}",
-        size(router.nbytes),
-        f"{router.seconds:.1f}",
-    ]
-
-
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([line(headings), line(["---"] * len(headings)), *map(line, rows)])
-
-
 # --- numbers as text ---------------------------------------------------------------------------------------------
 
 
@@ -255,7 +183,8 @@ def points(value: float | None) -> str:
     return _MISSING if value is None else f"{100 * value:.1f}"
 
 
-def _with_interval(one: Interval) -> str:
+def with_interval(one: Interval) -> str:
+    """A score and its interval, all times 100."""
     return f"{points(one.value)} [{points(one.low)}, {points(one.high)}]"
 
 
