@@ -130,34 +130,24 @@ SPAN = Answers("span", ("answer", "score", "start", "end"), _span, spans=True)
 EMBEDDING = Answers("embedding", ("embedding",), _embedding)
 
 
-def _names(*mappings: Mapping[str, Any]) -> frozenset[str]:
-    """Names of classes in transformers' auto mappings, some of which have several for a type."""
-    found = [name for mapping in mappings for name in mapping.values()]
-    return frozenset(name for names in found for name in ([names] if isinstance(names, str) else names))
+_MAPPINGS: Mapping[str, Answers] = {
+    "FOR_CAUSAL_LM": CONTINUATION,
+    "FOR_SEQ_TO_SEQ_CAUSAL_LM": CONTINUATION,
+    "FOR_IMAGE_TEXT_TO_TEXT": CONTINUATION,
+    "FOR_SEQUENCE_CLASSIFICATION": LABEL,
+    "FOR_IMAGE_CLASSIFICATION": LABEL,
+    "FOR_AUDIO_CLASSIFICATION": LABEL,
+    "FOR_TOKEN_CLASSIFICATION": ENTITIES,
+    "FOR_QUESTION_ANSWERING": SPAN,
+    "": EMBEDDING,
+}
+"""Transformers' auto mappings whose classes answer rows of text, and how; the first that has a class counts."""
 
 
-_CLASSES: tuple[tuple[frozenset[str], Answers], ...] = (
-    (
-        _names(
-            auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-            auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        ),
-        CONTINUATION,
-    ),
-    (
-        _names(
-            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-            auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
-        ),
-        LABEL,
-    ),
-    (_names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES), ENTITIES),
-    (_names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES), SPAN),
-    (_names(auto.MODEL_MAPPING_NAMES), EMBEDDING),
-)
-"""Names of classes -> how they answer; the first that has a name."""
+def _names(mapping: str) -> set[str]:
+    """The classes of an auto mapping, which has several for some types."""
+    found = getattr(auto, f"MODEL_{mapping}_MAPPING_NAMES" if mapping else "MODEL_MAPPING_NAMES").values()
+    return {name for names in found for name in ([names] if isinstance(names, str) else names)}
 
 
 def answers_of(config: PretrainedConfig | Mapping[str, Any], whose: str, cls: str | None = None) -> Answers:
@@ -174,7 +164,7 @@ def answers_of(config: PretrainedConfig | Mapping[str, Any], whose: str, cls: st
     if isinstance(config, Mapping):
         config = AutoConfig.for_model(**config)
     name = cls or (config.architectures or ["model of no named class"])[0]
-    found = next((answers for names, answers in _CLASSES if name in names), None)
+    found = next((answers for mapping, answers in _MAPPINGS.items() if name in _names(mapping)), None)
     if found is None:
         raise MismatchError(
             f"{whose} is a {name}, which gives rows of text no answer; known are classes for sequence and token "

@@ -79,7 +79,7 @@ class Own:
 
 
 def files_of(
-    name: str, folder: Path, base: Path, answers: Answers, *, adapter: bool, other_vocabulary: bool
+    name: str, folder: Path, base: Path, ours: Any, answers: Answers, *, adapter: bool, other_vocabulary: bool
 ) -> dict[str, bytes]:
     """What is kept of an expert's folder, since the base's does not say the same: file -> content.
 
@@ -89,6 +89,7 @@ def files_of(
         name: of the expert, for messages.
         folder: of the expert.
         base: folder of what it was fine-tuned from.
+        ours: the base's tokenizer.
         answers: how it answers.
         adapter: whether the folder holds an adapter.
         other_vocabulary: take a tokenizer that gives tokens other ids.
@@ -97,11 +98,12 @@ def files_of(
         MismatchError: if something differs that one expert cannot have alone.
     """
     _require_images(name, folder, base)
-    ours, theirs, kept = load_tokenizer(base), load_tokenizer(folder, base), []
+    kept = []
+    theirs = ours if _tokenizer_bytes(folder) == _tokenizer_bytes(base) else load_tokenizer(folder, base)
     if theirs is not None and _behaviour(ours) != _behaviour(theirs):
         if not other_vocabulary:
             _require_vocabulary(name, ours, theirs)
-        kept += [path for pattern in _TOKENIZER for path in folder.glob(pattern)]
+        kept += _tokenizer_files(folder)
     if answers.spans and not (theirs or ours).is_fast:
         raise MismatchError(f"expert {name!r}: {answers.kind} need a fast tokenizer; save one with tokenizer.json")
     source = base if adapter and not (folder / _MODULES).is_file() else folder
@@ -136,11 +138,19 @@ def trained_length(*folders: Path) -> int | None:
 
 def bring_own(source: Path, folder: Path) -> None:
     """Put what a twin kept of an expert into the folder of a model, in the place of what is the base's."""
-    replaced = (*_SENTENCE, *(_TOKENIZER if any(source.glob("tokenizer*")) else ()))
-    for path in {path for pattern in replaced for path in folder.glob(pattern)}:
-        path.unlink()
+    replaced = _tokenizer_files(folder) if any(source.glob("tokenizer*")) else []
+    for path in (*replaced, *(folder / file for file in _SENTENCE)):
+        path.unlink(missing_ok=True)
     if source.is_dir():
         shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern)})
+
+
+def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in _tokenizer_files(folder)}
 
 
 def _behaviour(tokenizer: Any) -> dict[str, Any]:
