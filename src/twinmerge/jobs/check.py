@@ -1,0 +1,219 @@
+"""Proves a build before it is published: the twin as it lies on disk, run on real rows, against its own definition.
+
+Four laws are tried in float32 on a few router rows of every expert (METHOD §7): a gated forward equals the model with
+merged weights; a row alone equals the row in its batch; a generation that keeps its cache says what the merged model
+says; and a one-hot gate is that expert, as transformers loads it from its own folder, within what compression predicts.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinmerge.errors import CheckError
+from twinmerge.files.progress import Progress, silent
+from twinmerge.files.rows import Row
+from twinmerge.hf.inputs import encode, pad
+from twinmerge.hf.loading import backbone_from, load_backbone
+from twinmerge.hf.model import TwinModel
+from twinmerge.twin.plan import Plan
+
+ROWS_PER_EXPERT, TOKENS = 2, 48
+"""Rows tried of every expert, and tokens that they are cut at."""
+TOLERANCE = 1e-3
+"""Relative distance that two ways to compute one float32 output may have: sums are added in another order, and the
+norms and softmaxes of some fifty layers pass it on."""
+_SLACK = 10.0
+"""How many times the predicted distance to an expert is taken for a fault: outputs are not linear in the weights."""
+_NEW_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a twin's one-hot gate gives, beside the expert itself."""
+
+    distance: float
+    """|twin - expert| / |shared - expert|, over the outputs of the expert's rows; 0 is the expert, 1 the shared expert."""
+    predicted: float
+    """sqrt(1 - energy kept): the same ratio of the weights."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found; relative distances, of which each is at most `TOLERANCE`, and the experts' agreements."""
+
+    rows: int
+    forward: float
+    """Gated forward against merged weights."""
+    alone: float
+    """A row alone against the row in its batch."""
+    cached: float | None
+    """Logits of a generation's steps against the merged model without a cache; None where nothing is generated."""
+    experts: dict[str, Agreement]
+    seconds: float
+
+
+def check_twin(
+    folder: Path,
+    plan: Plan,
+    rows: Mapping[str, Sequence[Row]],
+    kept: Mapping[str, float],
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Try the laws on a finished twin; takes a model in float32, and one more while another is held against it.
+
+    Args:
+        folder: of the twin, whole.
+        plan: what it was built from; experts that the plan did not open are not compared.
+        rows: router rows by expert.
+        kept: share of the energy that each expert's exclusive part keeps.
+        progress: told after every expert.
+
+    Returns:
+        A `CheckReport` as JSON holds it.
+
+    Raises:
+        CheckError: naming the law, what was found and what is allowed.
+    """
+    started = time.monotonic()
+    model = TwinModel.from_pretrained(folder, dtype=torch.float32)
+    chosen = {name: _few(rows[name]) for name in plan.experts}
+    agreements = {}
+    for done, name in enumerate(plan.experts, start=1):
+        agreements[name] = _agreement(model, plan, name, chosen[name], kept[name])
+        progress("checking experts", done, len(plan.experts))
+    inputs = _encoded(model, [row for some in chosen.values() for row in some])
+    count = len(next(iter(inputs.values())))
+    gate = _mixed_gates(count, len(model.expert_names)).to(model.device)
+    together = _outputs(model, gate, inputs)
+    alone = max(
+        _distance(_outputs(model, gate[i : i + 1], _row(inputs, i))[0], together[i]) for i in range(min(count, 4))
+    )
+    _require("a row alone must give what it gives in a batch", alone)
+    forward = max(_distance(_merged_output(model, gate[i], _row(inputs, i)), together[i]) for i in (0, count - 1))
+    _require("a gated forward must equal the model with merged weights", forward)
+    cached = _cached(model, gate[:2], [row for some in chosen.values() for row in some][:2])
+    report = CheckReport(count, forward, alone, cached, agreements, round(time.monotonic() - started, 2))
+    return asdict(report)
+
+
+def _agreement(model: TwinModel, plan: Plan, name: str, rows: Sequence[Row], kept: float) -> Agreement:
+    """The expert's own output on its rows beside the twin's and the shared expert's."""
+    inputs = _encoded(model, rows)
+    own = _expert_outputs(model, plan, name, inputs)
+    count = len(own)
+    ours = _outputs(model, model.one_hot([name] * count), inputs, name)
+    shared = _outputs(model, torch.zeros(count, len(model.expert_names), device=model.device), inputs, name)
+    apart = sum(float((a - b).square().sum()) for a, b in zip(shared, own, strict=True)) ** 0.5
+    off = sum(float((a - b).square().sum()) for a, b in zip(ours, own, strict=True)) ** 0.5
+    size = sum(float(b.square().sum()) for b in own) ** 0.5
+    predicted = max(1.0 - kept, 0.0) ** 0.5
+    if off > TOLERANCE * size + _SLACK * predicted * apart:
+        raise CheckError(
+            f"expert {name!r} is not served as it serves itself: under its own gate the twin is off by {off:.3g} where "
+            f"expert and shared expert are {apart:.3g} apart, and compression accounts for {predicted * apart:.3g}; "
+            "nothing was published; report the model's class, or publish without this check (--no-check)"
+        )
+    return Agreement(round(off / apart, 6) if apart else 0.0, round(predicted, 6))
+
+
+def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The expert as transformers loads it; an adapter's is its base with the task vectors added."""
+    expert = plan.experts[name]
+    if expert.is_adapter:
+        state = {}
+        for task in plan.tasks:
+            base = plan.base.read(task.name)
+            moved = task.spec.dtype.is_floating_point and name in task.experts
+            state[task.name] = base.float() + expert.task_vector(task.name, base) if moved else base
+        plain = backbone_from(plan.base.path, state)
+        if model.heads:
+            outputs = plain.base_model(**inputs, return_dict=True)
+            return [logits.float() for logits in model.answer(outputs, [name] * len(outputs[0]), **inputs)]
+    else:
+        plain = load_backbone(expert.checkpoint.path, dtype=torch.float32)
+    with torch.inference_mode():
+        outputs = plain(**inputs, return_dict=True)
+    return _rows_of(outputs, inputs)
+
+
+def _outputs(model: TwinModel, gate: Tensor, inputs: Mapping[str, Tensor], expert: str | None = None) -> list[Tensor]:
+    """What the twin gives under a gate, row by row, over real tokens."""
+    return _rows_of(model(gate=gate, expert=expert, **inputs), inputs)
+
+
+def _merged_output(model: TwinModel, gate: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return _rows_of(model.materialize(gate)(**inputs, return_dict=True), inputs)[0]
+
+
+def _rows_of(outputs: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """A row's logits, or hidden states where there are none; those of padding mean nothing."""
+    logits = outputs.get("logits")
+    values = list(outputs[0] if logits is None else logits)
+    mask = inputs.get("attention_mask")
+    padded = mask is not None and all(value.ndim == 2 and len(value) == mask.shape[1] for value in values)
+    return [(value[mask[i].bool()] if padded and mask is not None else value).float() for i, value in enumerate(values)]
+
+
+def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None:
+    """How far the chosen tokens' logits are from the best ones' of the merged model, which reads all anew."""
+    if model.heads or not model.backbone.can_generate() or model.backbone.config.is_encoder_decoder:
+        return None
+    inputs = _encoded(model, rows, side="left")
+    prompt = inputs["input_ids"].shape[1]
+    written = model.generate(
+        **inputs, gate=gate, do_sample=False, min_new_tokens=_NEW_TOKENS, max_new_tokens=_NEW_TOKENS
+    )
+    worst = 0.0
+    for index, row in enumerate(gate):
+        start = prompt - int(inputs["attention_mask"][index].sum())
+        with torch.inference_mode():
+            logits = model.materialize(row)(input_ids=written[index : index + 1, start:]).logits[0].float()
+        for place in range(prompt - start - 1, logits.shape[0] - 1):
+            scores, said = logits[place], written[index, start + place + 1]
+            worst = max(worst, float((scores.max() - scores[said]) / scores.norm()))
+    _require("a generation that keeps its cache must say what the merged model says", worst)
+    return worst
+
+
+def _require(law: str, found: float) -> None:
+    if not found <= TOLERANCE:
+        raise CheckError(
+            f"{law}: the relative distance must be at most {TOLERANCE:g}, found {found:.3g}; nothing was published; "
+            "report the model's class, or publish without this check (--no-check)"
+        )
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+def _few(rows: Sequence[Row]) -> list[Row]:
+    """The shortest and the longest of the first rows: what shares a batch has different lengths."""
+    by_length = sorted(rows[:64], key=lambda row: len(row["text"]))
+    return [by_length[0], by_length[-1]][:ROWS_PER_EXPERT]
+
+
+def _encoded(model: TwinModel, rows: Sequence[Row], *, side: Any = "right") -> dict[str, Tensor]:
+    short = [{key: values[:TOKENS] for key, values in one.items()} for one in encode(model, rows)]
+    return pad(model, short, side=side)
+
+
+def _row(inputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """One row, its padding cut off."""
+    row = {name: value[index : index + 1] for name, value in inputs.items()}
+    if "attention_mask" in row:
+        real = int(row["attention_mask"].sum())
+        row = {name: value[:, :real] for name, value in row.items()}
+    return row
+
+
+def _mixed_gates(rows: int, experts: int) -> Tensor:
+    """(row, expert) gates with every expert in them, no two alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(rows, experts, generator=generator).add(0.1).log().softmax(dim=1)
