@@ -12,13 +12,12 @@ import json
 import multiprocessing
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.walk.laws import Outcome, walk_class
+from tests.walk.laws import Outcome, quiet_worker, walk_class
 from tests.walk.small import KINDS, classes
 
 
@@ -34,7 +33,7 @@ def main() -> int:
     wanted = [pair for pair in wanted if options.only is None or pair[1] in options.only]
     found: list[Outcome] = []
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.workers, context, _prepare) as pool:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.workers, context, quiet_worker) as pool:
         jobs = [pool.submit(walk_class, kind, name, Path(folder) / f"{kind}-{name}") for kind, name in wanted]
         names = dict(zip(jobs, wanted, strict=True))
         for count, job in enumerate(as_completed(jobs), start=1):
@@ -69,16 +68,6 @@ def _table(found: list[Outcome]) -> None:
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _prepare() -> None:
-    import torch
-    import transformers
-
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
 
 
 if __name__ == "__main__":

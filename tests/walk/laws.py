@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,14 @@ def walk_class(kind: str, name: str, folder: Path) -> Outcome:
         return Outcome(kind, name, "refused", reason=str(error))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def quiet_worker() -> None:
+    """One thread, and no word of transformers."""
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
 
 
 def _walk(kind: str, name: str, folder: Path) -> Outcome:
