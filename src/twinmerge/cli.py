@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("recipe", type=Path, help="YAML file: base, experts, shared, exclusive, router")
     build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
     build.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    _add_check_option(build)
     _add_work_options(build)
 
     merge = _command(commands, "merge", _merge, "merge models into one plain model folder (our recipes and mergekit's)")
@@ -159,6 +160,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_check_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-check",
+        action="store_true",
+        help="publish without trying the finished twin on a few router rows against merged weights and its experts",
+    )
+
+
 def _add_work_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--resume", action="store_true", help=RESUME_HELP)
     _add_plan_options(command)
@@ -209,6 +218,7 @@ def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
         command.add_argument("--expert", required=True, metavar="NAME", help="which one")
     command.add_argument("--out", type=Path, help="write the new twin there and leave the old one as it is")
     command.add_argument("--overwrite", action="store_true", help="replace the folder of --out if it exists")
+    _add_check_option(command)
     command.add_argument("--resume", action="store_true", help=RESUME_HELP)
     command.add_argument(
         "--root", type=Path, help="where the recipe's relative paths start (default: where they did in the build)"
@@ -234,6 +244,7 @@ def _build(options: argparse.Namespace) -> None:
             resume=options.resume,
             memory_bytes=options.memory,
             executor=_executor(options),
+            check=not options.no_check,
             progress=progress,
         )
     _print_notes(artifact.manifest["notes"])
@@ -294,6 +305,7 @@ def _grow(options: argparse.Namespace) -> None:
             "overwrite": options.overwrite,
             "resume": options.resume,
             "root": options.root,
+            "check": not options.no_check,
             "progress": progress,
         }
         if options.command == "remove":
@@ -427,11 +439,23 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
         f"{router['temperature']:.3f}, {router['inputs_per_expert']} inputs per expert",
         highlight=False,
     )
+    console.print(_check_line(manifest.get("check")), highlight=False)
     console.print(inputs)
     for change in manifest.get("changes", []):
         console.print(f"{change['at']}: {change['change']} {change['expert']}", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     console.print(f"built {manifest['created']} with seed {recipe['seed']}; {versions}", highlight=False)
+
+
+def _check_line(found: dict[str, Any] | None) -> str:
+    """What the check of a twin found, in one line."""
+    if not found:
+        return "check: none was made of this twin"
+    off = ", ".join(f"{name} {entry['distance']:.3f}" for name, entry in found["experts"].items())
+    return (
+        f"check on {found['rows']} rows: gated against merged weights {found['forward']:.1e}, a row alone against its "
+        f"batch {found['alone']:.1e}; distance to each expert, 1 being the shared expert's: {off or 'none compared'}"
+    )
 
 
 def _print_result(result: dict[str, Any], as_json: bool, sentence: str, *, to_stderr: bool = False) -> None:

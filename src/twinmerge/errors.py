@@ -3,6 +3,7 @@
 TwinMergeError                 exit 1: the work failed
 ├── MissingExtraError          exit 1: an optional dependency is not installed
 ├── WorkerError                exit 1: worker processes died again and again
+├── CheckError                 exit 1: a finished twin does not compute what it should
 └── InputError                 exit 2: what the caller gave cannot be used
     ├── RecipeError            a recipe or its parameters
     ├── CheckpointError        a file of weights
@@ -31,6 +32,10 @@ class MissingExtraError(TwinMergeError):
 
 class WorkerError(TwinMergeError):
     """Worker processes died again and again; what they should have done is not to blame for sure."""
+
+
+class CheckError(TwinMergeError):
+    """A finished twin does not compute what its definition says; it is not published."""
 
 
 class InputError(TwinMergeError):

@@ -80,6 +80,7 @@ def test_manifest_says_what_was_built_from_what(bert: Family, tmp_path: Path) ->
         "tensors",
         "router",
         "notes",
+        "check",
         "files",
     ]
     assert artifact.expert_names == GATE_ORDER
@@ -170,6 +171,7 @@ def test_progress_goes_through_all_stages(bert: Family, tmp_path: Path) -> None:
         "router features",
         "router fitted",
         "hashing experts",
+        "checking experts",
     ]
     assert [step for step in told if step[0] == "router features"][-1][1:] == (72, 72)
 

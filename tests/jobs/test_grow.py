@@ -17,10 +17,10 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import grow
-from twinmerge.jobs.build import build
+from twinmerge.jobs.build import build, finish
 from twinmerge.routing.store import load_router
 from twinmerge.tensors.parts import Part
-from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.artifact import TwinArtifact
 
 Get = Callable[[str], Family]
 
@@ -400,11 +400,11 @@ def test_failure_late_leaves_the_old_twin(
 ) -> None:
     new, before = new_expert(source, tmp_path), hashes(twin)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(grow, "write_manifest", fail)
+        patch.setattr(grow, "finish", fail)
         with pytest.raises(OSError, match="No space.*\n.* parts are kept: go on with --resume"):
             grow.add(twin, "news", **new)
     assert hashes(twin) == before
@@ -421,12 +421,12 @@ def test_what_a_killed_change_left_is_cleared_away(twin: Path) -> None:
 
 
 def test_two_changes_at_once_do_not_race(source: Path, twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def second(*arguments: Any) -> Any:
+    def second(*arguments: Any, **settings: Any) -> Any:
         with pytest.raises(OutputExistsError, match="another process holds"):
             grow.remove(twin, "ag")
-        return write_manifest(*arguments)
+        return finish(*arguments, **settings)
 
-    monkeypatch.setattr(grow, "write_manifest", second)
+    monkeypatch.setattr(grow, "finish", second)
     assert grow.remove(twin, "sms").expert_names == ("ag", "trec")
     assert GATE_ORDER == ("ag", "sms", "trec")
     assert TwinArtifact.open(twin).verify()

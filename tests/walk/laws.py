@@ -1,4 +1,4 @@
-"""The laws of a twin on one class of transformers: a tiny base, two experts, everything kept, one batch of mixed gates."""
+"""The laws of a twin on one class of transformers: a tiny base, two experts, everything kept, one mixed batch."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ def _walk(kind: str, name: str, folder: Path) -> Outcome:
     try:
         with torch.inference_mode():
             model(**inputs)
-    except Exception as error:  # noqa: BLE001  # whatever a class raises on plain inputs: it is not walked
+    except Exception as error:  # whatever a class raises on plain inputs: it is not walked
         raise CannotBeMadeError(f"forward: {type(error).__name__}: {str(error).splitlines()[0]}") from error
     experts = _write(model, kind, folder)
     twin = _twin(folder)
@@ -87,7 +87,9 @@ def _walk(kind: str, name: str, folder: Path) -> Outcome:
     rows = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(gate))]
     alone = max(_off(_logits(twin, gate[i : i + 1], rows[i])[0], together[i]) for i in range(len(gate))) / apart
     with torch.inference_mode():
-        merged = max(_off(twin.materialize(gate[i])(**rows[i]).logits[0], together[i]) for i in range(len(gate))) / apart
+        merged = (
+            max(_off(twin.materialize(gate[i])(**rows[i]).logits[0], together[i]) for i in range(len(gate))) / apart
+        )
     ways = twin.paths() if hasattr(twin, "paths") else {}
     slow = sum(way == "fallback" for way in ways.values())
     right = max(expert, alone, merged) <= TOLERANCE

@@ -1,7 +1,7 @@
 """Small models of any class of transformers: a default configuration, shrunk key by key until it is tiny."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,15 +39,31 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k", "num_experts_per_token"), 2),
     **dict.fromkeys(("image_size", "input_size"), IMAGE),
-    "patch_size": PATCH, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "n_group": 1, "topk_group": 1,
-    "first_k_dense_replace": 1, "n_shared_experts": 1, "state_size": 8, "d_state": 8, "mamba_d_state": 8, "time_step_rank": 4,
-    "rotary_dim": 8, "sliding_window": 16, "attention_window": 8, "num_buckets": 8, "global_rope_theta": 10000, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "sep_token_id": 2, "num_labels": 3, "mamba_n_heads": 4,
-    "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "mamba_n_groups": 1, "chunk_size": 16, "hidden_size_per_layer_input": 8,
-    "lru_width": HIDDEN, "attention_head_dim": 8, "num_hash_buckets": 64, "relative_attention_num_buckets": 8,
-    "moe_layer_start_index": 0, "moe_layer_end_index": 1, "kernel_size": 3, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    **dict.fromkeys(("qk_rope_head_dim", "state_size", "d_state", "mamba_d_state", "rotary_dim", "attention_window",
+                     "num_buckets", "mamba_num_heads", "mamba_head_dim", "hidden_size_per_layer_input",
+                     "attention_head_dim", "relative_attention_num_buckets", "linear_key_head_dim",
+                     "linear_value_head_dim"), 8),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts", "n_groups",
+                     "mamba_n_groups", "bos_token_id", "moe_layer_end_index"), 1),
+    **dict.fromkeys(("pad_token_id", "decoder_start_token_id", "moe_layer_start_index"), 0),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "sliding_window", "mamba_d_head", "chunk_size"), 16),
+    **dict.fromkeys(("time_step_rank", "mamba_n_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("eos_token_id", "sep_token_id", "linear_num_key_heads"), 2),
+    "patch_size": PATCH, "num_labels": 3, "kernel_size": 3, "lru_width": HIDDEN, "num_hash_buckets": 64,
 }  # fmt: skip
 """What a key of a configuration becomes, where the class has it with a number."""
+
+
+_HEAD_COUNTS: tuple[Mapping[str, int], ...] = (
+    {},
+    {"num_key_value_heads": HEADS},
+    {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+)
+"""What is tried one after the other: not every class takes grouped heads."""
+_LAYER_LISTS = (
+    "attention_types", "attn_layers", "block_types", "layer_types", "layers_block_type", "mlp_layer_types",
+)  # fmt: skip
+_WIDTHS = ("embed_dims", "encoder_hidden_dims", "hidden_sizes", "neck_hidden_sizes")
 
 
 class CannotBeMadeError(Exception):
@@ -70,7 +86,11 @@ def small_model(class_name: str) -> PreTrainedModel:
     if cls is None or cls.config_class is None:
         raise CannotBeMadeError(f"transformers has no class {class_name} here")
     reasons = []
-    for heads in ({}, {"num_key_value_heads": HEADS}, {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}):
+    for heads in (
+        {},
+        {"num_key_value_heads": HEADS},
+        {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+    ):
         try:
             torch.manual_seed(0)
             config = small_config(cls.config_class, heads)
@@ -92,29 +112,29 @@ def small_config(cls: type[PretrainedConfig], heads: Mapping[str, int]) -> Pretr
     """The default configuration with every size that is known by name made small, in sub-configurations too."""
     config = cls()
     _shrink(config, {**_SIZES, **heads})
-    return type(config)(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")})
+    kept = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    return type(config)(**kept)
 
 
 def _shrink(config: PretrainedConfig, sizes: Mapping[str, int]) -> None:
-    layers = None
     for key, value in list(vars(config).items()):
+        number = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, PretrainedConfig):
             _shrink(value, sizes)
-        elif key in sizes and isinstance(value, int) and not isinstance(value, bool):
-            setattr(config, key, sizes[key])
-        elif key in sizes and value is None and key.endswith("_token_id"):
+        elif key in sizes and (number or (value is None and key.endswith("_token_id"))):
             setattr(config, key, sizes[key])
         elif key == "image_size" and isinstance(value, list | tuple):
             setattr(config, key, [IMAGE] * len(value))
     layers = getattr(config, "num_hidden_layers", None)
     for key, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and value and isinstance(layers, int):
-            if key in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types", "attention_types", "attn_layers"):
-                distinct = list(dict.fromkeys(value))  # a layer of each sort
-                setattr(config, key, (distinct + list(value))[:layers])
-        if key in ("hidden_sizes", "neck_hidden_sizes", "embed_dims", "encoder_hidden_dims") and isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple):
+            continue
+        if key in _LAYER_LISTS and isinstance(layers, int):
+            distinct = list(dict.fromkeys(value))  # a layer of each sort
+            setattr(config, key, (distinct + list(value))[:layers])
+        elif key in _WIDTHS:
             setattr(config, key, [16 * (index + 1) for index in range(len(value))])
-        if key == "depths" and isinstance(value, list | tuple):
+        elif key == "depths":
             setattr(config, key, [1] * len(value))
 
 
@@ -138,6 +158,3 @@ def inputs_for(model: PreTrainedModel, kind: str, rows: int = 3) -> dict[str, Te
         inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, 5), generator=generator)
     taken = inspect.signature(model.forward).parameters
     return {name: value for name, value in inputs.items() if name in taken}
-
-
-Maker = Callable[[], PreTrainedModel]

@@ -15,6 +15,7 @@ from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
+from twinmerge.jobs.check import check_twin
 from twinmerge.jobs.checks import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
@@ -38,6 +39,7 @@ def build(
     resume: bool = False,
     memory_bytes: int = MEMORY_BYTES,
     executor: Executor | None = None,
+    check: bool = True,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Build a twin: merge the shared expert, compress the exclusive knowledge, fit the router.
@@ -53,6 +55,7 @@ def build(
         memory_bytes: what a process may take while weights are merged and decomposed; each worker of `processes` and
             `ray` is one. The router needs the shared expert in memory on top.
         executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
+        check: try the finished twin on real rows before it is published (`jobs.check`); the manifest says if not.
         progress: called with (stage, done, total).
 
     Returns:
@@ -60,6 +63,7 @@ def build(
 
     Raises:
         InputError: whatever is wrong with the recipe, the models or the data, in one line.
+        CheckError: if the finished twin does not compute what it should.
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
@@ -84,12 +88,12 @@ def build(
                 finished=dict(target.finished),
                 record=target.record,
             )
-            _complete(target.folder, found, report, progress)
+            _complete(target.folder, found, report, check, progress)
     return TwinArtifact.open(out)
 
 
-def _complete(folder: Path, found: Checked, report: WeightsReport, progress: Progress) -> None:
-    """Add what is each expert's own, the router, the manifest and the model card to a twin's weights."""
+def _complete(folder: Path, found: Checked, report: WeightsReport, check: bool, progress: Progress) -> None:
+    """Add what is each expert's own, the router, the manifest, the model card, and what a check of it all found."""
     plan = found.plan
     found.write_own(folder)
     written = TwinArtifact(folder, {"experts": report.experts, "tensors": report.tensors, "files": {}})
@@ -107,7 +111,25 @@ def _complete(folder: Path, found: Checked, report: WeightsReport, progress: Pro
         "notes": [*plan.notes, *left_out(found.rows, plan.recipe.router)],
     }
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    write_manifest(folder, manifest)
+    finish(folder, manifest, plan, found.rows, check=check, progress=progress)
+
+
+def finish(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    plan: Plan,
+    rows: Mapping[str, Sequence[Row]],
+    known: Mapping[str, Any] = {},
+    *,
+    check: bool,
+    progress: Progress = silent,
+) -> None:
+    """Write the manifest of a twin that is whole, once it was checked; `known` as for `write_manifest`."""
+    if check:
+        write_manifest(folder, manifest, known)
+        kept = {name: entry["energy_kept"] for name, entry in manifest["experts"].items()}
+        found = check_twin(folder, plan, rows, kept, progress)
+    write_manifest(folder, {**manifest, "check": found if check else None}, known)
 
 
 def versions() -> dict[str, str]:

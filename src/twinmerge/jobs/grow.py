@@ -14,12 +14,12 @@ from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.loading import by_class
-from twinmerge.jobs.build import fit_on, model_card, versions, with_provenance
+from twinmerge.jobs.build import finish, fit_on, model_card, versions, with_provenance
 from twinmerge.jobs.checks import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
 from twinmerge.routing.store import save_router
-from twinmerge.twin.artifact import MANIFEST, TwinArtifact, write_manifest
+from twinmerge.twin.artifact import MANIFEST, TwinArtifact
 from twinmerge.twin.decompose import WeightsReport, add_expert
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
 from twinmerge.twin.recipe import ExpertSource, Recipe
@@ -37,6 +37,7 @@ def add(
     overwrite: bool = False,
     resume: bool = False,
     root: Path | str | None = None,
+    check: bool = True,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Add an expert to a twin: its exclusive part and the router are computed, every other file keeps its bits.
@@ -53,6 +54,7 @@ def add(
         overwrite: replace `out` if it exists.
         resume: go on with what an interrupted run of the same change left.
         root: where relative paths of the twin's recipe start now; None is where they did when it was built.
+        check: try the new twin before it takes the old one's place (`jobs.check`).
         progress: called with (stage, done, total).
 
     Returns:
@@ -61,7 +63,7 @@ def add(
     Raises:
         InputError: whatever is wrong with the twin, the expert or the data, in one line; nothing is changed.
     """
-    return _change(twin, "add", name, _source(model, router_data), out, overwrite, resume, root, progress)
+    return _change(twin, "add", name, _source(model, router_data), out, overwrite, resume, root, check, progress)
 
 
 def replace(
@@ -74,10 +76,11 @@ def replace(
     overwrite: bool = False,
     resume: bool = False,
     root: Path | str | None = None,
+    check: bool = True,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Exchange an expert of a twin for another of the same name; see `add`."""
-    return _change(twin, "replace", name, _source(model, router_data), out, overwrite, resume, root, progress)
+    return _change(twin, "replace", name, _source(model, router_data), out, overwrite, resume, root, check, progress)
 
 
 def remove(
@@ -88,10 +91,11 @@ def remove(
     overwrite: bool = False,
     resume: bool = False,
     root: Path | str | None = None,
+    check: bool = True,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Take an expert out of a twin; the shared expert, which was merged with it, stays. See `add`."""
-    return _change(twin, "remove", name, None, out, overwrite, resume, root, progress)
+    return _change(twin, "remove", name, None, out, overwrite, resume, root, check, progress)
 
 
 def _change(
@@ -103,6 +107,7 @@ def _change(
     overwrite: bool,
     resume: bool,
     root: Path | str | None,
+    check: bool,
     progress: Progress,
 ) -> TwinArtifact:
     folder = TwinArtifact.open(twin).path.resolve()
@@ -110,7 +115,7 @@ def _change(
     fingerprint = _fingerprint(folder, change, name, source)
     with durable_folder(out, fingerprint, overwrite=overwrite, resume=resume, in_place=out == folder) as target:
         if not target.complete:
-            _fill(target, TwinArtifact.open(folder), change, name, source, root, progress, link=out == folder)
+            _fill(target, TwinArtifact.open(folder), change, name, source, root, check, progress, link=out == folder)
     return TwinArtifact.open(out)
 
 
@@ -121,6 +126,7 @@ def _fill(
     name: str,
     source: ExpertSource | None,
     root: Path | str | None,
+    check: bool,
     progress: Progress,
     *,
     link: bool,
@@ -151,7 +157,7 @@ def _fill(
     save_router(router, folder / "router")
     manifest |= {"router": router.report}
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    write_manifest(folder, manifest, known)
+    finish(folder, manifest, plan, rows, known, check=check, progress=progress)
 
 
 def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:
