@@ -27,7 +27,7 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs import build as module
 from twinmerge.jobs.build import build, left_out, open_plan
-from twinmerge.jobs.checks import router_rows
+from twinmerge.jobs.preflight import router_rows
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
 from twinmerge.routing.store import load_router

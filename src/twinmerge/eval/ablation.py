@@ -8,7 +8,7 @@ from twinmerge.eval.metrics import reliability
 from twinmerge.eval.results import RouterResult
 from twinmerge.eval.seed import SeedRun
 from twinmerge.hf.router_data import EncodedRows
-from twinmerge.jobs.checks import router_rows
+from twinmerge.jobs.preflight import router_rows
 from twinmerge.routing.calibrate import calibration_error
 from twinmerge.routing.fit import fit_router
 from twinmerge.routing.router import Stored

@@ -16,7 +16,7 @@ from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, requir
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.check import check_twin
-from twinmerge.jobs.checks import Checked, checked
+from twinmerge.jobs.preflight import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input

@@ -15,7 +15,7 @@ from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.loading import by_class
 from twinmerge.jobs.build import finish, fit_on, model_card, versions, with_provenance
-from twinmerge.jobs.checks import checked
+from twinmerge.jobs.preflight import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
 from twinmerge.routing.store import save_router
@@ -157,7 +157,7 @@ def _fill(
     save_router(router, folder / "router")
     manifest |= {"router": router.report}
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    finish(folder, manifest, plan, rows, known, check=check, progress=progress)
+    finish(folder, manifest, plan, found.rows, known, check=check, progress=progress)
 
 
 def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.files.checkpoint import TensorSpec
-from twinmerge.jobs.checks import checked
+from twinmerge.jobs.preflight import checked
 from twinmerge.merging.executor import OWN_BYTES, Executor
 from twinmerge.merging.plan import MergePlan
 from twinmerge.merging.recipe import layer_count

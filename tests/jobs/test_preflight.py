@@ -13,8 +13,8 @@ from tests import tiny
 from tests.tiny import Family
 from twinmerge.errors import InputError
 from twinmerge.jobs.build import build, open_plan
-from twinmerge.jobs.checks import checked
 from twinmerge.jobs.plan import describe_twin
+from twinmerge.jobs.preflight import checked
 from twinmerge.merging.executor import MEMORY_BYTES, make_executor
 from twinmerge.twin.artifact import TwinArtifact
 
