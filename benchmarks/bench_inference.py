@@ -54,7 +54,7 @@ FLOAT32, BFLOAT16 = 1e-4, 0.05
 """Largest difference allowed: of states of size 1 in float32; of logits in bfloat16 (8 bits, 12 layers), over their
 deviation."""
 Contestants = Mapping[str, Callable[[], Any]]
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Encoder:
         self.static = load_backbone(base)
         self.exclusive = synthetic_experts(self.static, experts, rank)
         self.shared = dict(self.static.named_parameters())
-        self.twin = TwinModel(load_backbone(base), self.exclusive, kinds={}, drop_below=DROP)
+        self.twin = TwinModel(load_backbone(base), self.exclusive, drop_below=DROP)
         self.experts = experts
 
     def rebuilt(self, gate: Tensor, only: Callable[[str], bool] = lambda _: True) -> torch.nn.Module:
@@ -155,10 +155,9 @@ class Encoder:
         """The twin, one way forced; `forget`: as if its gates had never been met."""
 
         def run() -> Tensor:
-            self.twin.mode = mode
             if forget:
                 self.twin.merged.clear()
-            states: Tensor = self.twin.encode(gates, **inputs)[0]
+            states: Tensor = self.twin.encode(gates, mode=mode, **inputs)[0]
             return states
 
         return run
@@ -443,7 +442,7 @@ def routed(twin: TwinModel, router: Router, inputs: Inputs) -> Callable[[], tupl
     """Route and answer; gives gates and states."""
 
     def run() -> tuple[Tensor, Tensor]:
-        twin.router, twin.mode = router, "auto"
+        twin.router = router
         if router.settings.one_pass:
             routing, outputs = twin._route_on_the_way(inputs)
             return routing.gate, outputs[0]
@@ -469,7 +468,7 @@ def llama() -> tuple[Any, TwinModel, dict[str, dict[str, Any]]]:
     static: Any = LlamaForCausalLM(config)
     static = static.to(torch.bfloat16).eval()
     exclusive = synthetic_experts(static, EXPERTS, RANK)
-    return static, TwinModel(copy.deepcopy(static), exclusive, kinds={}, merge_bytes=2**31), exclusive
+    return static, TwinModel(copy.deepcopy(static), exclusive, merge_bytes=2**31), exclusive
 
 
 def check_llama(static: Any, exclusive: Mapping[str, Any], gate: Tensor, found: Tensor, ids: Tensor) -> float:
@@ -504,15 +503,14 @@ def decode_case(options: Options) -> dict[str, Any]:
         return run
 
     with torch.inference_mode():
-        twin.encode(gates, input_ids=prompt[:, :4])
-        context = twin._context(gates, 16, 128)
-        with twin.slot.use(context):
+        context = twin.twin.context(gates, 16, 128)
+        with twin.twin.slot.use(context):
             run_twin = cached(twin.backbone)
             found = run_twin()[0, -1]
     error = check_llama(static, exclusive, gates[0], found, torch.cat([prompt[:1], step[:1]], dim=1))
 
     def run_ours() -> None:
-        with twin.slot.use(context):
+        with twin.twin.slot.use(context):
             run_twin()
 
     contestants = {
@@ -530,7 +528,6 @@ def generate_case(options: Options) -> dict[str, Any]:
     gates = keep_large(one_expert_gates(1, EXPERTS), DROP)
     settings = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
     written: dict[str, Any] = {**prompt, **settings}
-    twin.encode(gates, **prompt)
 
     def fresh() -> Tensor:
         twin.merged.clear()

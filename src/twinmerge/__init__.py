@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from twinmerge.jobs.export import export
     from twinmerge.jobs.grow import add, remove, replace
     from twinmerge.jobs.predict import predict
+    from twinmerge.runtime.module import TwinModule
     from twinmerge.twin.artifact import TwinArtifact
     from twinmerge.twin.recipe import Recipe
 
@@ -21,6 +22,7 @@ _HOMES = {
     "TwinArtifact": "twinmerge.twin.artifact",
     "TwinMergeError": "twinmerge.errors",
     "TwinModel": "twinmerge.hf.model",
+    "TwinModule": "twinmerge.runtime.module",
     "TwinOutput": "twinmerge.hf.model",
     "add": "twinmerge.jobs.grow",
     "build": "twinmerge.jobs.build",
@@ -36,6 +38,7 @@ __all__ = [
     "TwinArtifact",
     "TwinMergeError",
     "TwinModel",
+    "TwinModule",
     "TwinOutput",
     "__version__",
     "add",

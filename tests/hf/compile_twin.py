@@ -1,5 +1,6 @@
 """Run by test_compile.py in a process of its own, where no type checker wraps the functions that dynamo traces."""
 
+import copy
 import sys
 
 import torch
@@ -35,15 +36,18 @@ def main() -> None:
         }
         for expert in range(3)
     }
-    twin = TwinModel(backbone, exclusive, kinds={}, mode=sys.argv[1])
-    expected = [twin.encode(gate, **INPUTS)[0] for gate in GATES]
-    twin.backbone.compile(backend="eager")
-    for gate, want in zip(GATES, expected, strict=True):
-        for _ in range(2):
-            torch.testing.assert_close(twin.encode(gate, **INPUTS)[0], want, atol=2e-5, rtol=1e-4)
-    captured = torch._dynamo.utils.counters["frames"]["ok"]
-    assert captured > 0, "dynamo captured nothing"
-    sys.stdout.write(f"{captured} frames captured\n")
+    for mode in ("all", "gather", "merge"):
+        twin = TwinModel(copy.deepcopy(backbone), exclusive)
+        expected = [twin.encode(gate, mode=mode, **INPUTS)[0] for gate in GATES]
+        torch.compiler.reset()
+        twin.backbone.compile(backend="eager")
+        for gate, want in zip(GATES, expected, strict=True):
+            for _ in range(2):
+                found = twin.encode(gate, mode=mode, **INPUTS)[0]
+                torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-4)
+        captured = torch._dynamo.utils.counters["frames"]["ok"]
+        assert captured > 0, f"dynamo captured nothing in mode {mode}"
+        sys.stdout.write(f"{captured} frames captured\n")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_lora_on_layers_whose_bias_no_expert_changed_writes_each_row_as_its_own_
         }
         for name in ("a", "b", "c")
     }
-    model = TwinModel(backbone.double(), exclusive, kinds={})
+    model = TwinModel(backbone.double(), exclusive)
     assert matrices
     for gate in (torch.eye(3).double(), random_gate(3, dtype=torch.float64)):
         together = new_tokens(model, prompts(*PROMPTS), gate=gate, do_sample=False)

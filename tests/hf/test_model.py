@@ -104,8 +104,8 @@ def test_gate_of_zeros_is_the_shared_expert_that_plain_transformers_loads(twin: 
 @pytest.mark.parametrize("name", WITH_HEADS)
 def test_rank_zero_without_vectors_is_the_shared_expert(family: Get, twin: Twins, name: str) -> None:
     folder = twin(name)
-    artifact, x = TwinArtifact.open(folder), batch(*ROWS)
-    model = TwinModel(load_backbone(folder), {e: {} for e in GATE_ORDER}, kinds=artifact.kinds)
+    x = batch(*ROWS)
+    model = TwinModel(load_backbone(folder), {e: {} for e in GATE_ORDER})
     with torch.no_grad():
         expected = load_backbone(folder).base_model(**x)[0]
     assert torch.equal(model.encode(random_gate(len(ROWS)), **x)[0], expected)
@@ -183,7 +183,7 @@ def test_permuting_experts_permutes_the_gate_and_changes_nothing_else(twin: Twin
         heads = {n: load_head(*head).double() for n in names if (head := artifact.head(n))}
         parts = {n: {k: part.to(torch.float64) for k, part in artifact.exclusive(n).items()} for n in names}
         backbone = load_backbone(folder, dtype=torch.float64)
-        model = TwinModel(backbone, parts, kinds=artifact.kinds, heads=heads)
+        model = TwinModel(backbone, parts, heads=heads)
         assert model.expert_names == tuple(names)
         outputs.append(model(**x, gate=gate[:, order]))
     assert outputs[0].expert == outputs[1].expert
@@ -255,7 +255,7 @@ def test_experts_with_one_output_layer_give_one_tensor(twin: Twins, name: str) -
 
 def test_plain_encoder_gives_hidden_states_only(tmp_path: Path) -> None:
     base = tiny.bert()
-    model = TwinModel(base, {"a": {}, "b": {}}, kinds={})
+    model = TwinModel(base, {"a": {}, "b": {}})
     out = model(**batch(*ROWS), gate=random_gate(len(ROWS), 2))
     assert out.logits is None
     assert out.last_hidden_state.shape[2] == 16
@@ -392,21 +392,22 @@ def test_call_without_tensors_is_refused(twin: Twins) -> None:
 
 
 def test_twin_without_a_router_needs_a_gate_or_an_expert(tmp_path: Path) -> None:
-    model = TwinModel(tiny.bert(), {"a": {}, "b": {}}, kinds={})
+    model = TwinModel(tiny.bert(), {"a": {}, "b": {}})
     for call in (model, model.route, model.features):
         with pytest.raises(GateError, match="this twin has no router; give a gate or an expert"):
             call(**batch("w5"))
 
 
-def test_part_of_a_layer_that_cannot_be_gated_is_refused() -> None:
-    torch.manual_seed(0)
-    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_channels=1)
-    backbone = transformers.ResNetModel(config)
-    parts = {"a": {"embedder.embedder.normalization.weight": Dense(torch.ones(4))}}
+@pytest.mark.parametrize(
+    ("name", "shape", "found"),
+    [("nothing", 4, "none of that name"), ("pooler.dense.bias", 4, r"one of shape \(16,\)")],
+)
+def test_part_that_has_no_place_is_refused(name: str, shape: int, found: str) -> None:
+    parts = {"a": {name: Dense(torch.ones(shape))}}
     with pytest.raises(
-        ArtifactError, match=r"embedder\.embedder\.normalization \(BatchNorm2d\) cannot be gated; rebuild"
+        ArtifactError, match=rf"an expert's part '{name}' of shape \(4,\) has no place: there is {found}"
     ):
-        TwinModel(backbone, parts, kinds={})
+        TwinModel(tiny.bert(), parts)
 
 
 # ---- loading

@@ -97,7 +97,7 @@ def twin_model(folder: Path) -> TwinModel:
         name: {key: part.to(torch.float64) for key, part in artifact.exclusive(name).items()} for name in GATE_ORDER
     }
     heads = {name: load_head(*head).double() for name in GATE_ORDER if (head := artifact.head(name))}
-    return TwinModel(load_backbone(folder, dtype=torch.float64), parts, kinds=artifact.kinds, heads=heads)
+    return TwinModel(load_backbone(folder, dtype=torch.float64), parts, heads=heads)
 
 
 def images(family: Family, rows: int) -> Tensor:
@@ -148,7 +148,7 @@ def test_adapter_of_convolutions_on_the_shared_expert_is_the_twin_without_the_re
         }
         for name in GATE_ORDER
     }
-    model = TwinModel(load_backbone(folder, dtype=torch.float64), carried, kinds=artifact.kinds)
+    model = TwinModel(load_backbone(folder, dtype=torch.float64), carried)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about transformers
         adapted = PeftModel.from_pretrained(
@@ -175,7 +175,7 @@ def test_exported_adapter_of_convolutions_is_the_expert_but_for_what_lies_beside
         }
         for name in GATE_ORDER
     }
-    model = TwinModel(load_backbone(made[1], dtype=torch.float64), carried, kinds=artifact.kinds)
+    model = TwinModel(load_backbone(made[1], dtype=torch.float64), carried)
     with torch.no_grad():
         found = adapted(pixel_values=x)[0]
     assert torch.allclose(found, model(pixel_values=x, expert="sms").last_hidden_state, atol=1e-5)  # norms in float32

@@ -117,9 +117,7 @@ def test_bytes_reported_are_the_bytes_on_disk(twin: Twins) -> None:
 
 def test_router_is_fitted_on_the_shared_experts_features(family: Get, twin: Twins) -> None:
     folder = twin("bert", router={"features": "all"})
-    model = TwinModel(
-        load_backbone(folder), {name: {} for name in GATE_ORDER}, kinds={}, tokenizer=load_tokenizer(folder)
-    )
+    model = TwinModel(load_backbone(folder), {name: {} for name in GATE_ORDER}, tokenizer=load_tokenizer(folder))
     rows = {name: tiny.text_rows(name) for name in GATE_ORDER}
     every = EncodedRows.of(model, [row for part in rows.values() for row in part])
     router = load_router(TwinArtifact.open(folder).path / "router")

@@ -164,7 +164,7 @@ def test_stacked_adapter_under_a_gate_is_the_twin_without_vectors(
         }
         for expert in GATE_ORDER
     }
-    model = TwinModel(load_backbone(folder, dtype=torch.float64), parts, kinds=artifact.kinds)
+    model = TwinModel(load_backbone(folder, dtype=torch.float64), parts)
     assert torch.allclose(states, model.encode(rows_of(gate), **batch())[0], atol=1e-10)
 
 

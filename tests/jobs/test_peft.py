@@ -52,7 +52,7 @@ def without_vectors(folder: Path) -> TwinModel:
         }
         for expert in artifact.expert_names
     }
-    return TwinModel(load_backbone(folder, dtype=torch.float64), parts, kinds=artifact.kinds)
+    return TwinModel(load_backbone(folder, dtype=torch.float64), parts)
 
 
 @pytest.mark.parametrize("embeddings", ["shared", "exclusive"])

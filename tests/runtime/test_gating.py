@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tests.reference import gated_embedding, gated_layer_norm, gated_linear
 from twinmerge.errors import GateError
-from twinmerge.runtime.gate import GateContext, GateSlot, Path, Ranks, keep_large
+from twinmerge.runtime.banks import join_banks, join_readers
+from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
 from twinmerge.runtime.layers import (
     GatedConv,
     GatedConv1D,
@@ -17,9 +18,8 @@ from twinmerge.runtime.layers import (
     GatedLayer,
     GatedLinear,
     GatedNorm,
-    join_banks,
-    join_readers,
 )
+from twinmerge.runtime.paths import Path, Ranks
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense
 from twinmerge.tensors.sparse import keep_largest
@@ -88,11 +88,9 @@ def test_layers_that_read_one_input_share_a_projection_and_keep_their_results(
     slot, gate = GateSlot(), a_gate(kind, 3)
     layers: list[GatedLayer] = [linear_layer(ranks, slot, bias=True) for ranks in ([2, 2, 2], [0, 3, 1], [1, 1, 2])]
     x, other = torch.randn(2, BATCH, TOKENS, IN, dtype=torch.float64)
-    watched = GateContext(gate, path=path)
-    watched.readers = []
-    with slot.use(watched):
+    with slot.use(GateContext(gate, path=path)):
         before = [layer(x) for layer in layers]
-    join_readers(watched.readers)
+    join_readers([layers])
     join_banks(layers)
     assert len({id(layer.projection) for layer in layers}) == 1
     with slot.use(GateContext(gate, path=path, keep=True)):

@@ -13,11 +13,20 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from tests import reference
-from twinmerge.errors import ArtifactError, GateError
+from twinmerge.errors import GateError
 from twinmerge.hf.kinds import layer_kind
 from twinmerge.runtime.compose import theta
-from twinmerge.runtime.gate import GateContext, GateSlot, Path
-from twinmerge.runtime.layers import LAYERS, GatedLayer
+from twinmerge.runtime.gate import GateContext, GateSlot
+from twinmerge.runtime.layers import (
+    GatedBatchNorm,
+    GatedConv1D,
+    GatedEmbedding,
+    GatedLayer,
+    GatedLinear,
+    GatedNorm,
+    form_of,
+)
+from twinmerge.runtime.paths import Path
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense, Part
 from twinmerge.tensors.sparse import keep_largest
@@ -91,7 +100,9 @@ def gated(module: nn.Module, parts: Parts, slot: GateSlot | None = None) -> Gate
     for index, of_expert in enumerate(parts):
         for name, part in of_expert.items():
             by_parameter.setdefault(name, {})[index] = part
-    return LAYERS[layer_kind(module, "weight")](module, by_parameter, EXPERTS, slot or GateSlot())
+    form = form_of(module)
+    assert form is not None
+    return form(module, by_parameter, EXPERTS, slot or GateSlot())
 
 
 def inputs(name: str, rows: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
@@ -390,9 +401,102 @@ def test_bias_is_a_vector(module: nn.Module) -> None:
     assert layer_kind(module, "bias") == "vector"
 
 
-def test_norm_of_no_known_form_is_refused() -> None:
-    parts: Parts = [{"weight": Dense(torch.ones(4))}, {}, {}]
-    with pytest.raises(
-        ArtifactError, match="OddRMSNorm is no LayerNorm or RMSNorm that can be gated; report the model"
-    ):
-        gated(OddRMSNorm(), parts)
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class ByHand(nn.Linear):
+    """Falcon's: the same sums, written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Clipped(nn.Linear):
+    """Linear for small numbers only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-5, 5))
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(6) + 0.5), 1e-5
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide - wide.mean(-1, keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "form"),
+    [
+        (ByHand(3, 4), GatedLinear),
+        (Doubled(3, 4), None),
+        (Clipped(3, 4), None),
+        (Conv1D(3, 2), GatedConv1D),
+        (Scaled(9, 4), GatedEmbedding),
+        (nn.Embedding(9, 4, max_norm=1.0), None),
+        (Centred(), GatedNorm),
+        (nn.RMSNorm(6), GatedNorm),
+        (nn.GroupNorm(2, 6), None),
+        (OddRMSNorm(), None),
+        (ChannelsFirst(6), None),
+        (nn.LayerNorm((2, 2)), None),
+        (nn.BatchNorm2d(3).eval(), GatedBatchNorm),
+        (nn.BatchNorm2d(3), None),
+        (nn.BatchNorm2d(3, track_running_stats=False).eval(), None),
+        (nn.Conv2d(2, 2, 3, padding="same"), None),
+        (nn.ConvTranspose2d(2, 2, 3), None),
+        (nn.MultiheadAttention(4, 2), None),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_form_is_what_a_layer_computes_whatever_its_class(
+    module: nn.Module, form: type[GatedLayer] | None, dtype: torch.dtype
+) -> None:
+    assert form_of(module.to(dtype)) is form
+
+
+def test_weights_that_do_not_tell_which_way_they_are_stored_have_no_form() -> None:
+    module = ByHand(3, 3)
+    nn.init.eye_(module.weight)
+    assert form_of(module) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (ByHand(3, 4), torch.randn(4, 5, 3)),
+        (Scaled(9, 4), torch.randint(0, 9, (4, 5))),
+        (Centred(), torch.randn(4, 5, 6)),
+        (nn.RMSNorm(6), torch.randn(4, 5, 6)),
+        (nn.BatchNorm1d(3), torch.randn(4, 3)),
+        (nn.BatchNorm2d(3), torch.randn(4, 3, 2, 2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+@pytest.mark.parametrize("same", [False, True])
+def test_layers_of_other_classes_are_their_weights_row_by_row(module: nn.Module, x: Tensor, same: bool) -> None:
+    torch.manual_seed(0)
+    module = module.double().eval()
+    tensors = dict(module.named_parameters()) | {n: b for n, b in module.named_buffers() if b.is_floating_point()}
+    parts: Parts = [
+        {
+            name: Dense(torch.rand_like(value))
+            if value.ndim == 1
+            else LowRank(torch.randn(len(value), 2).double(), torch.randn(2, value.shape[1]).double())
+            for name, value in tensors.items()
+        }
+        for _ in range(EXPERTS)
+    ]
+    x, gate = x.double() if x.is_floating_point() else x, gates(4)[[0, 0, 0, 0] if same else [0, 1, 2, 3]]
+    with torch.no_grad():
+        rows = [functional_call(module, theta(tensors, parts, g), (r[None],)) for r, g in zip(x, gate, strict=True)]
+    assert torch.allclose(run(gated(module, parts), x, gate), torch.cat(rows), atol=1e-10)
+    assert torch.equal(run(gated(module, parts), x, None), module(x))

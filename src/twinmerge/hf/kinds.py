@@ -1,45 +1,12 @@
-"""Knows which layers of a transformers model can be gated, and puts gated ones in their places."""
+"""Says what each parameter of a transformers model is, from its class."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from twinmerge.errors import ArtifactError
 from twinmerge.hf.loading import without_weights
-from twinmerge.runtime.gate import GateSlot
-from twinmerge.runtime.layers import LAYERS, GatedLayer
-from twinmerge.tensors.parts import Part
 from twinmerge.twin.plan import Kind
-
-
-def exchange_layers(
-    backbone: PreTrainedModel, exclusive: Sequence[Mapping[str, Part]], kinds: Mapping[str, Kind], slot: GateSlot
-) -> dict[str, GatedLayer]:
-    """Wrap every layer that has exclusive parts; layers tied to it get the same parts."""
-    owners: dict[int, str] = {id(p): n for n, p in backbone.named_parameters()}
-    modules: dict[str, dict[str, dict[int, Part]]] = {}
-    for module_name, module in backbone.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = owners[id(parameter)]
-            by_expert = {i: parts[name] for i, parts in enumerate(exclusive) if name in parts}
-            if by_expert:
-                modules.setdefault(module_name, {})[leaf] = by_expert
-    gated = {}
-    for module_name, parts in modules.items():
-        module = backbone.get_submodule(module_name)
-        kind = layer_kind(module, "weight")
-        if kind == "static":
-            raise ArtifactError(
-                f"{module_name} ({type(module).__name__}) cannot be gated; rebuild the twin with this version"
-            )
-        layer = LAYERS[kind](module, parts, len(exclusive), slot)
-        parent, _, leaf = module_name.rpartition(".")
-        setattr(backbone.get_submodule(parent), leaf, layer)
-        gated[module_name] = layer
-    return gated
 
 
 def layer_kind(module: nn.Module, leaf: str) -> Kind:

@@ -1,12 +1,13 @@
-"""Knows the twin as a torch module: gated layers, heads per expert, one router in front."""
+"""The twin as a torch module: a gated backbone, heads per expert, one router in front."""
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +15,23 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
+from twinmerge.hf.example import example_inputs
 from twinmerge.hf.features import EnoughError, Looked, Probe, check_one_pass, hidden_layers, pool, show
 from twinmerge.hf.generate import join, writer
 from twinmerge.hf.heads import answered, load_head, take
-from twinmerge.hf.kinds import exchange_layers
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
 from twinmerge.routing.router import Router, Routing, Stored
 from twinmerge.routing.store import load_router
 from twinmerge.routing.tokens import token_ids
-from twinmerge.runtime.gate import GateContext, GateSlot, keep_large
-from twinmerge.runtime.layers import GatedLayer, GatedLinear, join_banks, join_readers
+from twinmerge.runtime.gate import keep_large
 from twinmerge.runtime.merged import MergeCache
+from twinmerge.runtime.module import Mode, TwinModule, Way
 from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Layers
-from twinmerge.twin.plan import Kind
 
-Mode = Literal["auto", "factors", "all", "gather", "merge"]
+__all__ = ["Mode", "TwinModel", "TwinOutput"]
 _NEW_TOKENS = 20
 """What transformers' generate makes when nobody says how many."""
 
@@ -73,55 +73,46 @@ class TwinModel(nn.Module):
         backbone: PreTrainedModel,
         exclusive: Mapping[str, Mapping[str, Part]],
         *,
-        kinds: Mapping[str, Kind],
         heads: Mapping[str, PreTrainedModel] | None = None,
         router: Router | None = None,
         tokenizer: Any = None,
         max_length: int | None = None,
         own: Mapping[str, Own] | None = None,
-        mode: Mode = "auto",
         drop_below: float = 0.02,
         merge_bytes: int = 2**30,
+        fallback: Sequence[str] = (),
     ) -> None:
-        """Exchange the layers of a shared expert; `from_pretrained` is the usual way in.
+        """Gate a shared expert; `from_pretrained` is the usual way in.
 
         Args:
             backbone: the shared expert, taken over.
             exclusive: expert -> parameter name -> exclusive part; the order is the gate's.
-            kinds: parameter name -> what its layer is.
             heads: expert -> a whole model of the expert's class without a backbone; none for a shared output.
             router: in front; without one every call needs a gate or an expert.
             tokenizer: of the shared expert.
             max_length: tokens an input is cut at.
             own: expert -> what it has of its own beside weights.
-            mode: how gated layers compute, the same result each way. `all`: the ranks of all experts in use for every
-                row; `gather`: each row's own ranks; `merge`: merged weights, one set for every different gate;
-                `auto`: the cheapest by the cost models of `gating` and `merged`; `factors`: the same, but never merged
-                weights, so that what was asked before changes no bit.
-            drop_below: gates of the router under this are dropped (`gating.keep_large` says what that can change); a
+            drop_below: gates of the router under this are dropped (`gate.keep_large` says what that can change); a
                 caller's gates are used as they are.
             merge_bytes: what merged weights may take (`merged.MergeCache`).
+            fallback: parameters that are left to the fall-back (`module.TwinModule`) whatever a dry run finds.
         """
         super().__init__()
-        self.mode: Mode = mode
         self.drop_below = drop_below
         self.expert_names = tuple(exclusive)
-        self.slot = GateSlot()
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.own = dict(own or {})
-        self.parameter_names = tuple(name for name, _ in backbone.named_parameters())
-        stored = backbone.state_dict()
-        self.buffer_names = tuple(name for name, _ in backbone.named_buffers() if name in stored)
-        self.gated: dict[str, GatedLayer] = exchange_layers(backbone, list(exclusive.values()), kinds, self.slot)
-        join_banks(self.gated.values())
-        self._watched = False
-        linear = {n: layer for n, layer in self.gated.items() if isinstance(layer, GatedLinear) and layer.has_factors}
-        self.merged = MergeCache(linear, merge_bytes)
-        self.backbone = backbone
+        self.twin = TwinModule(
+            backbone,
+            exclusive,
+            example=partial(example_inputs, backbone),
+            fallback=fallback,
+            merge_bytes=merge_bytes,
+        )
         self.layers = hidden_layers(backbone)
         for index, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(partial(show, self.slot, index), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(show, self.twin.slot, index), with_kwargs=True)
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.router = router
         self.eval()
@@ -149,7 +140,6 @@ class TwinModel(nn.Module):
         model = cls(
             backbone,
             {name: {key: part.to(to) for key, part in parts.items()} for name, parts in exclusive.items()},
-            kinds=artifact.kinds,
             heads=heads,
             router=load_router(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
@@ -159,25 +149,52 @@ class TwinModel(nn.Module):
         model.heads.to(to)
         return model.to(device) if device is not None else model
 
+    @property
+    def backbone(self) -> Any:
+        """The gated shared expert."""
+        return self.twin.module
+
+    @property
+    def merged(self) -> MergeCache:
+        """Merged weights of the gates used last."""
+        return self.twin.merged
+
+    def paths(self) -> dict[str, Way]:
+        """How each parameter that an expert changed is served: `fast`, or by the fall-back, a pass a distinct gate."""
+        return self.twin.paths()
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or convert; merged weights would be stale."""
-        self.merged.clear()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """Move or convert; the router moves along and stays in float32, which its gates need."""
+        router, self.router = self.router, None
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.router = None if router is None else router._apply(move)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.backbone.parameters()).device
+        return next(self.twin.module.parameters()).device
 
     @torch.inference_mode()
     def forward(
-        self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any
+        self,
+        *,
+        gate: Tensor | None = None,
+        expert: str | Sequence[str] | None = None,
+        mode: Mode = "auto",
+        **inputs: Any,
     ) -> TwinOutput:
         """Answer a batch; every row is mixed by its own gate.
 
         Args:
             gate: (batch, expert), the caller's own; None asks the router, or takes `expert` alone where one is given.
             expert: whose head answers, one name or one a row; None takes the gate's largest.
+            mode: how gated layers compute (`module.TwinModule.run`), the same result each way.
             **inputs: what the backbone takes: input_ids (batch, seq), attention_mask, pixel_values, ...
 
         Returns:
@@ -194,8 +211,8 @@ class TwinModel(nn.Module):
             names = self._names(expert, rows)
             gate = self.one_hot(names)
         else:
-            if self._required_router().settings.one_pass and self.heads:
-                routing, outputs = self._route_on_the_way(inputs)
+            if self._routes_on_the_way() and self.heads:
+                routing, outputs = self._route_on_the_way(inputs, mode)
                 names = self._named(routing.router_logits)
                 logits = self.answer(outputs, names, **inputs)
                 return TwinOutput(
@@ -209,11 +226,10 @@ class TwinModel(nn.Module):
             gate, fallback = routing.gate, routing.fallback
             names = self._named(routing.router_logits)
         if not self.heads:
-            with self._gated(gate, tokens=_tokens(inputs)):
-                outputs = self.backbone(**inputs)
+            outputs = self.twin.run(_call, gate, inputs, tokens=_tokens(inputs), mode=mode)
             logits, hidden = outputs.get("logits"), outputs.get("last_hidden_state")
             return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=hidden)
-        outputs = self.encode(gate, **inputs)
+        outputs = self.encode(gate, mode=mode, **inputs)
         logits = self.answer(outputs, names, **inputs)
         return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=outputs[0])
 
@@ -227,16 +243,15 @@ class TwinModel(nn.Module):
         return self._routing(inputs)
 
     @torch.inference_mode()
-    def encode(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
+    def encode(self, gate: Tensor | None, *, mode: Mode = "auto", **inputs: Any) -> ModelOutput:
         """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
-        with self._gated(gate, tokens=_tokens(inputs)):
-            outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
+        outputs: ModelOutput = self.twin.run(_encode, gate, inputs, tokens=_tokens(inputs), mode=mode)
         return outputs
 
     @torch.inference_mode()
     def encode_as_routed(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
         """As `encode`, but of a router with `one_pass`, whose gate this is, only the layers above are gated."""
-        if gate is not None and self.router is not None and self.router.settings.one_pass:
+        if gate is not None and self.router is not None and self._routes_on_the_way():
             return self._one_pass(inputs, lambda _: gate)
         return self.encode(gate, **inputs)
 
@@ -283,20 +298,33 @@ class TwinModel(nn.Module):
         if layers.chosen == "last":
             return pool(self.encode(gate, **inputs)[0], mask)
         if self.layers and max(chosen := layers.among(len(self.layers) + 1)) < len(self.layers):
-            probe = Probe(chosen, mask)
-            with suppress(EnoughError), self._gated(gate, tokens=_tokens(inputs)), self.slot.watch(probe):
-                self.backbone.base_model(**inputs, return_dict=True)
-            return probe.features()
+            seen: Tensor = self.twin.run(partial(self._seen, chosen), gate, inputs, tokens=_tokens(inputs))
+            return seen
         states = self.encode(gate, **inputs, output_hidden_states=True)["hidden_states"]
         return torch.cat([pool(states[layer], mask) for layer in layers.among(len(states))], dim=1)
 
+    def _seen(self, layers: Sequence[int], module: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Features of layers below the last, above which nothing is computed."""
+        probe = Probe(layers, inputs.get("attention_mask"))
+        with suppress(EnoughError), self.twin.slot.watch(probe):
+            module.base_model(**inputs, return_dict=True)
+        return probe.features()
+
     @torch.inference_mode()
-    def generate(self, *, gate: Tensor | None = None, expert: str | Sequence[str] | None = None, **inputs: Any) -> Any:
+    def generate(
+        self,
+        *,
+        gate: Tensor | None = None,
+        expert: str | Sequence[str] | None = None,
+        mode: Mode = "auto",
+        **inputs: Any,
+    ) -> Any:
         """Transformers' generate under gates fixed from the prompts (METHOD §5), each row by its expert's settings.
 
         Args:
             gate: (batch, expert); None asks the router, or takes `expert`.
             expert: whose generation config and end tokens hold, one name or one a row; None takes the gate's largest.
+            mode: how gated layers compute (`module.TwinModule.run`), the same result each way.
             **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
         """
         rows = _rows(inputs)
@@ -309,16 +337,21 @@ class TwinModel(nn.Module):
             routing = self._routing(_prompt(self.backbone, inputs))
             gate, names = routing.gate, self._named(routing.router_logits)
         settings = [self.own_of(name).generation for name in names or self._named(gate)]
-        backbone: Any = self.backbone
+        padding = inputs.get("pad_token_id") or self.backbone.generation_config.pad_token_id or 0
         parts = []
         for one in dict.fromkeys(map(id, settings)):
             members = [row for row in range(rows) if id(settings[row]) == one]
-            model = writer(backbone, settings[members[0]], inputs)
-            new = int(inputs.get("max_new_tokens") or model.generation_config.max_new_tokens or _NEW_TOKENS)
-            picked = take(inputs, members, rows)
-            with self._gated(gate[members], tokens=_tokens(picked) + new * len(members), calls=1 + new):
-                parts.append((members, model.generate(**picked)))
-        return join(parts, inputs.get("pad_token_id") or backbone.generation_config.pad_token_id or 0)
+            asked, picked = settings[members[0]], take(inputs, members, rows)
+            config = writer(self.backbone, asked, inputs).generation_config
+            new = int(inputs.get("max_new_tokens") or config.max_new_tokens or _NEW_TOKENS)
+
+            def write(module: Any, own: Mapping[str, Any], asked: Any = asked) -> Any:
+                return writer(module, asked, own).generate(**own)
+
+            tokens = _tokens(picked) + new * len(members)
+            written = self.twin.run(write, gate[members], picked, tokens=tokens, calls=1 + new, mode=mode, pad=padding)
+            parts.append((members, written))
+        return join(parts, padding)
 
     def own_of(self, expert: str | None) -> Own:
         """What an expert has of its own beside weights."""
@@ -349,48 +382,14 @@ class TwinModel(nn.Module):
             {**own, **{f"{prefix}.{k}": v for k, v in body.items() if f"{prefix}.{k}" in names}},
         )
 
-    @torch.no_grad()
     def state_for(self, gate: Tensor) -> dict[str, Tensor]:
         """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""
-        stored: dict[str, Tensor] = {name: self.backbone.get_parameter(name) for name in self.parameter_names}
-        stored |= {name: self.backbone.get_buffer(name) for name in self.buffer_names}
-        state = {name: value.detach().clone() for name, value in stored.items()}
-        for module, layer in self.gated.items():
-            for leaf, value in layer.materialized(gate).items():
-                state[f"{module}.{leaf}"] = value
-        return state
+        return self.twin.state_for(gate)
 
     def one_hot(self, names: Sequence[str]) -> Tensor:
         """(batch, expert) gates of one expert a row."""
         columns = torch.tensor([self.expert_names.index(name) for name in names], device=self.device)
         return nn.functional.one_hot(columns, len(self.expert_names)).float()
-
-    @contextmanager
-    def _gated(self, gate: Tensor | None, *, tokens: int, calls: int = 1) -> Iterator[None]:
-        """Run the backbone under a gate, for so many tokens in so many calls.
-
-        The first time, find out which layers read one input.
-        """
-        context = None if gate is None else self._context(gate, tokens, calls)
-        if context is not None and not self._watched:
-            context.readers = []
-        with self.slot.use(context):
-            yield
-        if context is not None and context.readers:
-            join_readers(context.readers)
-            self._watched = True
-
-    def _context(self, gate: Tensor, tokens: int, calls: int) -> GateContext:
-        path: Any = self.mode if self.mode in ("all", "gather") else None
-        context = GateContext(gate, path=path, keep=calls > 1)
-        if self.mode not in ("auto", "merge") or (self.mode == "auto" and len(context.gate) > 1):
-            return context
-        rows: dict[tuple[float, ...], list[int]] = {}
-        for index, row in enumerate(context.gate.tolist()):
-            rows.setdefault(tuple(row), []).append(index)
-        if self.mode == "merge" or (self._watched and self.merged.pays(next(iter(rows)), tokens, calls)):
-            context.merged = [(own, self.merged.weights(row, context.gate[own[0]])) for row, own in rows.items()]
-        return context
 
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
         return self._without_small(self._required_router().route(Looked(self.features_as, inputs)))
@@ -398,7 +397,11 @@ class TwinModel(nn.Module):
     def _without_small(self, routing: Routing) -> Routing:
         return replace(routing, gate=keep_large(routing.gate, self.drop_below))
 
-    def _route_on_the_way(self, inputs: Mapping[str, Any]) -> tuple[Routing, ModelOutput]:
+    def _routes_on_the_way(self) -> bool:
+        """Whether one pass serves the router and the answer; the fall-back needs the gate before it begins."""
+        return self._required_router().settings.one_pass and not self.twin.fallback.names
+
+    def _route_on_the_way(self, inputs: Mapping[str, Any], mode: Mode = "auto") -> tuple[Routing, ModelOutput]:
         """One pass: what lies below is computed once and serves both the router and the answer."""
         router = self._required_router()
         looked, layers = router.settings.features, router.settings.features.layers
@@ -409,10 +412,12 @@ class TwinModel(nn.Module):
             routings.append(self._without_small(router.route(Stored({layers: features} if layers else {}, ids))))
             return routings[0].gate
 
-        outputs = self._one_pass(inputs, gate_of)
+        outputs = self._one_pass(inputs, gate_of, mode)
         return routings[0], outputs
 
-    def _one_pass(self, inputs: Mapping[str, Any], gate_of: Callable[[Tensor], Tensor]) -> ModelOutput:
+    def _one_pass(
+        self, inputs: Mapping[str, Any], gate_of: Callable[[Tensor], Tensor], mode: Mode = "auto"
+    ) -> ModelOutput:
         """Shared weights up to the router's last feature layer, from there on under the gate that features give.
 
         Raises:
@@ -421,11 +426,23 @@ class TwinModel(nn.Module):
         chosen = check_one_pass(self._required_router().settings.features, len(self.layers))
 
         def gate_from_here(features: Tensor) -> None:
-            self.slot.context = self._context(gate_of(features), _tokens(inputs), 1)
+            self.twin.slot.context = self.twin.context(gate_of(features), _tokens(inputs), mode=mode)
 
-        with self.slot.use(None), self.slot.watch(Probe(chosen, inputs.get("attention_mask"), gate_from_here)):
+        probe = Probe(chosen, inputs.get("attention_mask"), gate_from_here)
+        with self.twin.slot.use(None), self.twin.slot.watch(probe):
             outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
         return outputs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but transformers' hooks on hidden states, which no file holds and which come back when needed."""
+        if not any(_local_hooks(module) for module in self.modules()):
+            return self.__dict__
+        state = copy.deepcopy(self.__dict__, {id(t): t for t in (*self.parameters(), *self.buffers())})
+        for module in [m for child in state["_modules"].values() if child is not None for m in child.modules()]:
+            for key in _local_hooks(module):
+                del module._forward_hooks[key]
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return state
 
     def _required_router(self) -> Router:
         if self.router is None:
@@ -453,6 +470,19 @@ class TwinModel(nn.Module):
         if not bool(gate.isfinite().all()):
             raise GateError("gate must be finite, found NaN or Inf")
         return gate
+
+
+def _call(module: Any, inputs: Mapping[str, Any]) -> Any:
+    return module(**inputs)
+
+
+def _encode(module: Any, inputs: Mapping[str, Any]) -> Any:
+    return module.base_model(**inputs, return_dict=True)
+
+
+def _local_hooks(module: nn.Module) -> list[int]:
+    """Hooks that are functions within functions."""
+    return [key for key, hook in module._forward_hooks.items() if "<locals>" in getattr(hook, "__qualname__", "")]
 
 
 def _prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

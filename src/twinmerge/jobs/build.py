@@ -164,7 +164,6 @@ def fit_on(twin: TwinArtifact, recipe: Recipe, rows: Mapping[str, Sequence[Row]]
     model = TwinModel(
         backbone,
         {name: {key: part.to(backbone.dtype) for key, part in own.items()} for name, own in parts.items()},
-        kinds=twin.kinds if gated else {},
         tokenizer=load_tokenizer(twin.path),
         max_length=recipe.max_length,
     )

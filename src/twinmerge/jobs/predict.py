@@ -81,13 +81,11 @@ def predict_windows(
     kinds = answers_by_expert(model)
     asked = [kinds[settings.expert]] if settings.expert is not None else list(dict.fromkeys(kinds.values()))
     taken, seen = fields_of(kinds.values()), 0
-    for number, window in enumerate(_windows(rows)):
+    for window in _windows(rows):
         for index, row in enumerate(window, start=seen + 1):
             refuse_taken(row, taken, f"row {index}")
             if len(asked) == 1:
                 require_texts(asked[0], row, f"row {index}")
-        if number == 0:
-            _settle(model, window[0], settings)
         answers: list[Answer] = [{}] * len(window)
         for chosen, found in _answer(model, window, settings, kinds, seen):
             for index, answer in zip(chosen, found, strict=True):
@@ -250,16 +248,6 @@ def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _settle(model: TwinModel, row: Row, settings: PredictSettings) -> None:
-    """Let the model find out, under a gate of all experts, which of its layers read one input.
-
-    Otherwise the first batch of a process, before or after a resume, would be computed in another order of sums.
-    """
-    gate = torch.full((1, len(model.expert_names)), 1 / len(model.expert_names), device=model.device)
-    with _in_mode(model, "factors"):
-        model.encode(gate, **pad(model, encode(model, [row])))
-
-
 @dataclass(frozen=True)
 class _Group:
     """Rows of a window that are read alike, by whom, and where they go; empty where the pass that answers routes."""
@@ -285,15 +273,15 @@ def _answer(
     """Answers of a window after `seen` rows, batch by batch: (indices of rows, answers)."""
     generates = CONTINUATION in kinds.values()
     new = settings.max_new_tokens if generates else 0
-    # one gate for all: weights merged once, if they may be kept; else history must not choose between the two
+    # one gate for all: weights merged once, if they may be kept
     kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
+    mode: Mode = "merge" if kept else "auto"
     for group in _groups(model, rows, settings, generates):
         encoded = encode(model, [rows[index] for index in group.rows], expert=group.reader, room=new)
         alike = generates and sees_padding(_generation(model, group.reader))
         for chosen in batches_of(model, encoded, settings.limits, new=new, alike=alike):
             part, picked = group.take(chosen), [encoded[place] for place in chosen]
-            with _in_mode(model, "merge" if kept else "factors"):
-                answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings)
+            answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings, mode)
             for index, one, answer, output in zip(part.rows, picked, answers, outputs, strict=True):
                 name = answer["expert"]
                 require_texts(kinds[name], rows[index], f"row {seen + index + 1}, answered by expert {name!r}")
@@ -313,8 +301,7 @@ def _groups(model: TwinModel, rows: Sequence[Row], settings: PredictSettings, ge
     gate = torch.zeros(len(rows), len(model.expert_names), device=model.device)
     names, fallback = [""] * len(rows), [False] * len(rows)
     for chosen in batches_of(model, encoded, settings.limits):
-        with _in_mode(model, "factors"):
-            routing = model.routing(**pad(model, [encoded[index] for index in chosen]))
+        routing = model.routing(**pad(model, [encoded[index] for index in chosen]))
         gate[chosen] = routing.gate.to(gate)
         for index, expert, alone in zip(chosen, routing.expert.tolist(), routing.fallback.tolist(), strict=True):
             names[index], fallback[index] = model.expert_names[expert], alone
@@ -340,16 +327,17 @@ def _reading(model: TwinModel, kind: Answers, expert: str, row: Row, encoded: En
 
 
 def _labelled(
-    model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings
+    model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings, mode: Mode
 ) -> tuple[list[Answer], list[Tensor]]:
     """What heads say; where there are none, the backbone's last hidden states."""
-    out = model(**pad(model, encoded), **({"gate": part.gate, "expert": part.experts} if part.experts else {}))
+    given: dict[str, Any] = {"gate": part.gate, "expert": part.experts} if part.experts else {}
+    out = model(**pad(model, encoded), mode=mode, **given)
     outputs = out.logits if model.heads else out.last_hidden_state
     return _routed(model, out.expert, out.gate, part.fallback or out.fallback.tolist()), list(outputs)
 
 
 def _continued(
-    model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings
+    model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings, mode: Mode
 ) -> tuple[list[Answer], list[Tensor]]:
     """A causal LM's greedy continuations, written with padding on the left."""
     inputs: dict[str, Any] = pad(model, encoded, side="left")
@@ -357,6 +345,7 @@ def _continued(
         **inputs,
         gate=part.gate,
         expert=part.experts,
+        mode=mode,
         do_sample=False,
         num_return_sequences=1,
         max_new_tokens=settings.max_new_tokens,
@@ -376,14 +365,3 @@ def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback
         }
         for name, row, alone in zip(names, gate.tolist(), fallback, strict=True)
     ]
-
-
-@contextmanager
-def _in_mode(model: TwinModel, mode: Mode) -> Iterator[None]:
-    """Compute in a mode for a while, unless the model's owner chose one."""
-    before = model.mode
-    model.mode = mode if before == "auto" else before
-    try:
-        yield
-    finally:
-        model.mode = before

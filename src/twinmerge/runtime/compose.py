@@ -22,7 +22,7 @@ def theta(
     """
     weights = {}
     for name, tensor in shared.items():
-        active = [(float(w), parts[name]) for w, parts in zip(gate, exclusive, strict=True) if name in parts]
+        active = [(float(w), parts[name]) for w, parts in zip(gate, exclusive, strict=True) if name in parts and w]
         if not active:
             weights[name] = tensor
             continue

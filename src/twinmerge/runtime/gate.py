@@ -1,34 +1,18 @@
-"""Knows the gate of a call under way: which experts each row uses, and which ranks a layer takes for them.
-
-A factor of a layer holds the ranks of all experts one after the other, (rank, in) or (rank, out). For a batch there are
-two ways to use it, and the cheaper one is taken call by call:
-
-- `all`: every rank that some row uses, for every row, the gate multiplied in between: one product, but its width grows
-  with the number of different experts in the batch;
-- `gather`: each row's own ranks, copied next to each other, then one small product a row, whatever the number of
-  experts. Its width is what most rows use; what the busier ones use beyond that is added for those rows alone. In the
-  steps of a generation, one token a row, it is the other way round: rows are gathered by expert.
-"""
+"""Holds the gate of a call under way, where every layer of a model finds it."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twinmerge.errors import GateError
+from twinmerge.runtime.paths import Path, Paths
 
-Path = Literal["all", "gather"]
-Merged = list[tuple[list[int], Mapping[int, Tensor]]]
-"""Rows under one gate, and its merged weights by the layer's id."""
-_COPY = 4.0
-"""Measured on CPU: copying a rank costs what a product with it costs for 4 tokens."""
-_BUSY = 2.0
-"""What a rank costs for a row that is picked out of the batch, and whose result is added to the others'."""
+Merged = Sequence[tuple[Sequence[int], Mapping[str, Tensor]]]
+"""Rows under one gate, and its merged weights by the layer's name."""
 
 
 def keep_large(gate: Tensor, below: float) -> Tensor:
@@ -48,94 +32,12 @@ def keep_large(gate: Tensor, below: float) -> Tensor:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Ranks:
-    """How many ranks each expert has in one layer; equal counts are one object (`Ranks.of`), a key."""
+class GateContext(Paths):
+    """The gate of one forward pass, or of one generation, as the layers need it."""
 
-    counts: tuple[int, ...]
-    tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-
-    @staticmethod
-    @cache
-    def of(counts: tuple[int, ...]) -> "Ranks":
-        """The one object for these counts."""
-        return Ranks(counts)
-
-    @property
-    def total(self) -> int:
-        """Ranks of all experts together."""
-        return sum(self.counts)
-
-    def table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Each expert's ranks, (expert, most) indices padded with 0, and 1 where one is real, 0 where it is padding."""
-        if device not in self.tables:
-            counts = torch.tensor(self.counts)
-            place = torch.arange(max(self.counts))
-            real = place < counts[:, None]
-            index = torch.where(real, (counts.cumsum(0) - counts)[:, None] + place, 0)
-            self.tables[device] = index.to(device), real.to(device)
-        return self.tables[device]
-
-
-@dataclass(frozen=True, slots=True)
-class Picked:
-    """Ranks taken for a batch."""
-
-    index: Tensor | slice | None
-    """(rank,) for `all`, a slice if they lie together, None if every rank is taken; (row * rank,) for `gather`."""
-    gate: Tensor
-    """(row, 1, rank)."""
-    ones: bool
-    """Whether every gate is 1, so that nothing needs to be multiplied."""
-    places: tuple[slice, ...]
-    """Where each layer's ranks lie among them."""
-
-
-Whose = Literal["rows", "most", "busy", "experts"]
-"""Whose ranks `gather` takes: all of each row's; those of the width of all; busy rows' beyond it; each expert's."""
-
-
-@dataclass(frozen=True, slots=True)
-class ByExpert:
-    """Rows of one token gathered by the expert they use."""
-
-    rows: Tensor
-    """(expert * slot,) indices, the slots of an expert side by side; some are padding."""
-    combine: Tensor
-    """(row, expert * slot), the gates: adds up what the experts give, 0 for padding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """Ranks that layers which read one input take for some rows."""
-
-    rows: Tensor | None
-    """(row,) indices; None is all of them."""
-    picked: Picked
-    """Of their `down` factors, which lie one after the other."""
-    own: tuple[Picked, ...]
-    """Of each layer's `up` factor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How layers that read one input take part in a call."""
-
-    path: Path
-    all_rows: Taken
-    busy_rows: Taken | None = None
-    """What the rows with the most experts use beyond the width of all."""
-    by_expert: ByExpert | None = None
-    """If rows are gathered by expert; `all_rows` then are the experts'."""
-
-
-class GateContext:
-    """The gate of one forward pass, or of one generation, as the layers need it.
-
-    What is read from the gate's values is read here, once, so that no layer waits for a device.
-    """
-
-    def __init__(self, gate: Tensor, *, path: Path | None = None, keep: bool = False) -> None:
+    def __init__(
+        self, gate: Tensor, *, path: Path | None = None, keep: bool = False, merged: Merged | None = None
+    ) -> None:
         """Look at a gate.
 
         Args:
@@ -143,37 +45,14 @@ class GateContext:
                 A batch under one gate becomes a single row.
             path: forced; None chooses by cost.
             keep: the gate serves many calls (a generation): what is copied for a short call is kept.
+            merged: weights to be used, where the layers do not compute with factors.
         """
-        self.gate = gate[:1] if len(gate) > 1 and bool((gate == gate[:1]).all()) else gate
-        self.row_count = len(self.gate)
-        used = self.gate != 0
-        self.width = max(1, int(used.sum(dim=1).max()))
-        self.experts: list[int] = used.any(dim=0).nonzero()[:, 0].tolist()
-        self.forced = path
-        self.keep = keep
-        top = self.gate.abs().topk(self.width, dim=1).indices
-        self._top, self._weight = top, self.gate.gather(1, top)
-        self.most, self.busy = self._split(used.sum(dim=1))
-        self._picked: dict[tuple[object, ...], Picked] = {}
-        self._steps: dict[tuple[tuple[Ranks, ...], int, torch.dtype], Step] = {}
-        self._kept: dict[int, Tensor] = {}
-        self._vectors: dict[int, tuple[Tensor, ...]] = {}
+        super().__init__(without_repeats(gate), path=path, keep=keep)
+        self.merged = merged
         self.projected: tuple[object, Tensor, tuple[Tensor, Tensor | None]] | None = None
         """The last projection, its input and what came out: layers that read one input share it."""
-        self.merged: Merged | None = None
-        """Merged weights to be used, where the layers do not compute with factors."""
-        self.readers: list[list[Any]] | None = None
-        """While a model's first gated pass is watched: layers in the order of their calls, those that read one input
-        together."""
-
-    def _split(self, counts: Tensor) -> tuple[int, Tensor | None]:
-        """A width for all rows, and the rows (row,) that use more, so that the least work is left."""
-        work: dict[int, float] = {}
-        for width in range(self.width, 0, -1):  # the first of equal ones is taken: without busy rows
-            busy = int((counts > width).sum())
-            work[width] = self.row_count * width + _BUSY * busy * (self.width - width)
-        best = min(work, key=work.__getitem__)
-        return best, (counts > best).nonzero()[:, 0] if best < self.width else None
+        self.vectors: dict[int, tuple[Tensor, ...]] = {}
+        """1-D parameters under the gate, by the bank that mixed them."""
 
     def rows(self, count: int) -> Tensor:
         """The gate for `count` rows, (count, expert): repeated for beams, heads or packed tokens of each input.
@@ -207,179 +86,10 @@ class GateContext:
         self.repeats(x.shape[0])
         return x.reshape(self.row_count, -1, x.shape[-1])
 
-    def path(self, layers: tuple[Ranks, ...], tokens: int) -> Path:
-        """The cheaper way for layers that read one input and see so many tokens a row."""
-        if self.forced is not None or self.row_count == 1:
-            return self.forced or "all"
-        if self._step_of_generation(tokens):
-            return "gather"
-        side_by_side = sum(ranks.counts[e] for ranks in layers for e in self.experts)
-        busy = 0 if self.busy is None else _BUSY * len(self.busy) / self.row_count
-        own = (self.most + busy * (self.width - self.most)) * sum(max(ranks.counts) for ranks in layers)
-        return "all" if side_by_side * tokens <= own * (tokens + _COPY) else "gather"
 
-    def step(self, layers: tuple[Ranks, ...], tokens: int, dtype: torch.dtype) -> Step:
-        """What to do in layers that read one input and see so many tokens a row; looked up once for all like them."""
-        key = (layers, tokens, dtype)
-        found = self._steps.get(key)
-        if found is None:
-            path = self.path(layers, tokens)
-            if path == "gather" and self._step_of_generation(tokens):
-                part = self._part(path, layers, torch.float32, "experts", None)
-                found = Step(path, part, by_expert=self._by_expert)
-            elif path == "gather" and self.busy is not None:
-                most = self._part(path, layers, dtype, "most", None)
-                found = Step(path, most, busy_rows=self._part(path, layers, dtype, "busy", self.busy))
-            else:
-                found = Step(path, self._part(path, layers, dtype, "rows", None))
-            self._steps[key] = found
-        return found
-
-    def _step_of_generation(self, tokens: int) -> bool:
-        return self.keep and tokens == 1 and self.row_count > 1
-
-    @cached_property
-    def _by_expert(self) -> ByExpert:
-        gate = self.gate[:, self.experts].T
-        used = gate != 0
-        slots = used.byte().argsort(dim=1, descending=True, stable=True)[:, : int(used.sum(dim=1).max())]
-        rows = slots.flatten()
-        combine = gate.new_zeros(self.row_count, len(rows))
-        combine[rows, torch.arange(len(rows), device=rows.device)] = gate.gather(1, slots).flatten()
-        return ByExpert(rows, combine)
-
-    def _part(
-        self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose, rows: Tensor | None
-    ) -> Taken:
-        own = tuple(self.picked(path, (ranks,), dtype, whose) for ranks in layers)
-        return Taken(rows, self.picked(path, layers, dtype, whose), own)
-
-    def picked(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose = "rows") -> Picked:
-        """The ranks of layers whose factors lie one after the other.
-
-        Args:
-            path: of the layers.
-            layers: their ranks.
-            dtype: of the gate that the layers multiply with.
-            whose: ranks are taken, if gathered.
-        """
-        key = (path, layers, dtype, whose)
-        if key not in self._picked:
-            self._picked[key] = self._pick(path, layers, dtype, whose)
-        return self._picked[key]
-
-    def _taken(self, whose: Whose) -> tuple[Tensor, Tensor]:
-        """Experts (row, expert) of whom ranks are taken, and their gates; rows are experts for `experts`."""
-        if whose == "experts":
-            column = torch.tensor(self.experts, device=self.gate.device)[:, None]
-            return column, torch.ones_like(column, dtype=self.gate.dtype)
-        if whose == "busy":
-            return self._top[self.busy, self.most :], self._weight[self.busy, self.most :]
-        width = self.most if whose == "most" else self.width
-        return self._top[:, :width], self._weight[:, :width]
-
-    def _pick(self, path: Path, layers: tuple[Ranks, ...], dtype: torch.dtype, whose: Whose) -> Picked:
-        top, weight = self._taken(whose)
-        indices: list[Tensor] = []
-        gates: list[Tensor] = []
-        places: list[slice] = []
-        start = 0
-        for ranks in layers:
-            table, real = ranks.table(self.gate.device)
-            if path == "gather":
-                indices.append(table[top].flatten(1) + start)
-                gates.append((weight[:, :, None] * real[top]).flatten(1))
-            else:
-                chosen = [e for e in self.experts if ranks.counts[e]]
-                parts = [table[e, : ranks.counts[e]] + start for e in chosen]
-                indices.append(torch.cat(parts) if parts else table[0, :0])
-                gates.append(self.gate[:, [e for e in chosen for _ in range(ranks.counts[e])]])
-            first = places[-1].stop if places else 0
-            places.append(slice(first, first + gates[-1].shape[1]))
-            start += ranks.total
-        gate = torch.cat(gates, dim=1)[:, None, :].to(dtype)
-        index: Tensor | slice | None = torch.cat(indices, dim=-1).flatten()
-        if path == "all" and gate.shape[2] == start:
-            index = None
-        elif path == "all" and len(layers) == len(self.experts) == 1:
-            first = sum(layers[0].counts[: self.experts[0]])
-            index = slice(first, first + gate.shape[2])
-        return Picked(index, gate, bool((weight == 1).all()) and self._full(path, layers), tuple(places))
-
-    def _full(self, path: Path, layers: tuple[Ranks, ...]) -> bool:
-        """Whether each rank taken for a row is one that the row uses."""
-        if path == "all":
-            return len(self.experts) == 1
-        return all(ranks.counts[e] == max(ranks.counts) for ranks in layers for e in self.experts)
-
-    def take(self, factor: Tensor, path: Path, picked: Picked, tokens: int) -> Tensor:
-        """The picked rows of a factor, (rank, size) for `all`, (row, rank, size) for `gather`."""
-        index = picked.index
-        if index is None:
-            return factor
-        if isinstance(index, slice):
-            return factor[index]
-        if not self.keep or tokens > 1 or path == "gather":
-            return _copied(factor, index, path, len(picked.gate))
-        return self._once(factor, lambda: factor.index_select(0, index))
-
-    def of_experts(self, factor: Tensor, picked: Picked) -> Tensor:
-        """A factor by expert, (expert, rank, size), kept; on a CPU in float32, in which small products are faster."""
-        index = cast(Tensor, picked.index)
-
-        def copied() -> Tensor:
-            found = _copied(factor, index, "gather", len(self.experts))
-            return found.float() if found.device.type == "cpu" and found.dtype.itemsize < 4 else found
-
-        return self._once(factor, copied)
-
-    def _once(self, factor: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        if id(factor) not in self._kept:
-            self._kept[id(factor)] = make()
-        return self._kept[id(factor)]
-
-    def vector(self, bank: "VectorBank", index: int) -> Tensor:
-        """A 1-D parameter under the gate, shared included: (row, 1, size), (size,) for a single row."""
-        found = self._vectors.get(id(bank))
-        if found is None:
-            with torch.autocast(bank.shared.device.type, enabled=False):  # norms stay in their own precision
-                gate, exclusive = self.gate.to(bank.shared.dtype), bank.exclusive
-                if 2 * len(self.experts) <= len(exclusive):  # looked at, not multiplied by 0
-                    gate, exclusive = gate[:, self.experts], exclusive[self.experts]
-                mixed = torch.addmm(bank.shared, gate, exclusive)
-            mixed = mixed[0] if self.row_count == 1 else mixed[:, None]
-            found = self._vectors[id(bank)] = torch.split(mixed, bank.sizes, dim=-1)
-        return found[index]
-
-
-def _copied(factor: Tensor, index: Tensor, path: Path, rows: int) -> Tensor:
-    taken = factor.index_select(0, index)
-    return taken.view(rows, -1, factor.shape[1]) if path == "gather" else taken
-
-
-class VectorBank(torch.nn.Module):
-    """1-D parameters that have exclusive parts, side by side: one product with the gate serves them all."""
-
-    shared: Tensor
-    exclusive: Tensor
-
-    def __init__(self, shared: Tensor, exclusive: Tensor, sizes: Sequence[int]) -> None:
-        """Hold them.
-
-        Args:
-            shared: (size,), the shared expert's.
-            exclusive: (expert, size).
-            sizes: of each parameter, in their order.
-        """
-        super().__init__()
-        self.register_buffer("shared", shared, persistent=False)
-        self.register_buffer("exclusive", exclusive, persistent=False)
-        self.sizes = list(sizes)
-
-    def own(self, index: int) -> Tensor:
-        """One parameter's exclusive parts, (expert, size)."""
-        start = sum(self.sizes[:index])
-        return self.exclusive[:, start : start + self.sizes[index]]
+def without_repeats(gate: Tensor) -> Tensor:
+    """A batch under one gate as a single row, any other as it is."""
+    return gate[:1] if len(gate) > 1 and bool((gate == gate[:1]).all()) else gate
 
 
 class GateSlot(threading.local):
@@ -387,7 +97,11 @@ class GateSlot(threading.local):
 
     context: GateContext | None = None
     probe: Any = None
-    """What looks at hidden states on their way (`model.Probe`)."""
+    """What looks at hidden states on their way (`features.Probe`)."""
+
+    def __reduce__(self) -> Any:
+        """A copy of a model has a slot of its own, and no call under way."""
+        return GateSlot, ()
 
     @contextmanager
     def watch(self, probe: Any) -> Iterator[None]:

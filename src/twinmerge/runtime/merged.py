@@ -1,15 +1,16 @@
-"""Knows when merging the weights for one gate pays, and keeps merged weights, bounded in bytes.
+"""Keeps what was merged for one gate, bounded in bytes, and says for which calls merging pays.
 
 The cost model, in tokens of extra work. Merging a matrix (out, in) at rank r takes r * in * out multiplications, the
 low-rank part r * (in + out) a token, so merging costs what `in * out / (in + out)` tokens cost, summed over a model's
-matrices. A call costs its tokens and, for the launches of its small products, `CALL_TOKENS` more. Weights are merged
-once a gate's calls, past ones and the one at hand, have cost as much: never more than twice the best that foresight
-could do. A batch of different gates is never merged unless it is asked for.
+matrices. A call costs its tokens and, for the launches of its small products, `CALL_TOKENS` more. Whether a call is
+answered by merged weights depends on that call alone, never on what was asked before: merged and factored weights round
+differently, and an answer's bits are its own. A batch of different gates is never merged unless it is asked for.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -17,26 +18,28 @@ from twinmerge.runtime.layers import GatedLinear
 
 CALL_TOKENS = 16
 """Measured on CPU: what a call's extra launches cost, in tokens."""
-_GATES_REMEMBERED = 1024
 
 Gate = tuple[float, ...]
 
 
 class MergeCache:
-    """Merged weights of the gates used last."""
+    """What was merged for the gates used last; it saves work and changes no answer."""
 
     def __init__(self, layers: Mapping[str, GatedLinear], limit_bytes: int) -> None:
         """An empty cache.
 
         Args:
-            layers: whose weights are merged.
-            limit_bytes: what all merged weights may take together; least recently used go first.
+            layers: whose weights are merged, by name.
+            limit_bytes: what all that is kept may take together; least recently used go first.
         """
         self.layers = layers
         self.limit_bytes = limit_bytes
-        self._merged: OrderedDict[Gate, dict[int, Tensor]] = OrderedDict()
-        self._spent: OrderedDict[Gate, float] = OrderedDict()
+        self._kept: OrderedDict[object, tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        """A copy starts empty."""
+        return MergeCache, (self.layers, self.limit_bytes)
 
     @property
     def set_bytes(self) -> int:
@@ -46,7 +49,7 @@ class MergeCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(weight.nbytes for merged in self._merged.values() for weight in merged.values())
+        return sum(size for _, size in self._kept.values())
 
     @property
     def break_even_tokens(self) -> float:
@@ -56,39 +59,39 @@ class MergeCache:
         ]
         return sum(r * a * b for r, a, b in shapes) / max(1, sum(r * (a + b) for r, a, b in shapes))
 
-    def pays(self, gate: Gate, tokens: int, calls: int = 1) -> bool:
-        """Whether merged weights are there, or are worth making, for so many tokens in so many calls."""
-        with self._lock:
-            if gate in self._merged:
-                return True
-            if self.set_bytes > self.limit_bytes:
-                return False
-            spent = self._spent.pop(gate, 0.0) + tokens + CALL_TOKENS * calls
-            self._spent[gate] = spent
-            if len(self._spent) > _GATES_REMEMBERED:
-                self._spent.popitem(last=False)
-        return spent >= self.break_even_tokens
+    def pays(self, tokens: int, calls: int = 1) -> bool:
+        """Whether merged weights are worth making for so many tokens in so many calls."""
+        fits = 0 < self.set_bytes <= self.limit_bytes
+        return fits and tokens + CALL_TOKENS * calls >= self.break_even_tokens
 
-    def weights(self, gate: Gate, row: Tensor) -> Mapping[int, Tensor]:
-        """The merged weights of a gate, by the layer's id; made if they are not there, kept if they fit.
+    def weights(self, gate: Gate, row: Tensor) -> Mapping[str, Tensor]:
+        """The merged weights of a gate, by the layer's name.
 
         Args:
             gate: the key.
             row: the same gate, (expert,).
         """
+        merged: Mapping[str, Tensor] = self.kept(
+            ("weights", gate),
+            lambda: {name: layer.merged_weight(row) for name, layer in self.layers.items()},
+            self.set_bytes,
+        )
+        return merged
+
+    def kept(self, key: object, make: Callable[[], Any], size_bytes: int) -> Any:
+        """What belongs to a key; made if it is not there, kept if it fits."""
         with self._lock:
-            if gate in self._merged:
-                self._merged.move_to_end(gate)
-                return self._merged[gate]
-            while self._merged and self.nbytes + self.set_bytes > self.limit_bytes:
-                self._merged.popitem(last=False)
-            merged = {id(layer): layer.merged_weight(row) for layer in self.layers.values()}
-            if self.set_bytes <= self.limit_bytes:
-                self._merged[gate] = merged
-            return merged
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key][0]
+            made = make()
+            if size_bytes <= self.limit_bytes:
+                while self._kept and self.nbytes + size_bytes > self.limit_bytes:
+                    self._kept.popitem(last=False)
+                self._kept[key] = made, size_bytes
+            return made
 
     def clear(self) -> None:
         """Forget everything, such as after weights moved to another device or dtype."""
         with self._lock:
-            self._merged.clear()
-            self._spent.clear()
+            self._kept.clear()

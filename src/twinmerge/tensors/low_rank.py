@@ -92,7 +92,7 @@ class LowRank:
         return {"up": self.up.contiguous(), "down": self.down.contiguous()}
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> LowRank:
+    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> LowRank:
         """What `pack` gave."""
         return cls(tensors["up"], tensors["down"])
 

@@ -86,7 +86,7 @@ class Dense:
         return {"dense": self.values}
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Dense:
+    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Dense:
         """What `pack` gave."""
         return cls(tensors["dense"])
 
@@ -102,7 +102,7 @@ FORMS: Mapping[frozenset[str], type[LowRank | Sparse | Dense]] = {
 LEAVES = tuple(sorted(leaf for leaves in FORMS for leaf in leaves))
 
 
-def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Part:
+def unpack(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Part:
     """The part that `pack` gave as tensors.
 
     Args:

@@ -67,9 +67,10 @@ class Sparse:
         return {"indices": self.indices, "values": self.values}
 
     @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Sparse:
+    def unpack(cls, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Sparse:
         """What `pack` gave, of a matrix of this shape."""
-        return cls(tensors["indices"], tensors["values"], shape)
+        rows, columns = shape
+        return cls(tensors["indices"], tensors["values"], (rows, columns))
 
 
 def keep_largest(difference: Float[Tensor, "out in"], density: float) -> Sparse:
