@@ -59,6 +59,42 @@ def dare(vector: Tensor, dropped: Tensor, density: float) -> Tensor:
     return (~dropped) * vector / density
 
 
+def logistic_fisher(weight: Tensor, bias: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of p = softmax(W x + b): mean over inputs of sum_c p_c (d log p_c)^2; d log p_c / d b_k = [c = k] - p_k."""
+    of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+    for x in inputs:
+        p = torch.softmax(weight @ x + bias, dim=0)
+        for c in range(len(p)):
+            for k in range(len(p)):
+                slope = (1.0 if c == k else 0.0) - p[k]
+                of_bias[k] += p[c] * slope**2 / len(inputs)
+                of_weight[k] += p[c] * (slope * x) ** 2 / len(inputs)
+    return of_weight, of_bias
+
+
+def fisher(experts: list[Tensor], information: list[Tensor], weights: list[float], floor: float) -> Tensor:
+    """sum_t w_t F_t theta_t / sum_t w_t F_t, F_t at least `floor` (arXiv:2111.09832)."""
+    merged = torch.zeros_like(experts[0])
+    for i in range(merged.numel()):
+        shares = [w * max(float(f.flatten()[i]), floor) for w, f in zip(weights, information, strict=True)]
+        values = [float(expert.flatten()[i]) for expert in experts]
+        merged.view(-1)[i] = sum(s * v for s, v in zip(shares, values, strict=True)) / sum(shares)
+    return merged
+
+
+def regmean(experts: list[Tensor], inputs: list[Tensor], alpha: float) -> Tensor:
+    """(sum_t G_t)^-1 sum_t G_t W_t, G_t = X_t' X_t, off the diagonal times alpha; W (in, out) (arXiv:2212.09849)."""
+    total, product = 0.0, 0.0
+    for weight, x in zip(experts, inputs, strict=True):
+        gram = x.T @ x
+        for i in range(len(gram)):
+            for j in range(len(gram)):
+                if i != j:
+                    gram[i, j] = gram[i, j] * alpha
+        total, product = total + gram, product + gram @ weight
+    return torch.linalg.inv(total) @ product
+
+
 def flatten(tensors: StateDict) -> Tensor:
     """All tensors of a state dict, one after the other, as one vector."""
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])

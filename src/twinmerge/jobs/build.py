@@ -16,6 +16,7 @@ from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, requir
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.check import check_twin
+from twinmerge.jobs.measure import for_twin
 from twinmerge.jobs.preflight import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
@@ -70,7 +71,7 @@ def build(
     out = Path(out)
     require_free(out, overwrite=overwrite, resume=resume)
     found = checked(open_plan(recipe, allow))
-    plan = found.plan
+    plan, calibration = found.plan, for_twin(found)
     needs = Needs.of(plan)
     executor = needs.within(executor or make_executor("threads"), memory_bytes)
     settings = sha256_of_json(recipe.model_dump(mode="json", exclude={"root"}))
@@ -87,6 +88,7 @@ def build(
                 executor=executor,
                 finished=dict(target.finished),
                 record=target.record,
+                measured=calibration.measure(target, progress) if calibration else {},
             )
             _complete(target.folder, found, report, check, progress)
     return TwinArtifact.open(out)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import TensorSpec
+from twinmerge.files.checkpoint import Checkpoint, TensorSpec
 from twinmerge.files.hashes import fingerprint_of, sha256_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.strict_json import read_json
 from twinmerge.files.target import Folder, durable_folder, require_space, size_of
 from twinmerge.files.writer import CheckpointWriter, copy_side_files
+from twinmerge.jobs.measure import for_merge
 from twinmerge.merging.engine import merge_tensor
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor, one_thread
 from twinmerge.merging.method import Chunk
@@ -71,22 +72,32 @@ def merge_models(
     entries = plan.chunk_entries(memory_bytes, executor.sharing)
     with one_thread():
         plan.require_related()
+    calibration = for_merge(plan)
     with durable_folder(out, _fingerprint(plan), overwrite=overwrite, resume=resume) as target:
         if not target.complete:
-            _merge_into(target, plan, entries, executor, progress)
+            measured = calibration.measure(target, progress) if calibration else {}
+            _merge_into(target, plan, measured, entries, executor, progress)
             manifest = json.dumps(_manifest(plan, target.folder, hash_inputs), indent=1)
             (target.folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
     return read_json(out / MANIFEST)
 
 
-def _merge_into(target: Folder, plan: MergePlan, entries: int, executor: Executor, progress: Progress) -> None:
+def _merge_into(
+    target: Folder,
+    plan: MergePlan,
+    measured: Mapping[str, Checkpoint],
+    entries: int,
+    executor: Executor,
+    progress: Progress,
+) -> None:
     """Merge what the folder in work does not hold yet."""
     writer = CheckpointWriter.plan(plan.specs, target.folder, plan.reference.stem)
     require_space(target.folder, writer.nbytes - size_of(target.folder))
     writer.allocate()
-    done = {name for name, digest in target.finished.items() if _is_intact(writer, name, digest)}
+    finished = {name: digest for name, digest in target.finished.items() if name in writer.places}
+    done = {name for name, digest in finished.items() if _is_intact(writer, name, digest)}
     with one_thread():
-        statistics = _prepasses(plan, entries)
+        statistics = _prepasses(plan, measured, entries)
     largest_first = sorted((spec for spec in plan.specs if spec.name not in done), key=lambda spec: -spec.numel)
     progress("merging", len(done), len(plan.specs))
     results = executor.map(_Task(plan, writer, statistics, entries), largest_first)
@@ -133,15 +144,15 @@ class _Task:
             yield start, ours
 
 
-def _prepasses(plan: MergePlan, entries: int) -> dict[str, Statistics]:
-    """What each method of the recipe finds in its pass over the whole model, if it makes one."""
+def _prepasses(plan: MergePlan, measured: Mapping[str, Checkpoint], entries: int) -> dict[str, Statistics]:
+    """What each method of the recipe finds in its pass over the whole model, if it makes one, and what was measured."""
 
     def model() -> Iterator[Chunk]:
         for spec in plan.merged:
             yield from plan.chunks(spec.name, entries)
 
     methods = {method.model_dump_json(): method for method in (plan.method(spec.name) for spec in plan.merged)}
-    return {settings: Statistics(model=method.prepass(model)) for settings, method in methods.items()}
+    return {settings: Statistics(method.prepass(model), data=measured) for settings, method in methods.items()}
 
 
 def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
@@ -157,7 +168,8 @@ def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
 
 def _fingerprint(plan: MergePlan) -> dict[str, object]:
     """What an interrupted run must have had in common with this one to be gone on with."""
-    files = [spec.file for model in (plan.reference, *plan.experts.values()) for spec in model.specs.values()]
+    models = (plan.reference, *plan.experts.values())
+    files = [*plan.merge.calibration.values(), *(spec.file for model in models for spec in model.specs.values())]
     version = importlib.metadata.version("twinmerge")
     return fingerprint_of(files, recipe=sha256_of_json(repr(plan.merge)), version=version)
 

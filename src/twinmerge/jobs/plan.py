@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twinmerge.files.checkpoint import TensorSpec
+from twinmerge.jobs.measure import for_merge, for_twin
 from twinmerge.jobs.preflight import checked
 from twinmerge.merging.executor import OWN_BYTES, Executor
 from twinmerge.merging.plan import MergePlan
@@ -28,8 +29,10 @@ def describe(plan: MergePlan, memory_bytes: int, executor: Executor, folder: Pat
     Raises:
         RecipeError: if the memory does not suffice.
     """
+    calibration = for_merge(plan)
     return {
         **plan.merge.record(),
+        **(calibration.record() if calibration else {}),
         "reference": str(plan.reference.path),
         **_census(plan.specs),
         "read_bytes": plan.read_bytes,
@@ -54,12 +57,13 @@ def describe_twin(plan: Plan, memory_bytes: int, executor: Executor, folder: Pat
         RecipeError: if the memory does not suffice.
     """
     found = checked(plan)
-    plan = found.plan
+    plan, calibration = found.plan, for_twin(found)
     needs = Needs.of(plan)
     executor = needs.within(executor, memory_bytes)
     recipe = plan.recipe
     return {
         "method": recipe.shared.method,
+        **(calibration.record() if calibration else {}),
         "base": str(plan.base.path),
         "experts": {
             name: {

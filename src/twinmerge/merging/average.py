@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from twinmerge.merging.method import Chunk, Method, Weighted, merge_method
+from twinmerge.merging.method import Chunk, Method, Normalized, merge_method
 from twinmerge.merging.statistics import Statistics
 
 
@@ -25,7 +25,7 @@ class Pretrained(Method):
 
 
 @merge_method("average", paper="arXiv:2203.05482")
-class Average(Weighted):
+class Average(Normalized):
     """The mean of the experts: sum_t w_t theta_t, divided by sum_t w_t (METHOD §2)."""
 
     uses_base = False

@@ -25,6 +25,8 @@ OWN = {
     "pretrained": "average",
     "average": "average",
     "task_arithmetic": "task_arithmetic",
+    "fisher": "fisher",
+    "regmean": "regmean",
     "slerp": "slerp",
     "ties": "ties",
     "dare_linear": "dare",
@@ -155,6 +157,10 @@ class Method(Variant, BaseModel):
         """One chunk of the result, in float32 or wider; it is rounded once, by the caller."""
         raise NotImplementedError(f"{type(self).__name__} has no merge")
 
+    def memory_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """What merging a whole tensor takes beside the models: what was measured of it."""
+        return 0
+
     def coefficients(self, experts: Collection[str]) -> Mapping[str, float] | None:
         """Of a linear method: what the task vectors are multiplied with before they are added to the base."""
         return None
@@ -195,12 +201,41 @@ class Weighted(Method):
     """A method that multiplies each expert with a weight."""
 
     weight: Weight = 1.0
-    normalize: bool = False
-    """Divide by the weights that took part."""
 
     def weights(self, experts: Collection[str]) -> dict[str, float]:
         """By expert, in the order that sums are taken in."""
         return {expert: of_expert(self.weight, expert) for expert in sorted(experts)}
+
+
+class Calibrated(Weighted):
+    """A method that needs to know what experts do on inputs: it names a measurement, which jobs/measure.py makes.
+
+    It finds the measured tensors in `statistics`, and never sees a model.
+    """
+
+    measurement: ClassVar[str]
+    calibration_data: dict[str, str] | None = None
+    """JSON lines of inputs by expert; in a twin's recipe, what is left out is its router data."""
+    calibration_rows: Annotated[int, Field(ge=1)] = 256
+    """Of each expert, at most; all give as many."""
+
+    def misfit(self, experts: Collection[str]) -> str | None:
+        """Also data of others than these experts, and weights that are no shares."""
+        if fault := super().misfit(experts):
+            return fault
+        if wrong := sorted((self.calibration_data or dict.fromkeys(experts, "")).keys() ^ set(experts)):
+            known = ", ".join(sorted(experts))
+            return f"calibration_data must name a file for every expert ({known}) and no other; see {wrong[0]!r}"
+        weights = self.weights(experts)
+        if min(weights.values()) < 0 or not any(weights.values()):
+            return f"weight must be at least 0, and above it for one expert, found {min(weights.values()):g}"
+        return None
+
+
+class Normalized(Weighted):
+    """A method that divides by the weights that took part, if it is asked to."""
+
+    normalize: bool = False
 
     def misfit(self, experts: Collection[str]) -> str | None:
         """Also weights that are normalised and sum to zero."""
@@ -212,7 +247,7 @@ class Weighted(Method):
         return f"the weights must not sum to zero when they are normalised, found {given}"
 
 
-class Scaled(Weighted):
+class Scaled(Normalized):
     """A method that moves the base by a multiple of a direction; a scaling of `auto` is left to be found."""
 
     scaling: Scaling = 1.0

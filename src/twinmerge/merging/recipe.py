@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from twinmerge.errors import RecipeError
 from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.mergekit import Dtype, PerTensor, compile_methods, kit_names, kit_recipe
-from twinmerge.merging.method import Method
+from twinmerge.merging.method import Calibrated, Method
 from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.models.source import locate
 
@@ -37,7 +37,9 @@ class MergeRecipe(Strict):
     dtype: Dtype | None = None
 
     @model_validator(mode="after")
-    def _a_number(self) -> "MergeRecipe":
+    def _fitting_method(self) -> "MergeRecipe":
+        if fault := self.shared.misfit(self.experts):
+            raise ValueError(f"shared: {fault}")
         if self.shared.automatic:
             raise ValueError("shared: scaling auto is found while a twin is built; a static merge needs a number")
         return self
@@ -58,6 +60,8 @@ class StaticMerge:
     """The models that are merged, by name."""
     dtype: torch.dtype | None = None
     """Of the result; None: each tensor keeps the reference's."""
+    calibration: Mapping[str, Path] = field(default_factory=dict)
+    """Inputs of each expert, for methods that measure on them."""
     layers: int | None = None
     """How many layers the recipe says the models have, if it says so."""
     seed: int = 0
@@ -70,7 +74,7 @@ class StaticMerge:
             "experts": {name: str(path) for name, path in self.experts.items()},
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
-        }
+        } | ({"calibration_data": {n: str(path) for n, path in self.calibration.items()}} if self.calibration else {})
 
 
 def load_merge(path: Path, seed: int = 0) -> StaticMerge:
@@ -97,7 +101,8 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     start = _locate_near(path, kit.base_model, "base_model") if kit.base_model else None
     base = start if methods.form.uses_base else None
     dtype = _dtype(kit.out_dtype or kit.dtype)
-    return StaticMerge(name, methods, start or next(iter(experts.values())), base, experts, dtype, kit.layers, seed)
+    reference = start or next(iter(experts.values()))
+    return StaticMerge(name, methods, reference, base, experts, dtype, layers=kit.layers, seed=seed)
 
 
 def _load_ours(path: Path, seed: int) -> StaticMerge:
@@ -110,7 +115,10 @@ def _load_ours(path: Path, seed: int) -> StaticMerge:
     base = locate(path.resolve().parent, recipe.base, "base")
     experts = {n: locate(path.resolve().parent, s, f"experts.{n}") for n, s in recipe.experts.items()}
     methods = PerTensor(type(recipe.shared), recipe.shared.model_dump())
-    return StaticMerge(recipe.shared.method, methods, base, base, experts, _dtype(recipe.dtype), seed=seed)
+    method, key = recipe.shared, "shared.calibration_data"
+    data = (method.calibration_data or {}) if isinstance(method, Calibrated) else {}
+    calibration = {n: locate(path.resolve().parent, s, f"{key}.{n}") for n, s in data.items()}
+    return StaticMerge(method.method, methods, base, base, experts, _dtype(recipe.dtype), calibration, seed=seed)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

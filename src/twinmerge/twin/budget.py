@@ -62,7 +62,10 @@ def streams(plan: Plan, task: TensorTask) -> bool:
 def _memory(plan: Plan, task: TensorTask) -> int:
     """Bytes while one parameter is merged and decomposed: stored tensors, float32 differences, float64 work."""
     entries, stored = task.spec.numel, task.spec.nbytes
-    merging = stored if streams(plan, task) else 2 * stored + 4 * entries * (len(task.experts) + 6)
+    count, merging = len(task.experts), stored
+    if not streams(plan, task):
+        merging = (count + 2) * stored + 4 * entries * (count + 10)
+        merging += plan.recipe.shared.memory_bytes(task.spec.shape, count)
     if not task.exclusive:
         return merging
     decomposing = 3 * stored + 8 * entries

@@ -75,6 +75,7 @@ def write_weights(
     executor: Executor | None = None,
     finished: Mapping[str, str] = {},
     record: Callable[[str, str], None] = lambda name, digest: None,
+    measured: Mapping[str, Checkpoint] = {},
 ) -> WeightsReport:
     """Write the shared expert, the exclusive parts and the heads.
 
@@ -86,8 +87,9 @@ def write_weights(
         executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
         finished: parameters whose part files an interrupted run left in `work`, and their SHA-256, which is verified.
         record: told the name and the SHA-256 of every part file that is complete.
+        measured: what was measured of each expert on calibration data, where the merge method needs it.
     """
-    work_on = _Decompose(plan, prepare(plan), work)
+    work_on = _Decompose(plan, prepare(plan, measured), work)
     records = _decompose_all(work_on, plan.tasks, progress, executor, finished, record)
     ranks = _ranks(plan, records)
     _write_shared(plan, records, folder)

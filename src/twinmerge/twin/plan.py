@@ -10,6 +10,7 @@ import torch
 
 from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.merging.method import Calibrated
 from twinmerge.models.compatible import Allow, compare_configs, compare_vocabularies, require_unquantised
 from twinmerge.models.match import open_expert
 from twinmerge.models.source import Expert
@@ -66,7 +67,17 @@ class Plan:
         """Everything the result depends on beside the recipe: weights and router data."""
         models = (self.base, *(expert.checkpoint for expert in self.experts.values()))
         rows = (self.recipe.locate(s.router_data, "router_data") for s in self.recipe.experts.values())
-        return tuple(sorted({*(spec.file for model in models for spec in model.specs.values()), *rows}))
+        weights = {spec.file for model in models for spec in model.specs.values()}
+        return tuple(sorted({*weights, *rows, *self.calibration.values()}))
+
+    @property
+    def calibration(self) -> dict[str, Path]:
+        """Inputs of each expert for a merge method that measures on them: its own, or the router's."""
+        method, sources = self.recipe.shared, self.recipe.experts
+        given = method.calibration_data if isinstance(method, Calibrated) else {}
+        if given is None:
+            return {n: self.recipe.locate(s.router_data, f"experts.{n}.router_data") for n, s in sources.items()}
+        return {name: self.recipe.locate(path, f"shared.calibration_data.{name}") for name, path in given.items()}
 
     @property
     def expert_names(self) -> tuple[str, ...]:

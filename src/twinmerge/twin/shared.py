@@ -1,12 +1,12 @@
 """Merges the shared expert of a twin, one parameter at a time (METHOD §2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from twinmerge.files.progress import Progress, silent
+from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.merging.engine import merge_tensor, merged_chunks
 from twinmerge.merging.method import Chunk, Scaled
 from twinmerge.merging.statistics import Statistics
@@ -18,20 +18,13 @@ _CHUNK_ENTRIES = 1 << 16
 """Entries merged at a time: what they need stays in the cache."""
 
 
-def merged_tensors(plan: Plan, progress: Progress = silent) -> Iterator[tuple[TensorTask, Tensor]]:
-    """Merge every parameter into the shared expert, one at a time, in the base's dtype (METHOD §2).
+def prepare(plan: Plan, measured: Mapping[str, Checkpoint] = {}) -> Statistics:
+    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one.
 
-    Yields:
-        The task and its shared tensor.
+    Args:
+        plan: of the twin.
+        measured: what was measured of each expert on calibration data.
     """
-    statistics = prepare(plan)
-    for index, task in enumerate(plan.tasks):
-        yield task, merge_parameter(task, plan, statistics)[0]
-        progress("merging", index + 1, len(plan.tasks))
-
-
-def prepare(plan: Plan) -> Statistics:
-    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one."""
     for name in () if plan.allow.unrelated else plan.expert_names:
         require_fine_tune(plan, name)
 
@@ -39,7 +32,7 @@ def prepare(plan: Plan) -> Statistics:
         for task in [task for task in plan.tasks if task.experts]:
             yield from _chunks(plan, task)
 
-    return Statistics(model=plan.recipe.shared.prepass(model))
+    return Statistics(plan.recipe.shared.prepass(model), data=measured)
 
 
 def merge_parameter(task: TensorTask, plan: Plan, statistics: Statistics) -> tuple[Tensor, float | None]:
