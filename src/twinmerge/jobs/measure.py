@@ -228,7 +228,6 @@ def for_twin(found: Checked) -> Calibration | None:
         model = TwinModel(
             backbone_from(plan.base.path, state),
             {name: {}},
-            kinds={},
             heads={name: load_head(expert.config, head)} if head else {},
             tokenizer=_tokenizer(expert.checkpoint.path, plan.base.path),
             max_length=plan.recipe.max_length,
@@ -261,7 +260,7 @@ def for_merge(plan: MergePlan) -> Calibration | None:
         places = {(spec.file, spec.offset): merged for merged, spec in plan.experts[name].specs.items()}
         names = {own: places[at] for own, spec in stored.items() if (at := (spec.file, spec.offset)) in places}
         tokenizer = _tokenizer(folder, plan.reference.path)
-        return Subject(name, TwinModel(backbone, {name: {}}, kinds={}, tokenizer=tokenizer), answers[name], names)
+        return Subject(name, TwinModel(backbone, {name: {}}, tokenizer=tokenizer), answers[name], names)
 
     return Calibration(method, rows, load)
 
