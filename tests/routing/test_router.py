@@ -100,6 +100,34 @@ def test_autocast_does_not_change_a_gate(method: str) -> None:
     assert torch.equal(found.gate, routed(router, features).gate)
 
 
+DETECTORS = [("distance", 1.0, 0.5), ("energy", 0.0, 0.9), ("both", 1.0, 0.9)]
+
+
+def between(rows: int = 200, size: int = 8) -> Tensor:
+    """As near to the experts' inputs as they are to each other, but no expert's: around the middle of them all."""
+    middle = torch.stack([part.mean(dim=0) for part in clusters(rows=400, distance=4).values()]).mean(dim=0)
+    return middle + torch.randn(rows, size, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("detector", "far", "middle"), DETECTORS)
+def test_both_detectors_together_find_what_is_far_and_what_is_nobodys(detector: str, far: float, middle: float) -> None:
+    """Far out a linear head's logits are huge, so energy calls it familiar; in the middle the distance is small."""
+    router = fitted(clusters(rows=400, distance=4), detector=detector, fallback=0.95)
+    own = routed(router, truth(clusters(rows=400, distance=4, seed=9))[0]).fallback.float().mean()
+    assert float(own) == pytest.approx(0.05, abs=0.03)
+    away = truth(clusters(rows=50, distance=40, seed=5))[0]
+    assert float(routed(router, away).fallback.float().mean()) == pytest.approx(far, abs=0.05)
+    found = float(routed(router, between()).fallback.float().mean())
+    assert found > middle if detector != "distance" else found < middle
+
+
+def test_energies_that_are_all_the_same_say_nothing() -> None:
+    router = fitted({"a": torch.ones(4, 2), "b": torch.ones(4, 2)})
+    assert float(router.energy[0]) == 0
+    found = routed(router, torch.tensor([[1.0, 1.0], [9.0, 9.0]]))
+    assert found.fallback.tolist() == [False, True]
+
+
 def test_fallback_can_be_switched_off() -> None:
     routing = routed(fitted(fallback=None), torch.full((1, 8), -40.0))
     assert not routing.fallback.any()
@@ -353,7 +381,9 @@ def test_router_without_fallback_survives_the_file(tmp_path: Path) -> None:
 
 
 def test_golden_bytes_of_a_router(tmp_path: Path) -> None:
-    router = assemble(["a", "b"], RouterSettings(method="centroid", features="all"), feature_size=2)
+    router = assemble(
+        ["a", "b"], RouterSettings(method="centroid", features="all", detector="distance"), feature_size=2
+    )
     router.report = {"accuracy": 1.0}
     save_router(router, tmp_path / "router")
     assert sha256_of(tmp_path / "router" / "router.safetensors").startswith("29b95ad714d66b3c")

@@ -197,10 +197,10 @@ def test_saved_and_loaded_router_routes_to_the_bit(spec: str, method: str, tmp_p
 @pytest.mark.parametrize("words", ["tokens", "all", "all+tokens", "cascade"])
 def test_router_saved_before_gates_had_forms_is_read(words: str, tmp_path: Path) -> None:
     """Of format 1: its file held every tensor whatever the router looked at, and its gates were soft."""
-    router = fitted(words, sentences(), features())
+    router = fitted(words, sentences(), features(), detector="distance")
     save_router(router, tmp_path / "router")
     content = json.loads((tmp_path / "router" / "router.json").read_text())
-    for key in ("gate", "top_k"):
+    for key in ("gate", "top_k", "detector"):
         del content["settings"][key]
     (tmp_path / "router" / "router.json").write_text(json.dumps(content))
     size = 4 if "all" in words or words == "cascade" else 0

@@ -13,6 +13,9 @@ from twinmerge.routing.calibrate import best_temperature
 from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
 
+_SAME = 1e-6
+"""Energies that differ by no more say nothing: those of k nearest neighbours are all the same."""
+
 
 class Batch(ABC):
     """What a router may look at of some inputs; nothing is computed before it is asked for."""
@@ -129,6 +132,7 @@ class Router(nn.Module):
 
     temperature: Tensor
     fallback_distance: Tensor
+    energy: Tensor
 
     def __init__(self, expert_names: Sequence[str], settings: RouterSettings, scorer: Scorer) -> None:
         """Make an uncalibrated router; `fit_router` makes useful ones.
@@ -145,16 +149,35 @@ class Router(nn.Module):
         self.report: dict[str, Any] = {}
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("fallback_distance", torch.tensor(float("inf")))
+        if settings.detector == "both":
+            self.register_buffer("energy", torch.tensor([0.0, 0.0]))  # its weight beside the distance, and its floor
 
     @torch.no_grad()
     def route(self, batch: Batch) -> Routing:
         """Gate, scores and fall-back flags of every input."""
         logits, distance = self.look(batch)
-        return self._routing(logits, self.temperature, distance > self.fallback_distance)
+        strange = self.strangeness(logits, distance) > self.fallback_distance
+        return self._routing(logits, self.temperature, strange)
 
     def look(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (row, expert), and (row,) how strange every input is."""
         return self.scorer.score(batch)
+
+    def strangeness(self, logits: Tensor, distance: Tensor) -> Tensor:
+        """(row,) how unlike the router data an input is, by `settings.detector`.
+
+        Energy is low where some expert is likely beyond doubt. Lower than usual counts as usual: a huge logit far from
+        all data makes nothing familiar.
+        """
+        if self.settings.detector == "distance":
+            return distance
+        energy = self._energy(logits)
+        if self.settings.detector == "energy":
+            return energy
+        return distance + self.energy[0] * energy.clamp_min(self.energy[1])
+
+    def _energy(self, logits: Tensor) -> Tensor:
+        return -(logits / self.temperature).logsumexp(dim=1)
 
     @torch.no_grad()
     def calibrate(self, held_out: Examples) -> dict[str, float]:
@@ -165,8 +188,13 @@ class Router(nn.Module):
         """
         logits, distance = self.look(held_out.batch)
         self.temperature = torch.tensor(best_temperature(logits, held_out.labels, held_out.weights))
+        if self.settings.detector == "both":
+            energy = self._energy(logits)
+            spread = energy.std(correction=0)
+            weight = distance.std(correction=0) / spread if spread > _SAME else torch.zeros(())
+            self.energy = torch.stack([weight, energy.mean() - 2 * spread])
         if self.settings.fallback is not None:
-            self.fallback_distance = distance.quantile(self.settings.fallback)
+            self.fallback_distance = self.strangeness(logits, distance).quantile(self.settings.fallback)
         return {}
 
     def _routing(self, logits: Tensor, temperature: Tensor, fallback: Tensor) -> Routing:

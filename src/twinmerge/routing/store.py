@@ -16,6 +16,8 @@ _RENAMED = {
     "certainty": "ngrams.certainty",
 }
 """What the file calls otherwise than the code; besides, the file knows no nesting."""
+_BEFORE = {"gate": "soft", "detector": "distance"}
+"""How routers were made whose files do not say it."""
 
 
 def save_router(router: Router, folder: Path) -> None:
@@ -38,7 +40,7 @@ def load_router(folder: Path) -> Router:
     tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
     router = assemble(
         content["expert_names"],
-        RouterSettings.model_validate({"gate": "soft", **content["settings"]}),  # files of before `gate` were soft
+        RouterSettings.model_validate(_BEFORE | content["settings"]),
         feature_size=len(tensors.get("mean", ())),
         stored_rows=len(tensors.get("head.labels", ())),
         ngrams=len(tensors.get("ngrams.keys", ())),

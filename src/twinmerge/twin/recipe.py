@@ -86,8 +86,10 @@ class RouterSettings(Strict):
         epochs: passes over the inputs (`mlp`).
         learning_rate: of AdamW (`mlp`).
         neighbours: the k of `knn`.
-        fallback: quantile of the held-out inputs' distance to the nearest expert beyond which an input is left to the
-            shared expert; null switches the fall-back off.
+        fallback: quantile of the held-out inputs' strangeness beyond which an input is left to the shared expert; null
+            switches the fall-back off.
+        detector: what is strange: `distance` to the nearest expert of the hidden states (or the share of unknown
+            n-grams); `energy`: router logits that are low for every expert; `both`, each in units of its spread.
     """
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
@@ -101,6 +103,7 @@ class RouterSettings(Strict):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-4
     neighbours: Annotated[int, Field(ge=1, strict=True)] = 10
     fallback: Annotated[float, Field(gt=0.5, le=1)] | None = 0.999
+    detector: Literal["distance", "energy", "both"] = "both"
 
     @model_validator(mode="after")
     def _gate_of_one_expert(self) -> "RouterSettings":
