@@ -298,6 +298,11 @@ def test_slices_of_all_features_are_the_layers() -> None:
         ("kind: top1", "kind: topp1", r"suite.yaml:\d+: contestants.top1.kind: input should be 'experts'"),
         ("exclusive: {rank: 1}", "scalings: [1.0]", r"exclusive belongs to kind twin, and only to it; found kind twin"),
         ("{method: pretrained}", "{method: pretrained}, scalings: [1.0]", r"scalings belong to kind static"),
+        (
+            "{method: pretrained}",
+            "{method: ties, density: {x: 0.1}}",
+            r"contestants.pretrained.shared: density must be one number",
+        ),
         ("{head: sms}", "{head: spam}", r"unseen.far.head must be a task of the suite, found 'spam'"),
         ("ag: {}, sms: {metric: macro_f1}, trec: {}", "ag: {}", r"a suite needs at least two tasks, found 1"),
         (

@@ -133,6 +133,14 @@ def test_removed_expert_is_gone_and_comes_back(source: Path, twin: Path) -> None
     assert {f for f in before if before[f] != after[f]} == {"README.md", "twin.json"}
 
 
+def test_a_twin_with_weights_by_expert_can_change_its_experts(source: Path, tmp_path: Path) -> None:
+    shared = {"method": "task_arithmetic", "weight": {"ag": 1.0, "sms": 0.5, "trec": 0.25}}
+    build(Family(source).recipe(shared=shared, exclusive={"rank": 1}), tmp_path / "twin")
+    grow.add(tmp_path / "twin", "news", **new_expert(source, tmp_path))
+    grow.remove(tmp_path / "twin", "ag")
+    assert TwinArtifact.open(tmp_path / "twin").expert_names == ("news", "sms", "trec")
+
+
 def test_adapter_can_be_added(tmp_path: Path) -> None:
     family, merged = tiny.adapter_family(tmp_path / "family")
     two = Family(family.root, ("trec", "sms"))

@@ -23,10 +23,12 @@ from twinmerge.jobs.build import build
 from twinmerge.jobs.measure import Calibration, Subject, fisher, for_merge, for_twin, grams
 from twinmerge.jobs.merge import merge_models
 from twinmerge.jobs.preflight import checked
-from twinmerge.merging.method import Calibrated, Method
+from twinmerge.merging import method as registry
+from twinmerge.merging.method import Calibrated, Chunk, Method, merge_method
 from twinmerge.merging.plan import plan_merge
 from twinmerge.merging.recipe import load_merge
 from twinmerge.merging.regmean import BY_COLUMN, BY_ROW
+from twinmerge.merging.statistics import Statistics
 from twinmerge.twin.artifact import TwinArtifact
 
 Get = Callable[[str], Family]
@@ -299,7 +301,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], dict[str, Any], type[InputError
         lambda _: None,
         {"calibration_data": dict.fromkeys(EXPERTS, "gone.jsonl")},
         RecipeError,
-        "shared.calibration_data.ag: no file or folder .*gone.jsonl",
+        "calibration_data.ag: no file or folder .*gone.jsonl",
     ),
     "rows": (with_bad_rows, {}, DataError, r"sms.jsonl:1: .*text"),
     "tokenizer": (
@@ -355,3 +357,34 @@ def test_a_measurement_that_nobody_makes_is_refused(classifiers: Family, tmp_pat
         patch.setattr(type(plan), "method", lambda self, name: chosen)
         with pytest.raises(RecipeError, match="'other' needs the measurement 'moments'; known are fisher, grams"):
             for_merge(plan)
+
+
+def test_a_measured_method_of_another_package_is_a_merge_method_of_mergekits_recipes(
+    classifiers: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loud(Calibrated):
+        """The expert whose answers hang most on an entry."""
+
+        measurement = "fisher"
+
+        def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
+            stop = chunk.at + chunk.numel
+            found = [statistics.read(name, chunk.tensor, chunk.at, stop) for name in chunk.names]
+            loudest = torch.stack([f for f in found if f is not None]).argmax(0, keepdim=True)
+            return torch.stack([chunk.value(name) for name in chunk.names]).gather(0, loudest)[0]
+
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    merge_method("loud", paper="arXiv:0000.00000")(Loud)
+    root = classifiers.root
+    names = [str(root / name) for name in sorted(EXPERTS)]
+    content = {"merge_method": "loud", "base_model": str(root / "base"), "models": [{"model": name} for name in names]}
+    path = tmp_path / "kit.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match="'loud' needs calibration_data"):
+        merge_models(path, tmp_path / "out")
+    content["parameters"] = {"calibration_data": {name: f"{name}.jsonl" for name in names}, "calibration_rows": 2}
+    path.write_text(yaml.safe_dump(content))
+    merge_models(path, tmp_path / "out")
+    experts, merged = [read(Path(name)) for name in names], read(tmp_path / "out")
+    for name, tensor in merged.items():
+        assert torch.stack([(tensor == expert[name]) for expert in experts]).any(0).all()

@@ -6,27 +6,24 @@ import pytest
 import torch
 
 from tests.merging.memory import merge
-from twinmerge.merging.slerp import Arc, Slerp
+from twinmerge.merging.slerp import Slerp
 
 
-def test_the_arc_between_right_angles_is_a_circle() -> None:
-    first, second = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
-    arc = Arc.between([(first[:1], second[:1]), (first[1:], second[1:])])
-    assert arc.coefficients(0.5) == pytest.approx((math.sqrt(0.5), math.sqrt(0.5)))
-    assert arc.coefficients(0.0) == pytest.approx((1.0, 0.0))
-
-
-def test_parallel_and_zero_tensors_are_joined_by_a_straight_line() -> None:
-    tensor = torch.tensor([1.0, 2.0])
-    assert Arc.between([(tensor, 3 * tensor)]).coefficients(0.25) == (0.75, 0.25)
-    assert Arc.between([(tensor, torch.zeros(2))]).coefficients(0.25) == (0.75, 0.25)
+def slerp(t: float, base: list[float], expert: list[float], entries: int = 1000) -> list[float]:
+    experts = {"a": {"w": torch.tensor(expert)}}
+    return merge(Slerp(t=t), {"w": torch.tensor(base)}, experts, entries=entries)["w"].tolist()
 
 
 @pytest.mark.parametrize("entries", [1, 1000])
-def test_the_middle_of_a_quarter_circle_lies_on_it(entries: int) -> None:
-    base, experts = {"w": torch.tensor([1.0, 0.0])}, {"a": {"w": torch.tensor([0.0, 1.0])}}
-    merged = merge(Slerp(t=0.5), base, experts, entries=entries)["w"]
-    assert torch.allclose(merged, torch.full((2,), math.sqrt(0.5), dtype=torch.float64))
+def test_the_arc_between_right_angles_is_a_circle(entries: int) -> None:
+    assert slerp(0.5, [1.0, 0.0], [0.0, 2.0], entries) == pytest.approx([math.sqrt(0.5), 2 * math.sqrt(0.5)])
+    assert slerp(1 / 3, [1.0, 0.0], [0.0, 1.0], entries) == pytest.approx([math.cos(math.pi / 6), 0.5])
+    assert slerp(0.0, [1.0, 0.0], [0.0, 2.0], entries) == pytest.approx([1.0, 0.0])
+
+
+def test_parallel_and_zero_tensors_are_joined_by_a_straight_line() -> None:
+    assert slerp(0.25, [1.0, 2.0], [3.0, 6.0]) == pytest.approx([1.5, 3.0])
+    assert slerp(0.25, [1.0, 2.0], [0.0, 0.0]) == pytest.approx([0.75, 1.5])
 
 
 def test_slerp_takes_one_expert() -> None:

@@ -109,6 +109,12 @@ def test_budget_too_small_for_norms_and_biases_names_the_smallest_that_would_do(
 # ---- what it refuses
 
 
+def test_settings_that_do_not_fit_the_experts_are_refused(family: Get) -> None:
+    words = r"^shared: density must be one number, or one for every expert \(ag, sms, trec\); 'ag' has none"
+    with pytest.raises(RecipeError, match=words):
+        family("bert").plan(shared={"method": "ties", "density": {"sms": 0.1, "trec": 0.2}})
+
+
 def test_missing_model_is_named_with_its_key(bert: Family) -> None:
     shutil.rmtree(bert.root / "sms")
     with pytest.raises(RecipeError, match=r"^experts\.sms\.model: no file or folder .*sms; paths start from"):

@@ -149,6 +149,14 @@ class Suite(Strict):
             raise ValueError(f"a suite needs at least two tasks, found {len(tasks)}")
         return tasks
 
+    @model_validator(mode="after")
+    def _fitting_methods(self) -> "Suite":
+        others = {f"contestants.{name}.shared": spec.shared for name, spec in self.contestants.items()}
+        for where, method in {"shared": self.shared, **others}.items():
+            if fault := method.misfit(self.tasks):
+                raise ValueError(f"{where}: {fault}")
+        return self
+
     @classmethod
     def load(cls, path: Path | str) -> "Suite":
         """Read a suite file.

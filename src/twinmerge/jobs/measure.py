@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +83,13 @@ def fisher(subject: Subject, rows: Sequence[Inputs]) -> dict[str, Tensor]:
     """
     parameters = subject.parameters
     sums = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    with _gradients(parameters.values()):
-        for inputs in rows:
-            for share, term in _terms(subject.answers, subject.logits(inputs)[0]):
-                found = torch.autograd.grad(term, list(parameters.values()), retain_graph=True, allow_unused=True)
-                for total, gradient in zip(sums.values(), found, strict=True):
-                    if gradient is not None:
-                        total.addcmul_(gradient, gradient, value=share)
+    subject.model.backbone.requires_grad_(True)
+    for inputs in rows:
+        for share, term in _terms(subject.answers, subject.logits(inputs)[0]):
+            found = torch.autograd.grad(term, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for total, gradient in zip(sums.values(), found, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient, gradient, value=share)
     return {name: total / len(rows) for name, total in sums.items()}
 
 
@@ -109,18 +108,6 @@ def _terms(answers: Answers, logits: Tensor) -> Iterator[tuple[float, Tensor]]:
         each = logits if answers is ENTITIES else logits.T if answers is SPAN else logits[None]
         for distribution in each:
             yield from ((float(log_p.detach().exp()), log_p) for log_p in distribution.log_softmax(dim=-1))
-
-
-@contextmanager
-def _gradients(parameters: Any) -> Iterator[None]:
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -240,8 +240,7 @@ class Normalized(Weighted):
     def misfit(self, experts: Collection[str]) -> str | None:
         """Also weights that are normalised and sum to zero."""
         fault = super().misfit(experts)
-        weights = {} if fault else self.weights(experts)
-        if not self.normalize or fault or abs(sum(weights.values())) >= 1e-8:
+        if fault or not self.normalize or abs(sum((weights := self.weights(experts)).values())) >= 1e-8:
             return fault
         given = ", ".join(f"{expert} {weight:g}" for expert, weight in weights.items())
         return f"the weights must not sum to zero when they are normalised, found {given}"
@@ -259,11 +258,7 @@ class Scaled(Normalized):
 
     @property
     def factor(self) -> float:
-        """The scaling as a number.
-
-        Raises:
-            ValueError: if it is still to be found.
-        """
+        """The scaling, which must be a number by now."""
         if self.scaling == "auto":
             raise ValueError(f"{self.method}: scaling 'auto' must be replaced by a number before merging")
         return self.scaling
@@ -278,29 +273,15 @@ _registered: dict[str, type[Method]] = {}
 
 
 def merge_method(name: str, *, paper: str) -> Callable[[type[AnyMethod]], type[AnyMethod]]:
-    """Register a class as the merge method of a name.
-
-    Args:
-        name: what recipes call it, ours and mergekit's.
-        paper: where it comes from, `arXiv:…`.
-
-    Example:
-        >>> @merge_method("first", paper="arXiv:0000.00000")
-        ... class First(Method):
-        ...     def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
-        ...         return chunk.value(chunk.names[0])
-        >>> Method.model_validate({"method": "first"})
-        First(method='first')
-    """
+    """Register a class as the merge method of a name, which recipes call it by, ours and mergekit's."""
 
     def register(cls: type[AnyMethod]) -> type[AnyMethod]:
         here = f"{cls.__module__}.{cls.__qualname__}"
         known = _registered.get(name)
-        other = f"{known.__module__}.{known.__qualname__}" if known else here
-        if name in OWN and cls.__module__ != _own_module(name):
-            other = _own_module(name)
-        if other != here:
-            raise RecipeError(f"merge method {name!r} is defined twice, in {other} and {here}")
+        homes = {f"{known.__module__}.{known.__qualname__}" if known else here, here}
+        homes |= {_own_module(name)} if name in OWN and cls.__module__ != _own_module(name) else set()
+        if other := homes - {here}:
+            raise RecipeError(f"merge method {name!r} is defined twice, in {min(other)} and {here}")
         cls.paper = paper
         cls.model_fields["method"] = FieldInfo(annotation=Literal[name], default=name)  # type: ignore[arg-type]
         cls.model_rebuild(force=True)

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from twinmerge.errors import RecipeError
 from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.mergekit import Dtype, PerTensor, compile_methods, kit_names, kit_recipe
-from twinmerge.merging.method import Calibrated, Method
+from twinmerge.merging.method import Method
 from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.models.source import locate
 
@@ -102,7 +102,7 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     base = start if methods.form.uses_base else None
     dtype = _dtype(kit.out_dtype or kit.dtype)
     reference = start or next(iter(experts.values()))
-    return StaticMerge(name, methods, reference, base, experts, dtype, layers=kit.layers, seed=seed)
+    return StaticMerge(name, methods, reference, base, experts, dtype, _calibration(path, methods), kit.layers, seed)
 
 
 def _load_ours(path: Path, seed: int) -> StaticMerge:
@@ -115,10 +115,14 @@ def _load_ours(path: Path, seed: int) -> StaticMerge:
     base = locate(path.resolve().parent, recipe.base, "base")
     experts = {n: locate(path.resolve().parent, s, f"experts.{n}") for n, s in recipe.experts.items()}
     methods = PerTensor(type(recipe.shared), recipe.shared.model_dump())
-    method, key = recipe.shared, "shared.calibration_data"
-    data = (method.calibration_data or {}) if isinstance(method, Calibrated) else {}
-    calibration = {n: locate(path.resolve().parent, s, f"{key}.{n}") for n, s in data.items()}
-    return StaticMerge(method.method, methods, base, base, experts, _dtype(recipe.dtype), calibration, seed=seed)
+    data, dtype = _calibration(path, methods), _dtype(recipe.dtype)
+    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, seed=seed)
+
+
+def _calibration(path: Path, methods: PerTensor) -> dict[str, Path]:
+    """Inputs of each expert, where the method asks for them."""
+    data = methods.common.get("calibration_data") or methods.defaults.get("calibration_data") or {}
+    return {n: locate(path.resolve().parent, s, f"calibration_data.{n}") for n, s in data.items()}
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

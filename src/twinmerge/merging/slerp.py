@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Annotated
 
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
@@ -30,37 +28,21 @@ class Slerp(Method):
             return None
         return f"slerp goes from the base to one other model, found {len(experts)} others"
 
-    def measure(self, tensor: Chunks, statistics: Statistics) -> Arc:
-        """The angle between the two."""
-        return Arc.between((chunk.base_value(), chunk.value(chunk.names[0])) for chunk in tensor())
-
-    def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
-        """The point at `t` of the arc."""
-        first, second = statistics.tensor.coefficients(self.t)
-        return chunk.base_value().mul_(first).add_(chunk.value(chunk.names[0]), alpha=second)
-
-
-@dataclass(frozen=True)
-class Arc:
-    """Where two tensors lie to each other: the cosine of their angle."""
-
-    cosine: float
-
-    @classmethod
-    def between(cls, chunks: Iterable[tuple[Float[Tensor, " entries"], Float[Tensor, " entries"]]]) -> Arc:
-        """The arc between two tensors that come in stretches, added up in float64; parallel if one is zero."""
+    def measure(self, tensor: Chunks, statistics: Statistics) -> float:
+        """The cosine of the angle between the two, added up in float64; 1 if one is zero."""
         product = first = second = 0.0
-        for a, b in chunks:
-            one, other = a.double(), b.double()
+        for chunk in tensor():
+            one, other = chunk.base_value(), chunk.value(chunk.names[0])
             product += float(one @ other)
             first += float(one @ one)
             second += float(other @ other)
         norm = math.sqrt(first) * math.sqrt(second)
-        return cls(product / norm if norm else 1.0)
+        return product / norm if norm else 1.0
 
-    def coefficients(self, t: float) -> tuple[float, float]:
-        """What the two tensors are multiplied with at `t`, 0 being the first and 1 the second."""
-        if abs(self.cosine) > _PARALLEL:
-            return 1 - t, t
-        angle = math.acos(self.cosine)
-        return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
+        """The point at `t` of the arc."""
+        start, end = 1 - self.t, self.t
+        if abs(statistics.tensor) <= _PARALLEL:
+            angle = math.acos(statistics.tensor)
+            start, end = math.sin(start * angle) / math.sin(angle), math.sin(end * angle) / math.sin(angle)
+        return chunk.base_value().mul_(start).add_(chunk.value(chunk.names[0]), alpha=end)

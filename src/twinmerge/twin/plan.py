@@ -144,6 +144,8 @@ def make_plan(
         MismatchError: if an expert does not fit the base.
         CheckpointError: if a file cannot be read.
     """
+    if only is None and (fault := recipe.shared.misfit(recipe.experts)):
+        raise RecipeError(f"shared: {fault}")
     opened = Checkpoint.open(recipe.locate(recipe.base, "base"))
     require_unquantised(opened)
     base = by_class(opened)

@@ -157,12 +157,6 @@ class Recipe(Strict):
             raise ValueError("experts' names must differ in more than case: each becomes a folder")
         return experts
 
-    @model_validator(mode="after")
-    def _fitting_method(self) -> "Recipe":
-        if fault := self.shared.misfit(self.experts):
-            raise ValueError(f"shared: {fault}")
-        return self
-
     @classmethod
     def load(cls, path: Path | str) -> "Recipe":
         """Read a recipe file; relative paths in it start from its folder.
