@@ -75,6 +75,7 @@ MADE: dict[str, tuple[Callable[[], PreTrainedModel], str, list[tuple[str, ...]]]
     "bert": (tiny.bert, "Bert", [SEQUENCE, TOKEN]),  # the second have no pooler
     "distilbert": (tiny.distilbert, "DistilBert", [SEQUENCE + TOKEN]),
     "roberta": (tiny.roberta, "Roberta", [SEQUENCE + TOKEN]),
+    "gpt2": (tiny.gpt2, "GPT2", [SEQUENCE + TOKEN]),
 }
 
 
