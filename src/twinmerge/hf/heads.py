@@ -1,4 +1,4 @@
-"""Knows an expert's head: a model of its class without a backbone, over outputs computed elsewhere."""
+"""Answers by an expert's head: a model of its class without a backbone, over outputs computed elsewhere."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -80,11 +80,16 @@ def answered(head: Any, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Tens
             padding, shallow.config = _NO_TOKEN, copy.deepcopy(head.config)
             shallow.config.get_text_config().pad_token_id = padding
         inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(mask == 0, padding)}
-    found = shallow(**inputs)
-    if "logits" in found:
-        logits: Tensor = found.logits
-        return logits
-    return torch.stack([found.start_logits, found.end_logits], dim=-1)
+    logits: Tensor = said(shallow(**inputs))
+    return logits
+
+
+def said(outputs: Any) -> Any:
+    """The logits of a model with a head, start and end side by side; the last hidden states of one without."""
+    if "start_logits" in outputs:
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=-1)
+    found = [outputs[name] for name in ("logits", "last_hidden_state") if outputs.get(name) is not None]
+    return found[0] if found else outputs[0]
 
 
 def take(values: Any, rows: Sequence[int], batch: int) -> Any:

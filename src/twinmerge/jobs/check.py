@@ -16,6 +16,7 @@ from torch import Tensor
 from twinmerge.errors import CheckError
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
+from twinmerge.hf.heads import said
 from twinmerge.hf.inputs import encode, pad
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
@@ -78,6 +79,9 @@ def check_twin(
         CheckError: naming the law, what was found and what is allowed.
     """
     model = TwinModel.from_pretrained(folder, dtype=_precision(plan))
+    model.own = {}
+    if model.backbone.can_generate():  # by logits alone
+        model.backbone.generation_config = type(model.backbone.generation_config)()
     chosen = {name: _few(rows[name]) for name in model.expert_names}
     agreements = {}
     for done, name in enumerate(sorted(plan.experts), start=1):
@@ -138,14 +142,18 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
             moved = task.spec.dtype.is_floating_point and name in task.experts
             state[task.name] = base.to(model.backbone.dtype) + expert.task_vector(task.name, base) if moved else base
         plain = backbone_from(plan.base.path, state)
-        if model.heads:
-            outputs = plain.base_model(**inputs, return_dict=True)
-            return [logits.float() for logits in model.answer(outputs, [name] * len(outputs[0]), **inputs)]
     else:
         plain = load_backbone(expert.checkpoint.path, dtype=model.backbone.dtype)
-    with torch.inference_mode():
-        outputs = plain(**inputs, return_dict=True)
-    return _rows_of(outputs, inputs)
+    found = []
+    for index in range(len(inputs["input_ids"])):  # each alone: an expert may know padding by another id
+        row = _row(inputs, index)
+        with torch.inference_mode():
+            outputs = (plain.base_model if expert.is_adapter and model.heads else plain)(**row, return_dict=True)
+        if expert.is_adapter and model.heads:
+            found += [logits.float() for logits in model.answer(outputs, [name], **row)]
+        else:
+            found += _rows_of(outputs, row)
+    return found
 
 
 def _outputs(model: TwinModel, gate: Tensor, inputs: Mapping[str, Tensor], expert: str | None = None) -> list[Tensor]:
@@ -160,11 +168,10 @@ def _merged_output(model: TwinModel, gate: Tensor, inputs: Mapping[str, Tensor])
 
 def _rows_of(outputs: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """A row's logits, or hidden states where there are none; those of padding mean nothing."""
-    logits = outputs.get("logits")
-    values = list(outputs[0] if logits is None else logits)
+    values = list(said(outputs))
     mask = inputs.get("attention_mask")
-    padded = mask is not None and all(value.ndim == 2 and len(value) == mask.shape[1] for value in values)
-    return [(value[mask[i].bool()] if padded and mask is not None else value).float() for i, value in enumerate(values)]
+    by_token = [mask is not None and value.ndim == 2 and len(value) == mask.shape[1] for value in values]
+    return [(v[inputs["attention_mask"][i].bool()] if by_token[i] else v).float() for i, v in enumerate(values)]
 
 
 def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None:
