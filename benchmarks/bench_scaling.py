@@ -76,8 +76,8 @@ def main() -> None:
 
 def _measure(at: SeedRun, kept: str, label: str, expert_scores: dict[str, float], rows: int) -> dict[str, Any]:
     built = at.build(SHARED[label], KEPT[kept], ANY_ROUTER)
-    residual = sum(entry["energy"] * (1 - entry["energy_kept"]) for entry in built.manifest["experts"].values())
-    scalings = [entry["scaling"] for entry in built.manifest["tensors"].values() if entry["scaling"] is not None]
+    residual = sum(entry.energy * (1 - entry.energy_kept) for entry in built.manifest.experts.values())
+    scalings = [entry.scaling for entry in built.manifest.tensors.values() if entry.scaling is not None]
     scores = {name: _score(at, built.model, name, rows) for name in at.tasks}
     return {
         "kept": kept,

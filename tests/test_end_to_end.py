@@ -92,7 +92,7 @@ def test_full_rank_gives_each_real_expert_back(root: Path) -> None:
 
 def test_a_budget_is_kept_on_disk_and_the_folder_is_a_plain_model(small: Path) -> None:
     artifact = tm.TwinArtifact.open(small)
-    assert artifact.bytes_per_part()["exclusive"] <= 0.06 * artifact.manifest["base"]["bytes"]
+    assert artifact.bytes_per_part()["exclusive"] <= 0.06 * artifact.manifest.base.bytes
     assert artifact.verify() > 5
     assert AutoModel.from_pretrained(small).config.model_type == "bert"
 

@@ -94,14 +94,14 @@ def calm(work: Work) -> Callable[[str], dict[str, str]]:
 
 
 def contents(out: Path) -> dict[str, str]:
-    """The hash of every file; of a manifest all but the times."""
+    """The hash of every file; of a manifest all but the times and what depends on the place."""
     if out.is_file():
         return {"": sha256_of(out)}
     found = {str(p.relative_to(out)): sha256_of(p) for p in sorted(out.rglob("*")) if p.is_file()}
     for name in {"twin.json", "merge.json"} & set(found):
         manifest = json.loads((out / name).read_text())
         changes = [change.pop("at") for change in manifest.get("changes", [])]
-        found[name] = json.dumps({**manifest, "created": len(changes)})
+        found[name] = json.dumps({**manifest, "created": len(changes), "root": None})
     return found
 
 

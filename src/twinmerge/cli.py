@@ -247,7 +247,7 @@ def _build(options: argparse.Namespace) -> None:
             check=not options.no_check,
             progress=progress,
         )
-    _print_notes(artifact.manifest["notes"])
+    _print_notes(artifact.manifest.notes)
     _print_twin(artifact, options.json)
 
 
@@ -396,65 +396,57 @@ def _eval(options: argparse.Namespace) -> None:
 def _print_twin(artifact: Any, as_json: bool) -> None:
     """A twin for people, or its manifest with bytes per part."""
     manifest, parts, own = artifact.manifest, artifact.bytes_per_part(), artifact.bytes_per_expert()
-    ratio = parts["exclusive"] / manifest["base"]["bytes"]
+    ratio = parts["exclusive"] / manifest.base.bytes
     if as_json:
-        summary = {key: manifest[key] for key in ("format_version", "created", "recipe", "versions", "base", "experts")}
-        summary["changes"] = manifest.get("changes", [])
-        summary["experts"] = {
-            name: {**entry, "exclusive_bytes": own[name]["exclusive"], "head_bytes": own[name]["heads"]}
-            for name, entry in manifest["experts"].items()
-        }
-        summary |= {
-            "router": manifest["router"],
-            "bytes": parts,
-            "exclusive_ratio": ratio,
-            "tensors": manifest["tensors"],
-        }
+        content = {key: value for key, value in manifest.content().items() if key != "files"}
+        for name, entry in content["experts"].items():
+            entry |= {"exclusive_bytes": own[name]["exclusive"], "head_bytes": own[name]["heads"]}
+        summary = {"changes": [], **content, "bytes": parts, "exclusive_ratio": ratio}
         sys.stdout.write(json.dumps({"twin": str(artifact.path), **summary}, indent=1) + "\n")
         return
     from rich.console import Console
     from rich.table import Table
 
-    experts = Table(title=f"{artifact.path}: a twin of {len(manifest['experts'])} experts", title_justify="left")
+    experts = Table(title=f"{artifact.path}: a twin of {len(manifest.experts)} experts", title_justify="left")
     for column in ("expert", "mean rank", "max rank", "energy kept", "exclusive bytes", "head bytes"):
         experts.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
-    for name, entry in manifest["experts"].items():
-        ranks = f"{entry['rank_mean']:.1f}", str(entry["rank_max"])
+    for name, entry in manifest.experts.items():
+        ranks = f"{entry.rank_mean:.1f}", str(entry.rank_max)
         sizes = f"{own[name]['exclusive']:,}", f"{own[name]['heads']:,}"
-        experts.add_row(name, *ranks, f"{entry['energy_kept']:.1%}", *sizes)
+        experts.add_row(name, *ranks, f"{entry.energy_kept:.1%}", *sizes)
     inputs = Table(title="built from", title_justify="left")
     for column in ("input", "sha256", "licence", "source"):
         inputs.add_column(column, overflow="fold")
-    for name, entry in {"base": manifest["base"], **manifest["experts"]}.items():
-        hashes = ", ".join(file["sha256"][:12] for file in entry["files"].values())
-        inputs.add_row(name, hashes, entry.get("licence") or "none named", entry["source"])
-    router, recipe = manifest["router"], manifest["recipe"]
+    for name, entry in manifest.inputs.items():
+        hashes = ", ".join(str(file.sha256)[:12] for file in entry.files.values())
+        inputs.add_row(name, hashes, entry.licence or "none named", entry.source)
+    router, recipe = manifest.router, manifest.recipe
     console = Console()
     console.print(experts)
     console.print("bytes: " + ", ".join(f"{part} {size:,}" for part, size in parts.items()), highlight=False)
     console.print(f"exclusive parts: {ratio:.4f} x the base's bytes", highlight=False)
     console.print(
-        f"router: {recipe['router']['method']} on {recipe['router']['features']}, held-out accuracy "
-        f"{router['accuracy']:.2%}, calibration error {router['calibration_error']:.4f}, temperature "
-        f"{router['temperature']:.3f}, {router['inputs_per_expert']} inputs per expert",
+        f"router: {recipe.router.method} on {recipe.router.features}, held-out accuracy {router.accuracy:.2%}, "
+        f"calibration error {router.calibration_error:.4f}, temperature {router.temperature:.3f}, "
+        f"{router.inputs_per_expert} inputs per expert",
         highlight=False,
     )
-    console.print(_check_line(manifest.get("check")), highlight=False)
+    console.print(_check_line(manifest.check), highlight=False)
     console.print(inputs)
-    for change in manifest.get("changes", []):
-        console.print(f"{change['at']}: {change['change']} {change['expert']}", highlight=False)
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    console.print(f"built {manifest['created']} with seed {recipe['seed']}; {versions}", highlight=False)
+    for change in manifest.changes:
+        console.print(f"{change.at}: {change.change} {change.expert}", highlight=False)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    console.print(f"built {manifest.created} with seed {recipe.seed}; {versions}", highlight=False)
 
 
-def _check_line(found: dict[str, Any] | None) -> str:
+def _check_line(found: Any) -> str:
     """What the check of a twin found, in one line."""
     if not found:
         return "check: none was made of this twin"
-    off = ", ".join(f"{name} {entry['distance']:.3f}" for name, entry in found["experts"].items())
+    off = ", ".join(f"{name} {entry.distance:.3f}" for name, entry in found.experts.items())
     return (
-        f"check on {found['rows']} rows: gated against merged weights {found['forward']:.1e}, a row alone against its "
-        f"batch {found['alone']:.1e}; distance to each expert, 1 being the shared expert's: {off or 'none compared'}"
+        f"check on {found.rows} rows: gated against merged weights {found.forward:.1e}, a row alone against its "
+        f"batch {found.alone:.1e}; distance to each expert, 1 being the shared expert's: {off or 'none compared'}"
     )
 
 

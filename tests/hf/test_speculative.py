@@ -76,7 +76,7 @@ def test_twin_that_grows_and_shrinks_checks_its_guesses_anew(
     assert grown.expert_names == ("ag", "far", "sms", "trec")
     model = TwinModel.from_pretrained(tmp_path / "grown")
     assert model(**batch("w6 w60 w60", *ROWS)).expert == ["far", *LABELS]
-    report = TwinArtifact.open(tmp_path / "grown").manifest["router"]
+    report = TwinArtifact.open(tmp_path / "grown").manifest.router.content()
     assert report["inputs"] == dict.fromkeys(("ag", "far", "sms", "trec"), 24)
     assert 0 <= report["second_look"] <= 1
     grow.remove(tmp_path / "grown", "far")

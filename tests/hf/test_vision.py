@@ -19,11 +19,13 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.hf.heads import load_head
 from twinmerge.hf.loading import by_class, load_backbone
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import new_manifest
 from twinmerge.tensors.low_rank import LowRank
-from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.export import export_peft, export_stacked
 from twinmerge.twin.features import Layers
+from twinmerge.twin.manifest import write_manifest
 
 TRANSFORMER: Mapping[str, int] = {
     "hidden_size": 16,
@@ -86,8 +88,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     twin.mkdir()
     work.mkdir()
     report = write_weights(plan, twin, work)
-    recipe = plan.recipe.model_dump(mode="json", exclude={"root"})
-    write_manifest(twin, {"recipe": recipe, "experts": report.experts, "tensors": report.tensors})
+    write_manifest(twin, new_manifest(plan, report, twin))
     return family, twin
 
 
@@ -163,7 +164,7 @@ def test_exported_adapter_of_convolutions_is_the_expert_but_for_what_lies_beside
     from peft import PeftModel
 
     artifact, x = TwinArtifact.open(made[1]), images(made[0], 2)
-    held = export_peft(artifact, tmp_path)
+    held = export_peft(artifact, tmp_path, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT, about transformers
         adapted = PeftModel.from_pretrained(load_backbone(made[1], dtype=torch.float64), tmp_path / "sms").eval()
@@ -186,7 +187,7 @@ def test_exported_adapter_of_convolutions_is_the_expert_but_for_what_lies_beside
 
 def test_stacked_adapter_leaves_grouped_convolutions_beside_it(made: Made, tmp_path: Path) -> None:
     artifact = TwinArtifact.open(made[1])
-    stacked = export_stacked(artifact, tmp_path)
+    stacked = export_stacked(artifact, tmp_path, tmp_path)
     grouped = [name for name, kind in artifact.kinds.items() if kind == "grouped_conv"]
     assert (tmp_path / "exclusive.safetensors").exists() == bool(grouped)
     for name in grouped:

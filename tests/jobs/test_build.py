@@ -26,7 +26,9 @@ from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs import build as module
+from twinmerge.jobs import grow
 from twinmerge.jobs.build import build, left_out, open_plan
+from twinmerge.jobs.export import export
 from twinmerge.jobs.preflight import router_rows
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
@@ -69,35 +71,41 @@ def test_manifest_says_what_was_built_from_what(bert: Family, tmp_path: Path) ->
     artifact = build(bert.root / "recipe.yaml", tmp_path / "new" / "twin")
     manifest = artifact.manifest
     assert artifact.path == tmp_path / "new" / "twin"
-    assert list(manifest) == [
-        "format_version",
-        "created",
-        "recipe",
-        "root",
-        "versions",
-        "base",
-        "experts",
-        "tensors",
-        "router",
-        "notes",
-        "check",
-        "files",
-    ]
     assert artifact.expert_names == GATE_ORDER
-    assert manifest["recipe"]["exclusive"]["rank"] == 2
-    assert "root" not in manifest["recipe"]
-    assert manifest["root"] == str(bert.root)
-    assert manifest["base"] == describe_input(Checkpoint.open(bert.base))
+    assert manifest.recipe.exclusive.content()["rank"] == 2
+    assert "root" not in manifest.recipe.content()
+    assert (artifact.path / str(manifest.root)).resolve() == bert.root
+    assert manifest.base == describe_input(Checkpoint.open(bert.base), "base")
     for name in GATE_ORDER:
         weights = bert.root / name / "model.safetensors"
-        assert manifest["experts"][name]["files"][weights.name]["sha256"] == sha256_of(weights)
-    assert [manifest["experts"][name]["source"] for name in GATE_ORDER] == [
-        str(bert.root / name) for name in GATE_ORDER
-    ]
-    assert set(manifest["versions"]) == {"twinmerge", "torch", "transformers", "safetensors"}
-    assert {entry["kind"] for entry in manifest["tensors"].values()} == {"linear", "vector", "embedding"}
-    assert 0 <= manifest["router"]["accuracy"] <= 1
-    assert artifact.verify() == len(manifest["files"])
+        assert manifest.experts[name].files[weights.name].sha256 == sha256_of(weights)
+    assert [manifest.experts[name].source for name in GATE_ORDER] == list(GATE_ORDER)
+    assert set(manifest.versions) == {"twinmerge", "torch", "transformers", "safetensors"}
+    assert {entry.kind for entry in manifest.tensors.values()} == {"linear", "vector", "embedding"}
+    assert 0 <= manifest.router.accuracy <= 1
+    assert artifact.verify() == len(manifest.files)
+
+
+def test_nothing_that_is_written_names_a_path_of_the_builders_machine(bert: Family, tmp_path: Path) -> None:
+    """Whatever the recipe says: absolute, relative, or elsewhere."""
+    shutil.copytree(bert.root / "sms", tmp_path / "else" / "where")
+    sources = {
+        name: {"model": str(bert.root / name), "router_data": str(bert.root / f"{name}.jsonl")} for name in EXPERTS
+    }
+    sources["sms"]["model"] = "../else/where"
+    recipe = write_recipe(bert, base=str(bert.base), experts=sources)
+    artifact = build(recipe, tmp_path / "twin")
+    assert artifact.manifest.recipe.base == artifact.manifest.base.source == "base"
+    assert artifact.manifest.experts["sms"].source == "../else/where"
+    assert artifact.manifest.recipe.experts["ag"].router_data == "ag.jsonl"
+    export(tmp_path / "twin", tmp_path / "peft", to="peft")
+    export(tmp_path / "twin", tmp_path / "stacked", to="stacked-lora")
+    grow.remove(tmp_path / "twin", "ag", out=tmp_path / "smaller")
+    grow.add(tmp_path / "smaller", "ag", model=bert.root / "ag", router_data=bert.root / "ag.jsonl")
+    for folder in ("twin", "peft", "stacked", "smaller"):
+        for path in (tmp_path / folder).rglob("*"):
+            if path.is_file():
+                assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 def test_model_card_names_experts_and_figures(twin: Twins) -> None:
@@ -133,8 +141,8 @@ def test_router_is_fitted_on_the_shared_experts_features(family: Get, twin: Twin
 def test_every_router_can_be_built(bert: Family, tmp_path: Path, method: str) -> None:
     router = {"method": method, "features": "layers:[0, 1]", "samples_per_expert": 10}
     artifact = build(write_recipe(bert, router=router), tmp_path / "twin")
-    assert artifact.manifest["router"]["inputs_per_expert"] == 10
-    assert sum("10 of its 24 rows are used" in note for note in artifact.manifest["notes"]) == 3
+    assert artifact.manifest.router.inputs_per_expert == 10
+    assert sum("10 of its 24 rows are used" in note for note in artifact.manifest.notes) == 3
     assert TwinModel.from_pretrained(tmp_path / "twin").route(input_ids=torch.tensor([[5, 6]])).shape == (1, 3)
 
 
@@ -250,6 +258,7 @@ KILLER = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from twinmerge.jobs import build as module
+from twinmerge.jobs import grow
 from twinmerge.jobs.build import build
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.merging.executor import Threads
@@ -378,7 +387,7 @@ def test_differences_that_are_allowed_are_noted(bert: Family, tmp_path: Path) ->
         build(recipe, tmp_path / "twin")
     with pytest.raises(InputError, match="'trec' is no fine-tune of this base: .* or --allow-unrelated"):
         build(recipe, tmp_path / "twin", allow=Allow(config=True))
-    notes = build(recipe, tmp_path / "twin", allow=Allow(config=True, unrelated=True)).manifest["notes"]
+    notes = build(recipe, tmp_path / "twin", allow=Allow(config=True, unrelated=True)).manifest.notes
     assert notes == ["'sms': layer_norm_eps is 1e-12 in base and 0.001 in sms"]
 
 

@@ -37,7 +37,9 @@ def source(family: Get, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def twin(source: Path, tmp_path: Path) -> Path:
     """Its recipe's paths start in `source`, which stays."""
-    return Path(shutil.copytree(source / "twin", tmp_path / "twin"))
+    folder = Path(shutil.copytree(source / "twin", tmp_path / "twin"))
+    change_manifest(folder, lambda m: m.update(root=os.path.relpath(source, folder)))
+    return folder
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -116,16 +118,16 @@ def test_expert_replaced_by_itself_gives_the_twin_back(
     assert {f: h for f, h in after.items() if f != "twin.json" and f != "README.md"} == {
         f: h for f, h in before.items() if f != "twin.json" and f != "README.md"
     }
-    assert again.manifest["experts"] == built.manifest["experts"]
-    assert again.manifest["tensors"] == built.manifest["tensors"]
-    assert again.manifest["router"] == built.manifest["router"]
+    assert again.manifest.experts == built.manifest.experts
+    assert again.manifest.tensors == built.manifest.tensors
+    assert again.manifest.router == built.manifest.router
 
 
 def test_removed_expert_is_gone_and_comes_back(source: Path, twin: Path) -> None:
     before = hashes(twin)
     artifact = grow.remove(twin, "sms")
     assert artifact.expert_names == ("ag", "trec") == load_router(artifact.path / "router").expert_names
-    assert all("sms" not in entry["ranks"] for entry in artifact.manifest["tensors"].values())
+    assert all("sms" not in entry.ranks for entry in artifact.manifest.tensors.values())
     assert not (twin / "experts" / "sms").exists()
     assert of_others(hashes(twin), "sms") == of_others(before, "sms")
     grow.add(twin, "sms", model=source / "sms", router_data=source / "sms.jsonl")
@@ -167,7 +169,7 @@ def test_sparse_knowledge_can_be_added(source: Path, tmp_path: Path) -> None:
     build(recipe, tmp_path / "twin")
     new = new_expert(source, tmp_path)
     artifact = grow.add(tmp_path / "twin", "news", **new)
-    assert 0 < artifact.manifest["experts"]["news"]["energy_kept"] < 1
+    assert 0 < artifact.manifest.experts["news"].energy_kept < 1
     without_pooler(source, tmp_path / "twin", new)
     with pytest.raises(MismatchError, match="expert 'news' lacks 'pooler.dense.weight', which expert 'ag' has"):
         grow.replace(tmp_path / "twin", "news", **new)
@@ -180,13 +182,13 @@ def test_budget_is_shared_out_and_the_recipe_says_so(source: Path, tmp_path: Pat
     built = build(Family(source).recipe(exclusive={"budget": 1.5}), tmp_path / "twin")
     before = dict(built.bytes_per_part())
     artifact = grow.add(built.path, "news", **new_expert(source, tmp_path))
-    assert artifact.manifest["recipe"]["exclusive"]["budget"] == 2.0
-    base = artifact.manifest["base"]["bytes"]
+    assert artifact.manifest.recipe.exclusive.content()["budget"] == 2.0
+    base = artifact.manifest.base.bytes
     share = 0.5 * base
     added = artifact.bytes_per_part()["exclusive"] - before["exclusive"]
     config = (artifact.path / "experts/news/adapter_config.json").stat().st_size
     assert 0.5 * share < added - config <= share  # of so small a model headers take much
-    assert grow.remove(built.path, "news").manifest["recipe"]["exclusive"]["budget"] == 1.5
+    assert grow.remove(built.path, "news").manifest.recipe.exclusive.content()["budget"] == 1.5
 
 
 def test_manifest_says_what_was_changed_and_how_to_rebuild(source: Path, twin: Path, tmp_path: Path) -> None:
@@ -196,15 +198,16 @@ def test_manifest_says_what_was_changed_and_how_to_rebuild(source: Path, twin: P
     (new["model"] / "README.md").write_text("---\nlicense: mit\n---\n")
     grow.add(twin, "news", **new)
     manifest = grow.remove(twin, "sms").manifest
-    assert [(c["change"], c["expert"]) for c in manifest["changes"]] == [("add", "news"), ("remove", "sms")]
-    entry = manifest["experts"]["news"]
-    assert (entry["source"], entry["licence"]) == (str(new["model"]), "mit")
+    assert [(c.change, c.expert) for c in manifest.changes] == [("add", "news"), ("remove", "sms")]
+    entry = manifest.experts["news"]
+    assert ((source / entry.source).resolve(), entry.licence) == (new["model"], "mit")
     weights = new["model"] / "model.safetensors"
-    assert entry["files"]["model.safetensors"] == {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
+    assert entry.files["model.safetensors"].content() == {"bytes": weights.stat().st_size, "sha256": sha256_of(weights)}
     card = (twin / "README.md").read_text()
     assert "merged before these changes: add news, remove sms." in card
     assert "news: mit" in card
-    again = build(Recipe.model_validate({**manifest["recipe"], "root": manifest["root"]}), tmp_path / "again")
+    root = (twin / str(manifest.root)).resolve()
+    again = build(Recipe.model_validate({**manifest.recipe.content(), "root": root}), tmp_path / "again")
     assert again.expert_names == ("ag", "news", "trec")
 
 
@@ -214,7 +217,7 @@ def test_model_of_the_hub_is_recorded_by_its_name(
     new = new_expert(source, tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(new["model"]))
     artifact = grow.add(twin, "news", model="someone/news", router_data=new["router_data"])
-    assert artifact.manifest["recipe"]["experts"]["news"]["model"] == "someone/news"
+    assert artifact.manifest.recipe.experts["news"].model == "someone/news"
 
 
 def test_paths_are_those_of_the_working_directory(
@@ -224,10 +227,11 @@ def test_paths_are_those_of_the_working_directory(
     change_manifest(twin, lambda m: m["base"].pop("files"))  # a base that was not hashed cannot be compared
     monkeypatch.chdir(tmp_path)
     artifact = grow.add("twin", "news", model="news", router_data="news.jsonl")
-    assert artifact.manifest["recipe"]["experts"]["news"] == {
-        "model": str(tmp_path / "news"),
-        "router_data": str(tmp_path / "news.jsonl"),
-    }
+    found = artifact.manifest.recipe.experts["news"]
+    assert [(source / path).resolve() for path in (found.model, found.router_data)] == [
+        tmp_path / "news",
+        tmp_path / "news.jsonl",
+    ]
 
 
 def test_moved_inputs_are_found_under_another_root(source: Path, tmp_path: Path) -> None:
@@ -237,7 +241,7 @@ def test_moved_inputs_are_found_under_another_root(source: Path, tmp_path: Path)
     with pytest.raises(RecipeError, match=r"router_data: .*gone/\w+\.jsonl is not there.*--root"):
         grow.remove(moved / "twin", "ag")
     artifact = grow.remove(moved / "twin", "ag", root=moved)
-    assert artifact.manifest["root"] == str(moved)
+    assert artifact.manifest.root == ".."
     del manifest["root"]
     (moved / "twin" / "twin.json").write_text(json.dumps(manifest))
 

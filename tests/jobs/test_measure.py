@@ -210,7 +210,7 @@ def test_prefixed_experts_with_heads_are_merged_in_merge_and_build_alike(
     assert all(torch.allclose(tensor, built.read(name), atol=1e-5) for name, tensor in merged.items())
     assert not torch.allclose(merged["encoder.layer.0.output.dense.weight"], average, atol=1e-5)
     manifest = json.loads((tmp_path / "merged" / "merge.json").read_text())
-    assert manifest["recipe"]["calibration_data"]["sms"] == str(root / "sms.jsonl")
+    assert (tmp_path / manifest["recipe"]["calibration_data"]["sms"]).resolve() == root / "sms.jsonl"
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean"])

@@ -115,10 +115,13 @@ def test_manifest_names_the_inputs_their_licences_and_what_was_asked_of_their_by
     cheap = merge_models(ours(models), models / "cheap")["inputs"]
     whole = merge_models(ours(models), models / "whole", hash_inputs=True)["inputs"]
     assert [(entry["source"], entry["licence"]) for entry in cheap] == [
-        (str(models / "base"), None),
-        (str(models / "a"), "mit"),
-        (str(models / "b"), None),
+        ("base", None),
+        ("a", "mit"),
+        ("b", None),
     ]
+    manifest = merge_models(kit(models, "task_arithmetic", "weight: 1"), models / "kit", allow=Allow(config=True))
+    assert manifest["recipe"]["experts"] == {"a": "a", "b": "b"}
+    assert str(models) not in (models / "kit" / MANIFEST).read_text()
     for name, light, heavy in zip(("base", "a", "b"), cheap, whole, strict=True):
         assert light["bytes"] == Checkpoint.open(models / name).nbytes
         assert light["files"].keys() == heavy["files"].keys() == {p.name for p in (models / name).glob("*.safetensors")}

@@ -144,7 +144,7 @@ def test_length_left_out_is_the_longest_that_an_expert_was_trained_on(family: Ge
         (made.root / name / "tokenizer.json").write_text(json.dumps(content))
     build(made.recipe(exclusive=WHOLE), tmp_path / "twin")
     artifact = TwinArtifact.open(tmp_path / "twin")
-    assert artifact.manifest["recipe"]["max_length"] == 12
+    assert artifact.manifest.recipe.max_length == 12
     assert list(artifact.path.glob("experts/*/own")) == []  # the length alone is no way to read
     asked = checked(made.plan(max_length=7)).plan
     assert asked.recipe.max_length == 7

@@ -1,7 +1,7 @@
 """The twin's folder: what is written is read back to the bit, bytes are those on disk, damage is named."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from twinmerge.routing.store import load_router, save_router
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense, Part
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.artifact import TwinArtifact, write_exclusive, write_manifest
+from twinmerge.twin.artifact import TwinArtifact, write_exclusive
+from twinmerge.twin.manifest import Manifest, write_manifest
 from twinmerge.twin.plan import Kind
 from twinmerge.twin.recipe import RouterSettings
 
@@ -78,13 +79,30 @@ def make_twin(folder: Path, experts: Mapping[str, Mapping[str, Part]]) -> Path:
         (folder / "experts" / expert / "head" / "config.json").write_text('{"id2label": {"0": "no", "1": "yes"}}')
     settings = RouterSettings(method="centroid", features="all")
     save_router(assemble(list(experts), settings, feature_size=3), folder / "router")
-    manifest = {
-        "recipe": {"max_length": None},
-        "experts": {expert: {} for expert in experts},
-        "tensors": {name: {"kind": kind} for name, kind in KINDS.items()},
-    }
-    write_manifest(folder, manifest)
+    write_manifest(folder, manifest_of(experts))
     return folder
+
+
+def manifest_of(experts: Collection[str]) -> Manifest:
+    """All that a twin of these experts must say."""
+    source = {"source": "models/x", "bytes": 4, "adapter": False, "energy": 1.0, "energy_kept": 0.5}
+    return Manifest.model_validate(
+        {
+            "created": "2026-01-01T00:00:00+00:00",
+            "recipe": {
+                "base": "base",
+                "experts": {name: {"model": name, "router_data": f"{name}.jsonl"} for name in experts},
+                "shared": {"method": "average"},
+                "exclusive": {"rank": 2},
+                "router": {"method": "centroid", "features": "all"},
+            },
+            "versions": {"twinmerge": "0.1.0"},
+            "base": {"source": "someone/base", "bytes": 4},
+            "experts": {name: {**source, "rank_mean": 2.0, "rank_max": 2} for name in sorted(experts)},
+            "tensors": {name: {"kind": kind, "ranks": dict.fromkeys(experts, 2)} for name, kind in KINDS.items()},
+            "router": {"accuracy": 1.0, "calibration_error": 0.0, "temperature": 1.0, "inputs_per_expert": 9},
+        }
+    )
 
 
 @pytest.fixture
@@ -159,17 +177,6 @@ def test_golden_bytes_of_an_expert(twin: Path) -> None:
     }
 
 
-def test_golden_bytes_of_a_manifest(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b.txt").write_text("text")
-    write_manifest(tmp_path, {"experts": {"sms": {"energy_kept": 0.5}}})
-    assert (tmp_path / "twin.json").read_text() == (
-        '{\n "format_version": 1,\n "experts": {\n  "sms": {\n   "energy_kept": 0.5\n  }\n },\n "files": {\n'
-        '  "a/b.txt": {\n   "bytes": 4,\n'
-        '   "sha256": "982d9e3eb996f559e633f4d194def3761d909f5a3b647d1a851fead67c32c9d1"\n  }\n }\n}\n'
-    )
-
-
 def test_adapter_config_gives_every_pair_scale_one(tmp_path: Path) -> None:
     parts = {
         "layer.query.weight": part_of("layer.query.weight", "2"),
@@ -230,10 +237,6 @@ def cut(twin: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def change_manifest(twin: Path, change: Callable[[dict[str, object]], object]) -> None:
-    (twin / "twin.json").write_text(json.dumps(change(json.loads((twin / "twin.json").read_text()))))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -242,21 +245,6 @@ def change_manifest(twin: Path, change: Callable[[dict[str, object]], object]) -
             r"model\.safetensors must hold [\d,]+ bytes, found no file; copy",
         ),
         (cut, r"adapter_model\.safetensors must hold [\d,]+ bytes, found [\d,]+; copy or build the twin again"),
-        (
-            lambda t: (t / "twin.json").unlink(),
-            r"is no twin: twin\.json cannot be read \(No such file or directory\); build",
-        ),
-        (lambda t: (t / "twin.json").write_text("{"), r"twin\.json is damaged: Expecting property name"),
-        (lambda t: (t / "twin.json").write_bytes(b"\xff"), r"twin\.json is damaged: 'utf-8' codec"),
-        (lambda t: change_manifest(t, lambda m: [m]), r"twin\.json: format_version must be 1, found None; rebuild"),
-        (
-            lambda t: change_manifest(t, lambda m: {**m, "format_version": 2}),
-            "format_version must be 1, found 2; rebuild",
-        ),
-        (
-            lambda t: change_manifest(t, lambda m: {**m, "files": None}),
-            r"twin\.json is damaged: it lacks 'files'; rebuild",
-        ),
     ],
 )
 def test_damaged_twin_is_named_when_it_is_opened(twin: Path, damage: Callable[[Path], object], message: str) -> None:

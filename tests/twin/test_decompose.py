@@ -19,12 +19,14 @@ from twinmerge.files import writer
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of
 from twinmerge.files.writer import copy_side_files
+from twinmerge.jobs.build import new_manifest
 from twinmerge.models.compatible import Allow
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Part, of_form
 from twinmerge.tensors.sparse import Sparse
-from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import WeightsReport, decompose_tensor, write_weights
+from twinmerge.twin.manifest import write_manifest
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.shared import merge_parameter, prepare
 
@@ -37,8 +39,7 @@ def written(plan: Plan, folder: Path) -> tuple[TwinArtifact, WeightsReport]:
     (folder / "twin").mkdir(parents=True)
     (folder / "work").mkdir()
     report = write_weights(plan, folder / "twin", folder / "work")
-    recipe = plan.recipe.model_dump(mode="json", exclude={"root"})
-    write_manifest(folder / "twin", {"recipe": recipe, "experts": report.experts, "tensors": report.tensors})
+    write_manifest(folder / "twin", new_manifest(plan, report, folder / "twin"))
     return TwinArtifact.open(folder / "twin"), report
 
 

@@ -1,7 +1,7 @@
 """One seed of a suite: its rows, its experts, its twins as a user builds and asks them, and what contestants share."""
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from twinmerge.jobs.predict import predict
 from twinmerge.merging.method import Method
 from twinmerge.runtime.precision import autocast, resolve
 from twinmerge.twin.features import Features
+from twinmerge.twin.manifest import Manifest
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
 
@@ -41,7 +42,7 @@ class Built:
     """
 
     model: TwinModel
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     bytes: dict[str, int]
 
 

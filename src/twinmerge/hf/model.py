@@ -143,7 +143,7 @@ class TwinModel(nn.Module):
             heads=heads,
             router=load_router(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
-            max_length=artifact.manifest["recipe"]["max_length"],
+            max_length=artifact.manifest.recipe.max_length,
             own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
         )
         model.heads.to(to)

@@ -20,13 +20,25 @@ from twinmerge.jobs.measure import for_twin
 from twinmerge.jobs.preflight import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
-from twinmerge.models.provenance import describe_input
+from twinmerge.models.provenance import describe_input, portable
 from twinmerge.routing.fit import fit_router
 from twinmerge.routing.router import Router
 from twinmerge.routing.store import save_router
-from twinmerge.twin.artifact import TwinArtifact, write_manifest
+from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import WeightsReport, write_weights
+from twinmerge.twin.manifest import (
+    NOT_FITTED,
+    CheckRecord,
+    ExpertRecord,
+    HashedFile,
+    Manifest,
+    ParameterRecord,
+    RouterRecord,
+    record_recipe,
+    record_root,
+    write_manifest,
+)
 from twinmerge.twin.plan import Plan, make_plan
 from twinmerge.twin.recipe import Recipe, RouterSettings
 
@@ -90,48 +102,63 @@ def build(
                 record=target.record,
                 measured=calibration.measure(target, progress) if calibration else {},
             )
-            _complete(target.folder, found, report, check, progress)
+            found.write_own(target.folder)
+            manifest = new_manifest(plan, report, out, left_out(found.rows, recipe.router), progress)
+            finish(TwinArtifact(target.folder, manifest), found, check=check, progress=progress)
     return TwinArtifact.open(out)
 
 
-def _complete(folder: Path, found: Checked, report: WeightsReport, check: bool, progress: Progress) -> None:
-    """Add what is each expert's own, the router, the manifest, the model card, and what a check of it all found."""
-    plan = found.plan
-    found.write_own(folder)
-    written = TwinArtifact(folder, {"experts": report.experts, "tensors": report.tensors, "files": {}})
-    router = fit_on(written, plan.recipe, found.rows, progress)
-    save_router(router, folder / "router")
-    manifest = {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "recipe": plan.recipe.model_dump(mode="json", exclude={"root"}),
-        "root": str(plan.recipe.root.resolve()),
-        "versions": versions(),
-        "base": describe_input(plan.base),
-        "experts": with_provenance(plan, report.experts, progress),
-        "tensors": report.tensors,
-        "router": router.report,
-        "notes": [*plan.notes, *left_out(found.rows, plan.recipe.router)],
-    }
-    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    finish(folder, manifest, plan, found.rows, check=check, progress=progress)
+def new_manifest(
+    plan: Plan, report: WeightsReport, out: Path, notes: Sequence[str] = (), progress: Progress = silent
+) -> Manifest:
+    """What the manifest of a twin that will lie in `out` says before its router is fitted."""
+    recipe = record_recipe(plan.recipe)
+    return Manifest(
+        created=now(),
+        recipe=recipe,
+        root=record_root(plan.recipe, out),
+        versions=versions(),
+        base=describe_input(plan.base, recipe.base),
+        experts=with_provenance(plan, report.experts, progress),
+        tensors={name: ParameterRecord(**entry) for name, entry in report.tensors.items()},
+        router=NOT_FITTED,
+        notes=[*plan.notes, *notes],
+    )
 
 
 def finish(
-    folder: Path,
-    manifest: Mapping[str, Any],
-    plan: Plan,
-    rows: Mapping[str, Sequence[Row]],
-    known: Mapping[str, Any] = {},
+    written: TwinArtifact,
+    found: Checked,
+    known: Mapping[str, HashedFile] = {},
     *,
     check: bool,
     progress: Progress = silent,
 ) -> None:
-    """Write the manifest of a twin that is whole, once it was checked; `known` as for `write_manifest`."""
+    """Fit the router on a twin without one; write it, the model card, and the manifest once the twin was checked.
+
+    Args:
+        written: the twin, whole but for the router.
+        found: what was checked before any work.
+        known: entries of files that were hashed already.
+        check: try the twin as it lies on disk.
+        progress: told of the stages.
+    """
+    folder = written.path
+    router = fit_on(written, found.plan.recipe, found.rows, progress)
+    save_router(router, folder / "router")
+    manifest = written.manifest.model_copy(update={"router": RouterRecord(**router.report), "check": None})
+    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     if check:
         write_manifest(folder, manifest, known)
-        kept = {name: entry["energy_kept"] for name, entry in manifest["experts"].items()}
-        found = check_twin(folder, plan, rows, kept, progress)
-    write_manifest(folder, {**manifest, "check": found if check else None}, known)
+        kept = {name: entry.energy_kept for name, entry in manifest.experts.items()}
+        report = CheckRecord.model_validate(check_twin(folder, found.plan, found.rows, kept, progress))
+        manifest = manifest.model_copy(update={"check": report})
+    write_manifest(folder, manifest, known)
+
+
+def now() -> str:
+    """The time, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
@@ -141,11 +168,12 @@ def versions() -> dict[str, str]:
 
 def with_provenance(
     plan: Plan, entries: Mapping[str, Mapping[str, Any]], progress: Progress = silent
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, ExpertRecord]:
     """The manifest's entries of a plan's experts, with the hashes and licences of what they were read from."""
     described = {}
     for done, (name, entry) in enumerate(entries.items(), start=1):
-        described[name] = {**entry, **describe_input(plan.experts[name].checkpoint)}
+        source = portable(plan.recipe.root, plan.recipe.experts[name].model)
+        described[name] = ExpertRecord(**entry, **dict(describe_input(plan.experts[name].checkpoint, source)))
         progress("hashing experts", done, len(entries))
     return described
 
@@ -187,36 +215,38 @@ def left_out(rows: Mapping[str, Sequence[Row]], settings: RouterSettings) -> lis
     ]
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: Manifest) -> str:
     """The twin's README.md, from its manifest."""
     experts = "\n".join(
-        f"| {name} | {entry['source']} | {entry['rank_mean']:.1f} | {entry['energy_kept']:.1%} |"
-        for name, entry in manifest["experts"].items()
+        f"| {name} | {entry.source} | {entry.rank_mean:.1f} | {entry.energy_kept:.1%} |"
+        for name, entry in manifest.experts.items()
     )
-    licences = "; ".join(
-        f"{name}: {entry.get('licence') or 'none named'}"
-        for name, entry in {"base": manifest["base"], **manifest["experts"]}.items()
-    )
-    router, recipe = manifest["router"], manifest["recipe"]
-    changes = ", ".join(f"{change['change']} {change['expert']}" for change in manifest.get("changes", []))
+    licences = "; ".join(f"{name}: {entry.licence or 'none named'}" for name, entry in manifest.inputs.items())
+    router, recipe = manifest.router, manifest.recipe
+    changes = ", ".join(f"{change.change} {change.expert}" for change in manifest.changes)
     changed = f" It was merged before these changes: {changes}." if changes else ""
     return f"""---
 library_name: twinmerge
 tags: [merge, twin-merging]
 ---
-# A twin of {len(manifest["experts"])} experts
+# A twin of {len(manifest.experts)} experts
 
-Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest["versions"]["twinmerge"]} by Twin-Merging
-(arXiv:2406.15479) from base `{recipe["base"]}`. The folder loads as the shared expert with plain transformers;
+Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest.versions["twinmerge"]} by Twin-Merging
+(arXiv:2406.15479) from base `{recipe.base}`. The folder loads as the shared expert with plain transformers;
 `experts/NAME` loads on it as a PEFT adapter; `twinmerge.TwinModel.from_pretrained` mixes the experts for every input.
 
 | expert | source | mean rank | energy kept |
 |---|---|---|---|
 {experts}
 
-Shared expert: {recipe["shared"]}.{changed} Exclusive knowledge: {recipe["exclusive"]}.
-Router: {recipe["router"]["method"]} on features `{recipe["router"]["features"]}`, {router["accuracy"]:.1%} right on
-held-out router data, calibration error {router["calibration_error"]:.3f}.
+Shared expert: {_told(recipe.shared)}.{changed} Exclusive knowledge: {_told(dict(recipe.exclusive))}.
+Router: {recipe.router.method} on features `{recipe.router.features}`, {router.accuracy:.1%} right on
+held-out router data, calibration error {router.calibration_error:.3f}.
 
 Licences of base and experts apply, as their model cards name them: {licences}.
 """
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    """Settings in words; those that are not set are left out."""
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)

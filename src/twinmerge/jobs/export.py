@@ -17,6 +17,7 @@ from twinmerge.hf.loading import quiet
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.own import GENERATION, OWN, bring_own
 from twinmerge.jobs.build import versions
+from twinmerge.models.provenance import portable
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.export import export_peft, export_stacked
 
@@ -61,17 +62,16 @@ def export(
         if to == "dense":
             held = _export_dense(artifact, folder, weights)
         else:
-            held = (export_peft if to == "peft" else export_stacked)(artifact, folder)
+            held = (export_peft if to == "peft" else export_stacked)(artifact, folder, Path(out))
             for name in artifact.expert_names if to == "peft" else ():
                 bring_own(artifact.path / "experts" / name / OWN, folder / name)
         progress(f"exporting as {to}", 1, 1)
-        inputs = {"base": artifact.manifest.get("base", {}), **artifact.manifest["experts"]}
         note = {
-            "twin": str(artifact.path.resolve()),
+            "twin": portable(Path(out), artifact.path.resolve()),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "to": to,
-            "licences": {name: entry.get("licence") for name, entry in inputs.items()},
+            "licences": {name: entry.licence for name, entry in artifact.manifest.inputs.items()},
             "holds": held,
         }
         (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")

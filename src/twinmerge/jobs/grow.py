@@ -1,6 +1,5 @@
 """Adds, removes or exchanges an expert of a twin: the shared expert stays, the router is fitted anew."""
 
-import datetime
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,13 +13,20 @@ from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.loading import by_class
-from twinmerge.jobs.build import finish, fit_on, model_card, versions, with_provenance
+from twinmerge.jobs.build import finish, now, versions, with_provenance
 from twinmerge.jobs.preflight import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
-from twinmerge.routing.store import save_router
-from twinmerge.twin.artifact import MANIFEST, TwinArtifact
+from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import WeightsReport, add_expert
+from twinmerge.twin.manifest import (
+    MANIFEST,
+    ChangeRecord,
+    HashedFile,
+    Manifest,
+    record_recipe,
+    record_root,
+)
 from twinmerge.twin.plan import MATRICES, Plan, make_plan
 from twinmerge.twin.recipe import ExpertSource, Recipe
 
@@ -115,23 +121,22 @@ def _change(
     fingerprint = _fingerprint(folder, change, name, source)
     with durable_folder(out, fingerprint, overwrite=overwrite, resume=resume, in_place=out == folder) as target:
         if not target.complete:
-            _fill(target, TwinArtifact.open(folder), change, name, source, root, check, progress, link=out == folder)
+            _fill(target, TwinArtifact.open(folder), out, change, name, source, root, check, progress)
     return TwinArtifact.open(out)
 
 
 def _fill(
     target: Folder,
     artifact: TwinArtifact,
+    out: Path,
     change: Change,
     name: str,
     source: ExpertSource | None,
     root: Path | str | None,
     check: bool,
     progress: Progress,
-    *,
-    link: bool,
 ) -> None:
-    """Write the new twin; `link` its files to the old one's where they stay."""
+    """Write the new twin, which will lie in `out`."""
     recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
     plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
     found = checked(plan)
@@ -139,7 +144,7 @@ def _fill(
     artifact.verify()
     target.clear()
     folder = target.folder
-    known = _take_over(artifact, folder, name, link=link)
+    known = _take_over(artifact, folder, name, link=out == artifact.path)
     report = None
     if source is not None:
         report = add_expert(
@@ -152,12 +157,8 @@ def _fill(
             record=target.record,
         )
     found.write_own(folder)
-    manifest = _manifest(artifact, plan, change, name, report, progress)
-    router = fit_on(TwinArtifact(folder, manifest), recipe, found.rows, progress)
-    save_router(router, folder / "router")
-    manifest |= {"router": router.report}
-    (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
-    finish(folder, manifest, plan, found.rows, known, check=check, progress=progress)
+    manifest = _manifest(artifact, out, plan, change, name, report, progress)
+    finish(TwinArtifact(folder, manifest), found, known, check=check, progress=progress)
 
 
 def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:
@@ -179,13 +180,14 @@ def _source(model: Path | str, router_data: Path | str) -> ExpertSource:
 
 def _recipe(artifact: TwinArtifact, root: Path | str | None) -> Recipe:
     """The recipe that a twin was built from."""
-    start = root if root is not None else artifact.manifest.get("root")
+    recorded = artifact.manifest.root
+    start = Path(root) if root is not None else artifact.path / recorded if recorded is not None else None
     if start is None:
         raise ArtifactError(
             f"{artifact.path} does not say where its recipe's paths start; name that folder as root (--root)"
         )
     try:
-        return Recipe.model_validate({**artifact.manifest["recipe"], "root": Path(start).resolve()})
+        return Recipe.model_validate({**artifact.manifest.recipe.content(), "root": start.resolve()})
     except ValidationError as error:
         raise ArtifactError(
             f"{artifact.path / 'twin.json'} is damaged: its recipe is not valid ({error.errors()[0]['msg']})"
@@ -230,9 +232,8 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
         MismatchError: if the base is another than the twin's, or the expert has other parameters or no head.
     """
     plan = make_plan(recipe, artifact.kinds, only=name, by_class=by_class)
-    base = artifact.manifest.get("base", {})
-    if "files" in base:
-        require_unchanged(base, plan.base, "base")
+    if artifact.manifest.base.files:
+        require_unchanged(artifact.manifest.base, plan.base, "base")
     others = [other for other in artifact.expert_names if other != name]
     with_head = [other for other in others if (artifact.path / "experts" / other / "head").is_dir()]
     if bool(with_head) != bool(plan.experts[name].head):
@@ -248,7 +249,7 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
     return plan
 
 
-def _take_over(artifact: TwinArtifact, staging: Path, name: str, *, link: bool) -> dict[str, Any]:
+def _take_over(artifact: TwinArtifact, folder: Path, name: str, *, link: bool) -> dict[str, HashedFile]:
     """Bring the files that stay into the new folder, without a copy where it takes the old one's place.
 
     Returns:
@@ -256,13 +257,13 @@ def _take_over(artifact: TwinArtifact, staging: Path, name: str, *, link: bool) 
     """
     kept = {
         file: entry
-        for file, entry in artifact.manifest["files"].items()
+        for file, entry in artifact.manifest.files.items()
         if file != "README.md" and not file.startswith(("router/", f"experts/{name}/"))
     }
     for file in kept:
-        (staging / file).parent.mkdir(parents=True, exist_ok=True)
-        if not (link and _linked(artifact.path / file, staging / file)):
-            shutil.copyfile(artifact.path / file, staging / file)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        if not (link and _linked(artifact.path / file, folder / file)):
+            shutil.copyfile(artifact.path / file, folder / file)
     return kept
 
 
@@ -276,29 +277,34 @@ def _linked(old: Path, new: Path) -> bool:
 
 
 def _manifest(
-    artifact: TwinArtifact, plan: Plan, change: Change, name: str, report: WeightsReport | None, progress: Progress
-) -> dict[str, Any]:
+    artifact: TwinArtifact,
+    out: Path,
+    plan: Plan,
+    change: Change,
+    name: str,
+    report: WeightsReport | None,
+    progress: Progress,
+) -> Manifest:
     """The old manifest with one expert more, fewer or other, and a line on the change."""
-    old = {key: value for key, value in artifact.manifest.items() if key not in ("format_version", "files")}
-    experts = {expert: entry for expert, entry in old["experts"].items() if expert != name}
+    old, recipe = artifact.manifest, record_recipe(plan.recipe)
+    experts = {expert: entry for expert, entry in old.experts.items() if expert != name}
     found: Mapping[str, Mapping[str, Any]] = {}
     if report is not None:
         experts |= with_provenance(plan, report.experts, progress)
         found = report.tensors
     tensors = {}
-    for tensor, entry in old["tensors"].items():
-        ranks = {expert: rank for expert, rank in entry["ranks"].items() if expert != name}
+    for tensor, entry in old.tensors.items():
+        ranks = {expert: rank for expert, rank in entry.ranks.items() if expert != name}
         ranks |= found.get(tensor, {}).get("ranks", {})
-        tensors[tensor] = {**entry, "ranks": dict(sorted(ranks.items()))}
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return old | {
-        "recipe": plan.recipe.model_dump(mode="json", exclude={"root"}),
-        "root": str(plan.recipe.root),
-        "experts": dict(sorted(experts.items())),
-        "tensors": tensors,
-        "notes": [*old.get("notes", []), *plan.notes],
-        "changes": [
-            *old.get("changes", []),
-            {"at": now, "change": change, "expert": name, "versions": versions()},
-        ],
-    }
+        tensors[tensor] = entry.model_copy(update={"ranks": dict(sorted(ranks.items()))})
+    changed = ChangeRecord(at=now(), change=change, expert=name, versions=versions())
+    return old.model_copy(
+        update={
+            "recipe": recipe,
+            "root": record_root(plan.recipe, out),
+            "experts": dict(sorted(experts.items())),
+            "tensors": tensors,
+            "notes": [*old.notes, *plan.notes],
+            "changes": [*old.changes, changed],
+        }
+    )

@@ -193,7 +193,8 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
 
 
 def _manifest(plan: MergePlan, folder: Path, hash_inputs: bool) -> dict[str, Any]:
-    inputs = {str(model.path): model for model in (plan.reference, *plan.experts.values())}
+    merge = plan.merge
+    inputs = {merge.sources[model.path]: model for model in (plan.reference, *plan.experts.values())}
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.glob("*.safetensors"))
@@ -201,9 +202,9 @@ def _manifest(plan: MergePlan, folder: Path, hash_inputs: bool) -> dict[str, Any
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: importlib.metadata.version(name) for name in ("twinmerge", "torch")},
-        "recipe": plan.merge.record(),
-        "inputs": [describe_input(model, whole=hash_inputs) for model in inputs.values()],
+        "recipe": merge.record(),
+        "inputs": [describe_input(model, source, whole=hash_inputs).content() for source, model in inputs.items()],
         "tensors": len(plan.specs),
         "files": files,
-        "notes": list(plan.notes),
+        "notes": [merge.portable(note) for note in plan.notes],
     }

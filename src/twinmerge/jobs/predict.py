@@ -25,7 +25,8 @@ from twinmerge.hf.generate import end_ids, sees_padding
 from twinmerge.hf.inputs import Encoded, batches_of, encode, pad, padding_id, spans_of, tokenizer_of
 from twinmerge.hf.model import Mode, TwinModel
 from twinmerge.jobs.build import versions
-from twinmerge.twin.artifact import MANIFEST, TwinArtifact
+from twinmerge.twin.artifact import TwinArtifact
+from twinmerge.twin.manifest import MANIFEST
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 2048, 1 << 24
 """What is read, sorted by length and answered at a time."""

@@ -16,6 +16,7 @@ from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.mergekit import Dtype, PerTensor, compile_methods, kit_names, kit_recipe
 from twinmerge.merging.method import Method
 from twinmerge.merging.task_arithmetic import TaskArithmetic
+from twinmerge.models.provenance import portable
 from twinmerge.models.source import locate
 
 _IN_STACK = re.compile(r"(?:(.*?)\.)?(\d+)\.")
@@ -65,16 +66,25 @@ class StaticMerge:
     layers: int | None = None
     """How many layers the recipe says the models have, if it says so."""
     seed: int = 0
+    sources: Mapping[Path, str] = field(default_factory=dict)
+    """How the manifest calls each of the models: as another machine may read it."""
+
+    def portable(self, text: str) -> str:
+        """A text in which models that the recipe names by their absolute paths are called as `sources` does."""
+        for name, path in self.experts.items():
+            text = text.replace(name, self.sources[path]) if Path(name).is_absolute() else text
+        return text
 
     def record(self) -> dict[str, Any]:
         """The recipe as it is kept in the manifest."""
+        calibration = {name: self.sources[path] for name, path in self.calibration.items()}
         return {
             "method": self.method,
-            "base": str(self.base) if self.base else None,
-            "experts": {name: str(path) for name, path in self.experts.items()},
+            "base": self.sources[self.base] if self.base else None,
+            "experts": {self.portable(name): self.sources[path] for name, path in self.experts.items()},
             "seed": self.seed,
             "dtype": str(self.dtype).removeprefix("torch.") if self.dtype else None,
-        } | ({"calibration_data": {n: str(path) for n, path in self.calibration.items()}} if self.calibration else {})
+        } | ({"calibration_data": calibration} if calibration else {})
 
 
 def load_merge(path: Path, seed: int = 0) -> StaticMerge:
@@ -99,10 +109,14 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
         raise RecipeError(f"{path}: {error}") from error
     experts = {name: _locate_near(path, name, f"models.{place}.model") for name, place in methods.places.items()}
     start = _locate_near(path, kit.base_model, "base_model") if kit.base_model else None
+    named = {name: found for name, found in [*experts.items(), (str(kit.base_model), start)] if found}
+    sources = {found: portable(path.resolve().parent, name, found) for name, found in named.items()}
     base = start if methods.form.uses_base else None
     dtype = _dtype(kit.out_dtype or kit.dtype)
     reference = start or next(iter(experts.values()))
-    return StaticMerge(name, methods, reference, base, experts, dtype, _calibration(path, methods), kit.layers, seed)
+    data = _calibration(path, methods)
+    sources |= _called(path, data)
+    return StaticMerge(name, methods, reference, base, experts, dtype, data, kit.layers, seed, sources)
 
 
 def _load_ours(path: Path, seed: int) -> StaticMerge:
@@ -112,17 +126,25 @@ def _load_ours(path: Path, seed: int) -> StaticMerge:
             "experts (a folder for each name), shared and dtype"
         )
     recipe = load_yaml(path, MergeRecipe)
-    base = locate(path.resolve().parent, recipe.base, "base")
-    experts = {n: locate(path.resolve().parent, s, f"experts.{n}") for n, s in recipe.experts.items()}
+    root = path.resolve().parent
+    base = locate(root, recipe.base, "base")
+    experts = {name: locate(root, source, f"experts.{name}") for name, source in recipe.experts.items()}
+    named = [(recipe.base, base), *((recipe.experts[name], found) for name, found in experts.items())]
+    sources = {found: portable(root, source, found) for source, found in named}
     methods = PerTensor(type(recipe.shared), recipe.shared.model_dump())
     data, dtype = _calibration(path, methods), _dtype(recipe.dtype)
-    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, seed=seed)
+    sources |= _called(path, data)
+    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, None, seed, sources)
 
 
 def _calibration(path: Path, methods: PerTensor) -> dict[str, Path]:
     """Inputs of each expert, where the method asks for them."""
     data = methods.common.get("calibration_data") or methods.defaults.get("calibration_data") or {}
     return {n: locate(path.resolve().parent, s, f"calibration_data.{n}") for n, s in data.items()}
+
+
+def _called(path: Path, files: Mapping[str, Path]) -> dict[Path, str]:
+    return {file: portable(path.resolve().parent, file) for file in files.values()}
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

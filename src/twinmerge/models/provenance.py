@@ -1,45 +1,99 @@
 """Says where weights came from: their files, what those hold, and the licence on the card beside them."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from twinmerge.errors import MismatchError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import header_sha256, sha256_of
 
 CARD = "README.md"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-def describe_input(checkpoint: Checkpoint, *, whole: bool = True) -> dict[str, Any]:
+class Recorded(BaseModel):
+    """What a manifest holds: exactly typed, with whatever a later version adds."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    def content(self) -> dict[str, Any]:
+        """As JSON holds it; what was not given is left out."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+class FileRecord(Recorded):
+    """A file: its bytes, and the SHA-256 of all of it or of its header, which says names, shapes and dtypes alone."""
+
+    bytes: NonNegativeInt
+    sha256: Sha256 | None = None
+    header_sha256: Sha256 | None = None
+
+
+class InputRecord(Recorded):
+    """A model that something was made from.
+
+    Attributes:
+        source: a hub id, or a path from the recipe's folder.
+        bytes: of its tensors.
+        licence: as its card names it.
+        files: of its weights, by name.
+    """
+
+    source: str
+    bytes: NonNegativeInt
+    licence: str | None = None
+    files: Mapping[str, FileRecord] = {}
+
+
+def describe_input(checkpoint: Checkpoint, source: str, *, whole: bool = True) -> InputRecord:
     """What a manifest says of one input.
 
     Args:
         checkpoint: base, expert or adapter.
-        whole: hash every file; else only its header, which says names, shapes and dtypes but not values.
-
-    Returns:
-        `source`, `bytes` of its tensors, `licence` (None where the card names none), and `files` by name: `bytes`,
-        and `sha256` or `header_sha256`.
+        source: what it is called there; see `portable`.
+        whole: hash every file; else only its header.
     """
     files = sorted({spec.file for spec in checkpoint.specs.values()})
-    return {
-        "source": str(checkpoint.path),
-        "bytes": checkpoint.nbytes,
-        "licence": licence_of(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent),
-        "files": {
-            file.name: {
-                "bytes": file.stat().st_size,
-                **({"sha256": sha256_of(file)} if whole else {"header_sha256": header_sha256(file)}),
-            }
-            for file in files
-        },
-    }
+    return InputRecord(
+        source=source,
+        bytes=checkpoint.nbytes,
+        licence=licence_of(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent),
+        files={file.name: _describe_file(file, whole) for file in files},
+    )
 
 
-def require_unchanged(entry: Mapping[str, Any], checkpoint: Checkpoint, what: str) -> None:
+def _describe_file(file: Path, whole: bool) -> FileRecord:
+    size = file.stat().st_size
+    if whole:
+        return FileRecord(bytes=size, sha256=sha256_of(file))
+    return FileRecord(bytes=size, header_sha256=header_sha256(file))
+
+
+def portable(root: Path, source: Path | str, found: Path | None = None) -> str:
+    """How a source is called where another machine may read it.
+
+    Args:
+        root: the folder that paths start from.
+        source: a path, or the id of a model on the hub.
+        found: the model, if `source` may be a path from the working directory.
+
+    Returns:
+        A hub id or a path from `root` as it is; any other path as seen from `root`, or, where the two have no folder in
+        common that would stay the same elsewhere, its last name.
+    """
+    given = Path(source).expanduser()
+    if not given.is_absolute() and found != given.resolve():
+        return str(source)
+    root, path = root.resolve(), given.resolve()
+    return os.path.relpath(path, root) if os.path.commonpath([root, path]) != path.anchor else path.name
+
+
+def require_unchanged(entry: InputRecord, checkpoint: Checkpoint, what: str) -> None:
     """Refuse an input whose files are not those that a manifest describes.
 
     Args:
@@ -50,8 +104,8 @@ def require_unchanged(entry: Mapping[str, Any], checkpoint: Checkpoint, what: st
     Raises:
         MismatchError: naming the first file that differs.
     """
-    found = describe_input(checkpoint)["files"]
-    changed = sorted(name for name in {*found, *entry["files"]} if found.get(name) != entry["files"].get(name))
+    found = describe_input(checkpoint, entry.source).files
+    changed = sorted(name for name in {*found, *entry.files} if found.get(name) != entry.files.get(name))
     if changed:
         raise MismatchError(
             f"{what} {checkpoint.path} is not what the twin was built from: {changed[0]} differs from its sha256 in "

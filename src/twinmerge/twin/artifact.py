@@ -17,11 +17,9 @@ from twinmerge.files.writer import save_tensors
 from twinmerge.tensors.float8 import EIGHT_BITS, SCALE
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Part, unpack
+from twinmerge.twin.manifest import MANIFEST, Manifest, files_in, read_manifest
 from twinmerge.twin.plan import TRANSPOSED, Kind
 
-FORMAT_VERSION = 1
-MANIFEST = "twin.json"
-_KEYS = ("recipe", "experts", "tensors", "files")
 PEFT_PREFIX = "base_model.model."
 IN_ADAPTER: tuple[Kind, ...] = ("linear", "conv1d", "conv", "embedding")
 
@@ -31,7 +29,7 @@ class TwinArtifact:
     """A twin on disk: shared expert, exclusive parts, heads, router and manifest."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: Path | str) -> "TwinArtifact":
@@ -41,40 +39,25 @@ class TwinArtifact:
             ArtifactError: if it is no twin, of another format version, or a file is missing or of another size.
         """
         path = Path(path)
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ArtifactError(
-                f"{path} is no twin: {MANIFEST} cannot be read ({error.strerror}); build one first"
-            ) from error
-        except ValueError as error:
-            raise ArtifactError(f"{path / MANIFEST} is damaged: {error}") from error
-        version = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if version != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path / MANIFEST}: format_version must be {FORMAT_VERSION}, found {version!r}; rebuild the twin"
-            )
-        missing = [key for key in _KEYS if not isinstance(manifest.get(key), dict)]
-        if missing:
-            raise ArtifactError(f"{path / MANIFEST} is damaged: it lacks {missing[0]!r}; rebuild the twin")
+        manifest = read_manifest(path)
         artifact = cls(path, manifest)
-        for name, entry in manifest["files"].items():
+        for name, entry in manifest.files.items():
             found = f"{(path / name).stat().st_size:,}" if (path / name).is_file() else "no file"
-            if found != f"{entry['bytes']:,}":
+            if found != f"{entry.bytes:,}":
                 raise ArtifactError(
-                    f"{path / name} must hold {entry['bytes']:,} bytes, found {found}; copy or build the twin again"
+                    f"{path / name} must hold {entry.bytes:,} bytes, found {found}; copy or build the twin again"
                 )
         return artifact
 
     @property
     def expert_names(self) -> tuple[str, ...]:
         """The gate's columns, in order."""
-        return tuple(self.manifest["experts"])
+        return tuple(self.manifest.experts)
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
         """Parameter name -> what its layer is."""
-        return {name: entry["kind"] for name, entry in self.manifest["tensors"].items()}
+        return {name: entry.kind for name, entry in self.manifest.tensors.items()}
 
     @cached_property
     def shared(self) -> Checkpoint:
@@ -96,7 +79,7 @@ class TwinArtifact:
 
     def compressed(self, expert: str) -> frozenset[str]:
         """The matrices that an expert brought, those of rank 0 too."""
-        ranked = {name for name, entry in self.manifest["tensors"].items() if expert in entry["ranks"]}
+        ranked = {name for name, entry in self.manifest.tensors.items() if expert in entry.ranks}
         file = self.path / "experts" / expert / "exclusive.safetensors"
         stored = Checkpoint.open(file).specs if file.exists() else {}
         return frozenset(ranked | {name.removesuffix(".indices") for name in stored if name.endswith(".indices")})
@@ -112,17 +95,17 @@ class TwinArtifact:
     def bytes_per_part(self) -> dict[str, int]:
         """Bytes on disk of `shared`, `exclusive`, `heads`, `router` and `other` files; they sum to the folder's."""
         parts = dict.fromkeys(("shared", "exclusive", "heads", "router", "other"), 0)
-        for name, entry in self.manifest["files"].items():
-            parts[_part_of(name)] += entry["bytes"]
+        for name, entry in self.manifest.files.items():
+            parts[_part_of(name)] += entry.bytes
         parts["other"] += (self.path / MANIFEST).stat().st_size
         return parts
 
     def bytes_per_expert(self) -> dict[str, dict[str, int]]:
         """Bytes on disk of every expert's `exclusive` and `heads`; they sum to the parts of `bytes_per_part`."""
         experts = {name: {"exclusive": 0, "heads": 0} for name in self.expert_names}
-        for name, entry in self.manifest["files"].items():
+        for name, entry in self.manifest.files.items():
             if name.startswith("experts/"):
-                experts[name.split("/")[1]][_part_of(name)] += entry["bytes"]
+                experts[name.split("/")[1]][_part_of(name)] += entry.bytes
         return experts
 
     def verify(self) -> int:
@@ -134,14 +117,14 @@ class TwinArtifact:
         Raises:
             ArtifactError: naming the first file whose content changed, or a file the manifest does not know.
         """
-        known = self.manifest["files"]
+        known = self.manifest.files
         for name, entry in known.items():
             found = sha256_of(self.path / name)
-            if found != entry["sha256"]:
+            if found != entry.sha256:
                 raise ArtifactError(
-                    f"{self.path / name} changed: sha256 must be {entry['sha256'][:16]}…, found {found[:16]}…"
+                    f"{self.path / name} changed: sha256 must be {entry.sha256[:16]}…, found {found[:16]}…"
                 )
-        extra = sorted(_files(self.path) - set(known) - {MANIFEST})
+        extra = sorted(files_in(self.path) - set(known) - {MANIFEST})
         if extra:
             raise ArtifactError(f"{self.path / extra[0]} is not part of the twin; remove it")
         return len(known)
@@ -153,26 +136,6 @@ def _part_of(name: str) -> str:
     if name.startswith("router/"):
         return "router"
     return "shared" if name.endswith((".safetensors", ".safetensors.index.json")) else "other"
-
-
-def _files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any], known: Mapping[str, Any] = {}) -> None:
-    """Write twin.json, last: what is described, plus bytes and sha256 of every other file.
-
-    Args:
-        folder: the twin's, with all its files.
-        manifest: what is described.
-        known: entries of files that were hashed already.
-    """
-    files = {
-        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in sorted(_files(folder) - {MANIFEST})
-    }
-    content = {"format_version": FORMAT_VERSION, **manifest, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_exclusive(

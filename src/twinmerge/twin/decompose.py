@@ -288,13 +288,11 @@ def _write_expert(
     write_exclusive(folder, parts, kinds, {task.name: task.spec.shape for task in plan.tasks})
     _write_head(plan, name, folder / "head")
     total = sum(record.energies.get(name, 0.0) for record in records.values())
-    source = plan.experts[name].checkpoint.path
     settings = plan.recipe.exclusive
     rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
     held = sum(part.energy() * (rescaled**2 if kinds[n] in MATRICES else 1) for n, part in parts.items())
     used = [ranks[key] for key in ranks if key[1] == name]
     return {
-        "source": str(source),
         "adapter": plan.experts[name].is_adapter,
         "energy": total,
         "energy_kept": min(held / total, 1.0) if total else 1.0,

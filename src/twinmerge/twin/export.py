@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twinmerge.errors import ArtifactError
 from twinmerge.files.writer import save_tensors
+from twinmerge.models.provenance import portable
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense, Part, of_form
 from twinmerge.twin.artifact import IN_ADAPTER, PEFT_PREFIX, TwinArtifact, adapter_config, to_peft, write_exclusive
@@ -19,7 +20,7 @@ from twinmerge.twin.plan import MATRICES
 STACKED = "stacked.json"
 
 
-def export_peft(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
+def export_peft(artifact: TwinArtifact, out: Path, place: Path) -> dict[str, Any]:
     """Write one PEFT adapter per expert, which on the shared expert is that expert's backbone.
 
     Matrices become LoRA pairs of scale 1, biases of layers with a pair its `lora_bias`, norms `modules_to_save`.
@@ -28,6 +29,7 @@ def export_peft(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
     Args:
         artifact: the twin.
         out: an existing folder; gets a folder for every expert.
+        place: where it will lie, from which the twin is seen.
 
     Returns:
         By expert, how many `pairs`, `biases` and `norms` the adapter holds, and the parameters left `beside` it.
@@ -36,10 +38,13 @@ def export_peft(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
         ArtifactError: if the twin keeps entries instead of factors.
     """
     _require_factors(artifact)
-    return {name: _export_expert(artifact, name, out / name) for name in artifact.expert_names}
+    return {
+        expert: _export_expert(artifact, expert, out / expert, portable(place / expert, artifact.path.resolve()))
+        for expert in artifact.expert_names
+    }
 
 
-def export_stacked(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
+def export_stacked(artifact: TwinArtifact, out: Path, place: Path) -> dict[str, Any]:
     """Write one PEFT adapter of all experts: downs stacked on the rank axis, ups side by side.
 
     As it is, it adds every expert with weight 1; a gate is a factor on each expert's columns of `lora_B`, which
@@ -48,6 +53,7 @@ def export_stacked(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
     Args:
         artifact: the twin.
         out: an existing folder.
+        place: where it will lie, from which the twin is seen.
 
     Returns:
         What stacked.json says: `experts` in order, `columns` by module and expert (first, after last), `vectors`.
@@ -76,7 +82,7 @@ def export_stacked(artifact: TwinArtifact, out: Path) -> dict[str, Any]:
     config = out / "adapter_config.json"
     if config.exists():
         settings = json.loads(config.read_text(encoding="utf-8"))
-        _write_json(config, settings | {"base_model_name_or_path": str(artifact.path.resolve())})
+        _write_json(config, settings | {"base_model_name_or_path": portable(place, artifact.path.resolve())})
     if vectors:
         save_tensors(vectors, out / "vectors.safetensors")
     content = {"experts": list(parts), "columns": columns, "vectors": sorted(vectors)}
@@ -94,7 +100,7 @@ def _columns(factors: Mapping[str, LowRank]) -> dict[str, tuple[int, int]]:
 
 
 def _require_factors(artifact: TwinArtifact) -> None:
-    compression = artifact.manifest["recipe"]["exclusive"]["compression"]
+    compression = artifact.manifest.recipe.exclusive.compression
     if compression != "svd":
         raise ArtifactError(
             f"{artifact.path} keeps single entries (compression: {compression}), which no LoRA adapter holds; "
@@ -102,8 +108,8 @@ def _require_factors(artifact: TwinArtifact) -> None:
         )
 
 
-def _export_expert(artifact: TwinArtifact, expert: str, folder: Path) -> dict[str, Any]:
-    """One expert's adapter folder."""
+def _export_expert(artifact: TwinArtifact, expert: str, folder: Path, base: str) -> dict[str, Any]:
+    """One expert's adapter folder; `base` is the twin as it will be seen from there."""
     kinds, specs = artifact.kinds, artifact.shared.specs
     parts = artifact.exclusive(expert)
     pairs = {n: p for n, p in of_form(parts, LowRank).items() if kinds[n] in IN_ADAPTER}
@@ -131,7 +137,7 @@ def _export_expert(artifact: TwinArtifact, expert: str, folder: Path) -> dict[st
         shared = artifact.shared.read(name)
         whole = shared.double() + dense[name].double() if name in dense else shared
         tensors[PEFT_PREFIX + name] = whole.to(shared.dtype)
-    config = adapter_config(pairs, kinds, base=str(artifact.path.resolve()))
+    config = adapter_config(pairs, kinds, base=base)
     save_tensors(tensors, folder / "adapter_model.safetensors")
     _write_json(
         folder / "adapter_config.json", config | {"lora_bias": bool(on_pairs), "modules_to_save": norms or None}

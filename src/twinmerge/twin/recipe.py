@@ -13,7 +13,7 @@ from twinmerge.models.source import locate
 from twinmerge.twin.features import Features, FeaturesField, Layers
 
 DEFAULT_BUDGET = 0.06
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 class ExpertSource(Strict):
@@ -151,7 +151,7 @@ class Recipe(Strict):
         if len(experts) < 2:
             raise ValueError(f"a twin needs at least two experts, found {len(experts)}")
         for name in experts:
-            if not _NAME.fullmatch(name) or name == "shared":
+            if not re.fullmatch(EXPERT_NAME, name) or name == "shared":
                 raise ValueError(f"an expert's name is letters, digits, '_', '.', '-' and not 'shared', found {name!r}")
         if len({name.lower() for name in experts}) < len(experts):
             raise ValueError("experts' names must differ in more than case: each becomes a folder")
