@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint docs demo clean
+.PHONY: help setup test lint walk docs demo clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: lint ## lint, then all tests and the coverage gates
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov
 	@gaps=$$($(BIN)/coverage report --include='$(EXACT)' --fail-under=100) || \
 	  { echo "$$gaps"; echo 'tensors, files, models, merging, twin and routing must be covered to 100 %'; exit 1; }
+
+walk: $(STAMP) ## every class of transformers' auto mappings, tiny, as a twin: half an hour
+	$(BIN)/python -m tests.walk --out walk.jsonl
 
 docs: $(STAMP) ## the documentation, in site/
 	$(BIN)/python scripts/generate_cli_docs.py

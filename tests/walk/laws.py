@@ -90,7 +90,7 @@ def _walk(kind: str, name: str, folder: Path) -> Outcome:
         merged = (
             max(_off(twin.materialize(gate[i])(**rows[i]).logits[0], together[i]) for i in range(len(gate))) / apart
         )
-    ways = twin.paths() if hasattr(twin, "paths") else {}
+    ways = twin.paths()
     slow = sum(way == "fallback" for way in ways.values())
     right = max(expert, alone, merged) <= TOLERANCE
     way: Way = "wrong" if not right else "partly" if slow else "fast"
@@ -137,4 +137,4 @@ def _twin(folder: Path) -> TwinModel:
     artifact = TwinArtifact(folder / "twin", {"experts": report.experts, "tensors": report.tensors, "files": {}})
     heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
     parts = {name: artifact.exclusive(name) for name in artifact.expert_names}
-    return TwinModel(load_backbone(artifact.path), parts, kinds=artifact.kinds, heads=heads)
+    return TwinModel(load_backbone(artifact.path), parts, heads=heads)

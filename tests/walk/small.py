@@ -24,7 +24,8 @@ _MOST_PARAMETERS = 3_000_000
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("vocab_size", "text_vocab_size", "vocab_size_per_layer_input", "src_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "word_embed_proj_dim",
-                     "emb_dim", "n_embed", "encoder_hidden_size", "attention_hidden_size"), HIDDEN),
+                     "emb_dim", "n_embed", "pooler_hidden_size", "encoder_hidden_size",
+                     "attention_hidden_size"), HIDDEN),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
                      "num_heads", "attention_heads", "num_decoder_attention_heads"), HEADS),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
