@@ -34,7 +34,6 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from twinmerge.files.rows import read_rows
-from twinmerge.hf.kinds import layer_kind
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
@@ -43,6 +42,7 @@ from twinmerge.routing.group_wise import group_gates
 from twinmerge.routing.router import Router, Stored
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gate import keep_large
+from twinmerge.runtime.layers import form_of
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense
 from twinmerge.twin.features import Features, Layers
@@ -76,7 +76,8 @@ def synthetic_experts(backbone: torch.nn.Module, count: int, rank: int) -> dict[
     shapes = {}
     for module_name, module in backbone.named_modules():
         for leaf, value in module.named_parameters(recurse=False):
-            kind = layer_kind(module, leaf)
+            form = form_of(module)
+            kind = None if form is None else form.kind if leaf == form.matrix else "vector"
             if kind in ("linear", "vector") and "lm_head" not in module_name:
                 shapes[f"{module_name}.{leaf}"] = kind, value
 

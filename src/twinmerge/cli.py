@@ -73,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
     build.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     _add_check_option(build)
+    build.add_argument(
+        "--fast-only",
+        action="store_true",
+        help="refuse parameters that no fast layer serves: a pass a distinct gate",
+    )
     _add_work_options(build)
 
     merge = _command(commands, "merge", _merge, "merge models into one plain model folder (our recipes and mergekit's)")
@@ -245,6 +250,7 @@ def _build(options: argparse.Namespace) -> None:
             memory_bytes=options.memory,
             executor=_executor(options),
             check=not options.no_check,
+            fast_only=options.fast_only,
             progress=progress,
         )
     _print_notes(artifact.manifest.notes)
@@ -432,11 +438,19 @@ def _print_twin(artifact: Any, as_json: bool) -> None:
         highlight=False,
     )
     console.print(_check_line(manifest.check), highlight=False)
+    console.print(_fallback_line(manifest.fallback), highlight=False)
     console.print(inputs)
     for change in manifest.changes:
         console.print(f"{change.at}: {change.change} {change.expert}", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     console.print(f"built {manifest.created} with seed {recipe.seed}; {versions}", highlight=False)
+
+
+def _fallback_line(names: Sequence[str] | None) -> str:
+    """Which parameters no fast layer serves, in one line."""
+    if not names:
+        return "fall-back: " + ("found out when the twin is loaded" if names is None else "none, every layer is fast")
+    return f"fall-back: {len(names)} parameters, first {names[0]}: a pass per distinct gate in a batch"
 
 
 def _check_line(found: Any) -> str:

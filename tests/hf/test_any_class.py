@@ -7,6 +7,7 @@ import copy
 import pickle
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from tests import tiny
 from twinmerge.hf.example import example_inputs
+from twinmerge.hf.kinds import fallback_of, parameter_kinds
+from twinmerge.hf.loading import skeleton
 from twinmerge.hf.model import TwinModel
 from twinmerge.routing.fit import fit_router
 from twinmerge.routing.router import Stored
@@ -247,3 +250,16 @@ def test_features_under_gates_are_each_rows_own() -> None:
             alone = model.features_as(layers, GATE[row : row + 1], **of_row(x, row))
             assert torch.allclose(found[row], alone[0], atol=1e-6)  # features are float32
         assert not torch.allclose(found[0], model.features_as(layers, **x)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_plan_without_weights_says_what_a_loaded_model_does(name: str, tmp_path: Path) -> None:
+    base = family(name)[0]
+    base.config.architectures = [type(base).__name__]
+    base.config.save_pretrained(tmp_path)
+    model = skeleton(tmp_path)
+    names = list(tensors_of(base))
+    slow = [parameter for parameter, way in twin(name).paths().items() if way == "fallback"]
+    assert sorted(fallback_of(model, names)) == sorted(slow)
+    assert parameter_kinds(model) == parameter_kinds(base)
+    assert {kind for tensor, kind in parameter_kinds(model).items() if tensor in names}.isdisjoint({"static"})

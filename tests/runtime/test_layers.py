@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import reference
 from twinmerge.errors import GateError
-from twinmerge.hf.kinds import layer_kind
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.gate import GateContext, GateSlot
 from twinmerge.runtime.layers import (
@@ -368,37 +367,6 @@ class OddRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x.abs()
-
-
-@pytest.mark.parametrize(
-    ("module", "kind"),
-    [
-        (nn.Linear(2, 3), "linear"),
-        (Conv1D(3, 2), "conv1d"),
-        (nn.Embedding(3, 2), "embedding"),
-        (nn.Conv2d(2, 2, 1), "conv"),
-        (nn.Conv1d(2, 2, 1), "conv"),
-        (nn.Conv2d(2, 2, 1, groups=2), "grouped_conv"),
-        (nn.LayerNorm(2), "vector"),
-        (LlamaRMSNorm(2), "vector"),
-        (nn.LayerNorm(2, elementwise_affine=False), "static"),
-        (nn.LayerNorm((2, 2)), "static"),
-        (nn.BatchNorm2d(2), "static"),
-        (nn.Conv2d(2, 2, 3, padding="same"), "static"),
-        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), "static"),
-        (nn.ConvTranspose2d(2, 2, 3), "static"),
-        (nn.Bilinear(2, 2, 2), "static"),
-        (Scaled(3, 2), "static"),
-        (ChannelsFirst(2), "static"),
-    ],
-)
-def test_kind_is_what_the_layer_computes_not_what_it_inherits(module: nn.Module, kind: str) -> None:
-    assert layer_kind(module, "weight") == kind
-
-
-@pytest.mark.parametrize("module", [nn.Linear(2, 3), Conv1D(3, 2), nn.Conv2d(2, 2, 1)])
-def test_bias_is_a_vector(module: nn.Module) -> None:
-    assert layer_kind(module, "bias") == "vector"
 
 
 class Doubled(nn.Linear):

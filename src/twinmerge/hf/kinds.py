@@ -1,46 +1,49 @@
-"""Says what each parameter of a transformers model is, from its class."""
+"""Says what each parameter of a transformers model is, and which way it goes under a gate; needs no weights."""
 
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
-from twinmerge.hf.loading import without_weights
+from twinmerge.hf.example import example_inputs
+from twinmerge.hf.loading import skeleton
+from twinmerge.runtime.layers import GatedLayer, form_of
+from twinmerge.runtime.survey import survey
 from twinmerge.twin.plan import Kind
 
 
-def layer_kind(module: nn.Module, leaf: str) -> Kind:
-    """What a gated layer does with a layer's parameter; `static` where no gated layer exists."""
-    known = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
-    if any(isinstance(module, cls) and type(module).forward is not cls.forward for cls in known):
-        return "static"  # a subclass that computes something else
-    if isinstance(module, nn.Linear):
-        return "linear" if leaf == "weight" else "vector"
-    if isinstance(module, Conv1D):
-        return "conv1d" if leaf == "weight" else "vector"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same":
-        if leaf != "weight":
-            return "vector"
-        return "conv" if module.groups == 1 else "grouped_conv"
-    norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
-    weight = getattr(module, "weight", None)
-    return "vector" if norm and weight is not None and weight.ndim == 1 else "static"
+def parameter_kinds(source: Path | PreTrainedModel) -> dict[str, Kind]:
+    """What every parameter and stored buffer is.
 
-
-def parameter_kinds(folder: Path) -> dict[str, Kind]:
-    """What every tensor of a model folder is, from its class; no weight is read.
-
-    Returns:
-        Tensor name -> kind; buffers are `static`.
+    Args:
+        source: a model folder, of which no weight is read, or a model, a `loading.skeleton` perhaps.
 
     Raises:
         MismatchError: if the folder's class is unknown to transformers.
     """
-    model = without_weights(folder)
-    kinds: dict[str, Kind] = dict.fromkeys(model.state_dict(), "static")
-    for module_name, module in model.named_modules():
-        for leaf, _ in module.named_parameters(recurse=False):
-            kinds[f"{module_name}.{leaf}" if module_name else leaf] = layer_kind(module, leaf)
-    return kinds
+    model = skeleton(source) if isinstance(source, Path) else source
+    stored = model.state_dict(keep_vars=True)
+    kinds: dict[str, Kind] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        form = form_of(module)
+        for leaf in (*module._parameters, *module._buffers):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            if name in stored:
+                kinds[name] = _kind(module, leaf, form, stored[name].ndim)
+    return {name: kinds[name] if tensor.is_floating_point() else "static" for name, tensor in stored.items()}
+
+
+def fallback_of(model: PreTrainedModel, names: Collection[str]) -> tuple[str, ...]:
+    """Of the parameters that experts change, those that no fast gated layer serves."""
+    ways = survey(model, names, partial(example_inputs, model)).ways
+    return tuple(sorted(name for name, way in ways.items() if way == "fallback"))
+
+
+def _kind(module: nn.Module, leaf: str, form: type[GatedLayer] | None, axes: int) -> Kind:
+    if form is not None and leaf in form.leaves:
+        return form.kind if leaf == form.matrix else "vector"
+    if isinstance(module, nn.Embedding) and leaf == "weight":
+        return "table"
+    return "matrix" if axes > 1 else "values"

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -153,6 +154,34 @@ def without_weights(folder: Path) -> PreTrainedModel:
     config = load_config(folder)
     with torch.device("meta"):
         return model_class(config, folder)(config)
+
+
+@torch.no_grad()
+def skeleton(folder: Path) -> PreTrainedModel:
+    """A folder's model in float32 that runs and takes next to no memory: weights are zeros that no page holds.
+
+    The first rows of each are small numbers, so that layers can be told apart; buffers have their values.
+    """
+    model = without_weights(folder)
+    made: dict[int, nn.Parameter] = {}
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in made:
+                zeros = torch.from_numpy(np.zeros(parameter.shape, np.float32))
+                first = zeros[:4] if zeros.ndim > 1 else zeros
+                first.copy_(0.1 * torch.randn(first.shape, generator=generator) + (zeros.ndim < 2))
+                made[id(parameter)] = nn.Parameter(zeros, requires_grad=False)
+                made[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
+            if parameter is not None:
+                module._parameters[leaf] = made[id(parameter)]
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[leaf] = torch.zeros_like(buffer, device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()  # type: ignore[no-untyped-call]
+    ready: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+    return ready
 
 
 def by_class(checkpoint: Checkpoint) -> Checkpoint:

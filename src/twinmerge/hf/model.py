@@ -26,7 +26,8 @@ from twinmerge.routing.store import load_router
 from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import keep_large
 from twinmerge.runtime.merged import MergeCache
-from twinmerge.runtime.module import Mode, TwinModule, Way
+from twinmerge.runtime.module import Mode, TwinModule
+from twinmerge.runtime.survey import Way
 from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Layers
@@ -144,6 +145,7 @@ class TwinModel(nn.Module):
             router=load_router(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
             max_length=artifact.manifest.recipe.max_length,
+            fallback=artifact.manifest.fallback or (),
             own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
         )
         model.heads.to(to)

@@ -3,16 +3,18 @@
 import datetime
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from twinmerge.errors import MismatchError
 from twinmerge.files.hashes import fingerprint_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
 from twinmerge.files.target import durable_folder, require_free, require_space, size_of
 from twinmerge.hf.features import check_router
-from twinmerge.hf.kinds import parameter_kinds
-from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class
+from twinmerge.hf.kinds import fallback_of, parameter_kinds
+from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class, skeleton
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.check import check_twin
@@ -42,6 +44,8 @@ from twinmerge.twin.manifest import (
 from twinmerge.twin.plan import Plan, make_plan
 from twinmerge.twin.recipe import Recipe, RouterSettings
 
+_WORTH_A_NOTE = 1e-3
+
 
 def build(
     recipe: Recipe | Path | str,
@@ -53,6 +57,7 @@ def build(
     memory_bytes: int = MEMORY_BYTES,
     executor: Executor | None = None,
     check: bool = True,
+    fast_only: bool = False,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Build a twin: merge the shared expert, compress the exclusive knowledge, fit the router.
@@ -69,6 +74,7 @@ def build(
             `ray` is one. The router needs the shared expert in memory on top.
         executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
         check: try the finished twin on real rows before it is published (`jobs.check`); the manifest says if not.
+        fast_only: refuse experts that change what no fast gated layer serves.
         progress: called with (stage, done, total).
 
     Returns:
@@ -82,7 +88,7 @@ def build(
         recipe = Recipe.load(recipe)
     out = Path(out)
     require_free(out, overwrite=overwrite, resume=resume)
-    found = checked(open_plan(recipe, allow))
+    found = checked(open_plan(recipe, allow, fast_only=fast_only))
     plan, calibration = found.plan, for_twin(found)
     needs = Needs.of(plan)
     executor = needs.within(executor or make_executor("threads"), memory_bytes)
@@ -121,8 +127,9 @@ def new_manifest(
         base=describe_input(plan.base, recipe.base),
         experts=with_provenance(plan, report.experts, progress),
         tensors={name: ParameterRecord(**entry) for name, entry in report.tensors.items()},
+        fallback=list(plan.fallback),
         router=NOT_FITTED,
-        notes=[*plan.notes, *notes],
+        notes=[*plan.notes, *notes, *left_to_shared(report)],
     )
 
 
@@ -178,13 +185,45 @@ def with_provenance(
     return described
 
 
-def open_plan(recipe: Recipe, allow: Allow = Allow()) -> Plan:
-    """Find, open and match a recipe's files; what each layer is comes from the base's class."""
+def open_plan(recipe: Recipe, allow: Allow = Allow(), *, fast_only: bool = False) -> Plan:
+    """Find, open and match a recipe's files; what each layer is, and which way it goes, comes from the base's class.
+
+    Raises:
+        MismatchError: if some parameter needs the fall-back and `fast_only` refuses that.
+    """
     base = recipe.locate(recipe.base, "base")
     check_router(base, recipe.router)
-    plan = make_plan(recipe, parameter_kinds(base), allow=allow, by_class=by_class)
+    model = skeleton(base)
+    plan = make_plan(recipe, parameter_kinds(model), allow=allow, by_class=by_class)
     require_shapes_of_class(plan.base)
-    return plan
+    return with_fallback(plan, model, fast_only=fast_only)
+
+
+def with_fallback(plan: Plan, model: Any, *, fast_only: bool = False) -> Plan:
+    """The plan with the parameters of a base's `skeleton` that go by the fall-back, and a note on what they cost."""
+    fallback = fallback_of(model, plan.changed)
+    if not fallback:
+        return plan
+    what = (
+        f"{len(fallback)} of {len(plan.changed)} parameters that experts change have no fast gated layer, "
+        f"first {fallback[0]!r}"
+    )
+    if fast_only:
+        raise MismatchError(f"{what}; without --fast-only they go by the exact fall-back, a pass per distinct gate")
+    note = f"{what}: they go by the exact fall-back, a pass per distinct gate in a batch"
+    return replace(plan, fallback=fallback, notes=(*plan.notes, note))
+
+
+def left_to_shared(report: WeightsReport) -> list[str]:
+    """A note for every expert that learned what the recipe leaves to the shared expert."""
+    changed = {name: entry for name, entry in report.experts.items() if entry["energy"]}
+    shares = {name: entry["energy_left_out"] / entry["energy"] for name, entry in changed.items()}
+    return [
+        f"{name!r}: {share:.1%} of what it changed is in embeddings, which stay the shared expert's "
+        "(exclusive.embeddings: shared)"
+        for name, share in shares.items()
+        if share >= _WORTH_A_NOTE
+    ]
 
 
 def fit_on(twin: TwinArtifact, recipe: Recipe, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:

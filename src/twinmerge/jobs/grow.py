@@ -12,8 +12,8 @@ from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeErro
 from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
-from twinmerge.hf.loading import by_class
-from twinmerge.jobs.build import finish, now, versions, with_provenance
+from twinmerge.hf.loading import by_class, skeleton
+from twinmerge.jobs.build import finish, left_to_shared, now, versions, with_fallback, with_provenance
 from twinmerge.jobs.preflight import checked
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
@@ -246,7 +246,7 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
         if bool(having) != compressed:
             has, lacks = (having[0], name) if having else (name, others[0])
             raise MismatchError(f"expert {lacks!r} lacks {task.name!r}, which expert {has!r} has; give all or none")
-    return plan
+    return plan if artifact.manifest.fallback is None else with_fallback(plan, skeleton(artifact.path))
 
 
 def _take_over(artifact: TwinArtifact, folder: Path, name: str, *, link: bool) -> dict[str, HashedFile]:
@@ -304,7 +304,8 @@ def _manifest(
             "root": record_root(plan.recipe, out),
             "experts": dict(sorted(experts.items())),
             "tensors": tensors,
-            "notes": [*old.notes, *plan.notes],
+            "fallback": None if old.fallback is None else sorted({*old.fallback, *plan.fallback}),
+            "notes": [*old.notes, *plan.notes, *(left_to_shared(report) if report else ())],
             "changes": [*old.changes, changed],
         }
     )

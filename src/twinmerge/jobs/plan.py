@@ -93,6 +93,8 @@ def describe_twin(plan: Plan, memory_bytes: int, executor: Executor, folder: Pat
         "memory_needed_by": needs.parameter,
         "router_memory_bytes": plan.base.nbytes,
         "workers": executor.workers,
+        "fast": len(plan.changed) - len(plan.fallback),
+        "fallback": list(plan.fallback),
         "notes": list(plan.notes),
     }
 

@@ -38,6 +38,10 @@ class AdapterExpert(Expert):
         """Whether task vectors come as factors."""
         return True
 
+    def trains(self, name: str) -> bool:
+        """Whether it has a pair for a base parameter, or saves it whole."""
+        return name in self.stored or name in self.pairs
+
     def task_vector(self, name: str, base: Tensor, bound: float | None = None) -> Tensor:
         """Expert minus base, float32, shaped as `base`: the product of the pair, or zeros where none was trained."""
         factors = self.factors(name)

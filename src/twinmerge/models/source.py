@@ -51,6 +51,10 @@ class Expert:
         """Whether task vectors come as factors."""
         return False
 
+    def trains(self, name: str) -> bool:
+        """Whether it brings a value of its own for a base parameter."""
+        return name in self.stored
+
     def task_vector(self, name: str, base: Tensor, bound: float | None = None) -> Tensor:
         """Expert minus base, float32, shaped as `base`.
 

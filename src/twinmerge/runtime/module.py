@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from twinmerge.errors import ArtifactError
 from twinmerge.runtime.banks import join_banks, join_readers
-from twinmerge.runtime.dry_run import Example, Findings, dry_run
+from twinmerge.runtime.dry_run import Example
 from twinmerge.runtime.fallback import Fallback, Key, join, take, with_values
 from twinmerge.runtime.gate import GateContext, GateSlot, without_repeats
-from twinmerge.runtime.layers import GatedLayer, GatedLinear, form_of
+from twinmerge.runtime.layers import GatedLayer, GatedLinear
 from twinmerge.runtime.merged import MergeCache
+from twinmerge.runtime.survey import Way, survey, tensors_of
 from twinmerge.tensors.parts import Dense, Part, of_form
 
 Mode = Literal["auto", "factors", "all", "gather", "merge"]
-Way = Literal["fast", "fallback"]
 Call = Callable[[nn.Module, Mapping[str, Any]], Any]
 """What is asked of the module, or of one like it with merged values, on inputs."""
 
@@ -59,30 +59,22 @@ class TwinModule(nn.Module):
         super().__init__()
         self.expert_names = tuple(exclusive)
         self.slot = GateSlot()
-        stored = module.state_dict(keep_vars=True)
-        buffers = {name for name, _ in module.named_buffers() if name in stored}
-        tensors = dict(module.named_parameters()) | {name: stored[name] for name in stored if name in buffers}
-        self.tensor_names = tuple(tensors)
-        names = {id(tensor): name for name, tensor in tensors.items()}
-        parts = _by_parameter(list(exclusive.values()), {**stored, **tensors}, names)
-        held = {module_name: _held(layer, names) for module_name, layer in module.named_modules()}
-        forms = {n: f for n, own in held.items() if (f := _form(module.get_submodule(n), own, parts)) is not None}
-        found = dry_run(module, {name: module.get_submodule(name) for name in forms}, example if forms else None)
-        called = {name for layer in forms if layer not in found.uncalled for name in held[layer].values()}
-        idle = {layer for layer in found.uncalled if called.issuperset(held[layer].values())}  # tied to one in use
-        slow = {*fallback, *(name for layer in found.slow.keys() - idle for name in held[layer].values())}
-        forms = _closed(forms, held, slow, parts)
-        self.why_slow = {layer: why for layer, why in found.slow.items() if layer not in forms}
+        tensors = tensors_of(module)
+        self.tensor_names = tuple(dict.fromkeys(first for first, _ in tensors.values()))
+        parts = _by_parameter(list(exclusive.values()), tensors)
+        dense = {name: of_form(by_expert, Dense).values() for name, by_expert in parts.items()}
+        whole = [name for name, found in dense.items() if any(len(part.shape) > 1 for part in found)]
+        found = survey(module, parts, example, (*fallback, *whole))
+        self.why_slow = found.why_slow
         """Layers that have a fast form and cannot be served by it, and why."""
         self.gated: dict[str, GatedLayer] = {}
-        for name, form in forms.items():
-            own = {leaf: parts[tensor] for leaf, tensor in held[name].items() if tensor in parts}
+        for name, form in found.forms.items():
+            own = {leaf: parts[tensor] for leaf, tensor in found.held[name].items() if tensor in parts}
             self.gated[name] = form(module.get_submodule(name), own, len(exclusive), self.slot, name)
         self.module = _exchanged(module, self.gated)
         join_banks(self.gated.values())
-        join_readers(self._readers(found))
-        fast = {tensor for name in forms for tensor in held[name].values()}
-        self._ways: dict[str, Way] = {name: "fast" if name in fast else "fallback" for name in parts}
+        join_readers(self._readers(found.readers))
+        self._ways = found.ways
         self.fallback = Fallback({name: parts[name] for name, way in self._ways.items() if way == "fallback"})
         linear = {n: layer for n, layer in self.gated.items() if isinstance(layer, GatedLinear) and layer.has_factors}
         self.merged = MergeCache(linear, merge_bytes)
@@ -182,11 +174,11 @@ class TwinModule(nn.Module):
         found: Tensor = getattr(self.module.get_submodule(parent), leaf)
         return found
 
-    def _readers(self, found: Findings) -> list[list[GatedLayer]]:
+    def _readers(self, order: Sequence[tuple[str, int]]) -> list[list[GatedLayer]]:
         """Linear layers with factors, in the order of their calls, those that read one input together."""
         groups: list[list[GatedLayer]] = []
         last = None
-        for name, number in found.readers:
+        for name, number in order:
             layer = self.gated.get(name)
             if isinstance(layer, GatedLinear) and layer.has_factors:
                 groups = [*groups[:-1], [*groups[-1], layer]] if number == last else [*groups, [layer]]
@@ -200,52 +192,19 @@ class TwinModule(nn.Module):
 
 
 def _by_parameter(
-    exclusive: Sequence[Mapping[str, Part]], tensors: Mapping[str, Tensor], names: Mapping[int, str]
+    exclusive: Sequence[Mapping[str, Part]], tensors: Mapping[str, tuple[str, Tensor]]
 ) -> dict[str, dict[int, Part]]:
-    """Parts by parameter and expert's index, in a float dtype that layers compute with."""
+    """Parts by parameter, of tied ones the first, and expert's index, in a float dtype that layers compute with."""
     parts: dict[str, dict[int, Part]] = {}
     for index, own in enumerate(exclusive):
         for name, part in own.items():
-            tensor = tensors.get(name)
-            if tensor is None or id(tensor) not in names or math.prod(part.shape) != tensor.numel():
+            first, tensor = tensors.get(name, (name, None))
+            if tensor is None or math.prod(part.shape) != tensor.numel():
                 found = "none of that name" if tensor is None else f"one of shape {tuple(tensor.shape)}"
                 raise ArtifactError(f"an expert's part {name!r} of shape {part.shape} has no place: there is {found}")
             part = part.to(tensor.dtype) if part.dtype.itemsize == 1 else part
-            parts.setdefault(names[id(tensor)], {}).setdefault(index, part)
+            parts.setdefault(first, {}).setdefault(index, part)
     return parts
-
-
-def _held(layer: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
-    """What a module itself holds: leaf -> name of the tensor, the first one's where several are tied."""
-    own = {**layer._parameters, **layer._buffers}
-    return {leaf: names[id(tensor)] for leaf, tensor in own.items() if id(tensor) in names}
-
-
-def _form(layer: nn.Module, own: Mapping[str, str], parts: Mapping[str, Mapping[int, Part]]) -> type[GatedLayer] | None:
-    """The gated form of a layer, None where none serves all its parts."""
-    with_parts = {leaf: parts[name] for leaf, name in own.items() if name in parts}
-    form = form_of(layer) if with_parts else None
-    if form is None or not set(with_parts) <= form.leaves:
-        return None
-    whole = [leaf for leaf, by_expert in with_parts.items() if of_form(by_expert, Dense)]
-    flat = all(getattr(layer, leaf).ndim == 1 for leaf in whole)
-    return form if flat else None
-
-
-def _closed(
-    forms: Mapping[str, type[GatedLayer]],
-    held: Mapping[str, Mapping[str, str]],
-    slow: set[str],
-    parts: Mapping[str, Any],
-) -> dict[str, type[GatedLayer]]:
-    """Layers all of whose parameters are served fast wherever else they are: the tied, and those of one layer."""
-    kept = dict(forms)
-    slow = slow | {name for layer, own in held.items() if layer not in kept for name in own.values()}
-    while gone := [layer for layer in kept if any(name in slow and name in parts for name in held[layer].values())]:
-        for layer in gone:
-            del kept[layer]
-            slow |= set(held[layer].values())
-    return kept
 
 
 def _exchanged(module: nn.Module, gated: Mapping[str, GatedLayer]) -> nn.Module:

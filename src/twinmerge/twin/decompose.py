@@ -24,7 +24,7 @@ from twinmerge.tensors.parts import LEAVES, Dense, Part, unpack
 from twinmerge.twin.artifact import write_exclusive
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import Key, choose_ranks, compress
-from twinmerge.twin.shared import bound_of, merge_parameter, prepare, require_fine_tune
+from twinmerge.twin.shared import bound_of, chunks_of, merge_parameter, prepare, require_fine_tune
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def add_expert(
     """
     (name,) = plan.experts
     require_fine_tune(plan, name)
-    tasks = [task for task in plan.tasks if task.exclusive]
+    tasks = [task for task in plan.tasks if task.experts]
     records = _decompose_all(_Decompose(plan, Statistics(), work, shared), tasks, progress, None, finished, record)
     ranks = _ranks(plan, records)
     entry = _write_expert(plan, name, records, ranks, folder)
@@ -214,12 +214,25 @@ def decompose_tensor(
                 tensors |= _stored(name, kept, plan.stored_dtype(task), task.name)
             if values is not None:
                 spectra[name] = values
+    elif task.experts:
+        energies = _lost(task, plan, shared)
     tensors |= {f"{name}/energy": torch.tensor(energy, dtype=torch.float64) for name, energy in energies.items()}
     tensors |= {f"{name}/spectrum": values for name, values in spectra.items()}
     if scaling is not None:
         tensors["shared/scaling"] = torch.tensor(scaling, dtype=torch.float64)
     save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
     return TensorRecord(task.name, scaling, energies, spectra, part)
+
+
+def _lost(task: TensorTask, plan: Plan, shared: Tensor) -> dict[str, float]:
+    """||expert - shared||_F^2 of a parameter that is left to the shared expert, by expert."""
+    lost, flat = dict.fromkeys(task.experts, 0.0), shared.view(-1)
+    for chunk in chunks_of(plan, task):
+        for name in task.experts:
+            value = chunk.value(name).view(-1)
+            value -= flat[chunk.at : chunk.at + len(value)]
+            lost[name] += float(value.square().sum())
+    return lost
 
 
 def _factored_differences(
@@ -278,7 +291,7 @@ def _write_expert(
 ) -> dict[str, Any]:
     parts: dict[str, Part] = {}
     for task in plan.tasks:
-        part = records[task.name].exclusive(name, task.matrix_shape) if task.exclusive else None
+        part = records[task.name].exclusive(name, task.matrix_shape) if task.name in records else None
         if part is not None and (task.name, name) in ranks:
             factors = cast(LowRank, part)  # only those have ranks
             part = factors.truncate(min(ranks[task.name, name], factors.rank))
@@ -292,10 +305,12 @@ def _write_expert(
     rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
     held = sum(part.energy() * (rescaled**2 if kinds[n] in MATRICES else 1) for n, part in parts.items())
     used = [ranks[key] for key in ranks if key[1] == name]
+    left_out = sum(records[t.name].energies.get(name, 0.0) for t in plan.tasks if t.experts and not t.exclusive)
     return {
         "adapter": plan.experts[name].is_adapter,
         "energy": total,
         "energy_kept": min(held / total, 1.0) if total else 1.0,
+        "energy_left_out": left_out,
         "rank_mean": sum(used) / len(used) if used else 0.0,
         "rank_max": max(used, default=0),
     }

@@ -113,7 +113,7 @@ def _export_expert(artifact: TwinArtifact, expert: str, folder: Path, base: str)
     kinds, specs = artifact.kinds, artifact.shared.specs
     parts = artifact.exclusive(expert)
     pairs = {n: p for n, p in of_form(parts, LowRank).items() if kinds[n] in IN_ADAPTER}
-    dense = {n: p.values for n, p in of_form(parts, Dense).items()}
+    dense = {n: p.values for n, p in of_form(parts, Dense).items() if kinds[n] == "vector"}
     biases = {n: p for n, p in dense.items() if kinds.get(_weight_of(n), "vector") in MATRICES}
     norms = sorted({n.rpartition(".")[0] for n in dense if n not in biases})
     adapted = set(pairs) | {w for n in biases if kinds[w := _weight_of(n)] in IN_ADAPTER}

@@ -67,6 +67,7 @@ class ExpertRecord(InputRecord):
         adapter: whether it was a LoRA adapter.
         energy: ||expert - shared||_F^2 of all that is kept of it in part or whole.
         energy_kept: the share of it that is kept.
+        energy_left_out: how much of `energy` the recipe leaves to the shared expert.
         rank_mean: of its matrices.
         rank_max: of its matrices.
     """
@@ -74,6 +75,7 @@ class ExpertRecord(InputRecord):
     adapter: bool
     energy: FiniteFloat
     energy_kept: FiniteFloat
+    energy_left_out: FiniteFloat = 0.0
     rank_mean: FiniteFloat
     rank_max: NonNegativeInt
 
@@ -144,6 +146,7 @@ class Manifest(Recorded):
         base: the pre-trained model.
         experts: by name, in the gate's order.
         tensors: by name of the parameter.
+        fallback: parameters that go by the exact fall-back; None in older twins, where loading finds out.
         router: what it gives.
         notes: differences that were allowed, and what is unusual.
         changes: experts that came and went since it was built.
@@ -159,6 +162,7 @@ class Manifest(Recorded):
     base: InputRecord
     experts: Mapping[ExpertName, ExpertRecord]
     tensors: Mapping[str, ParameterRecord]
+    fallback: list[str] | None = None
     router: RouterRecord
     notes: list[str] = []
     changes: list[ChangeRecord] = []

@@ -16,12 +16,15 @@ from twinmerge.models.match import open_expert
 from twinmerge.models.source import Expert
 from twinmerge.twin.recipe import Recipe
 
-Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "static"]
-"""What a gated layer does with a parameter: Linear (out, in); transformers' Conv1D (in, out); Conv (out, in, kh, kw);
-Embedding (rows, out); 1-D; `static`: no layer gates it, the shared expert's value serves every input."""
+Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "table", "matrix", "values", "static"]
+"""What a parameter or buffer is. Of layers with a fast gated form: Linear (out, in); transformers' Conv1D (in, out);
+Conv (out, in, kh, kw); Embedding (rows, out); `vector`, 1-D. Of others: `table`, an embedding; `matrix`, two axes or
+more, as (first, rest); `values`, one axis or none. `static`: an integer, which nothing merges; older twins have floats of
+this kind, for which the shared expert's value serves every input."""
 
-MATRICES = ("linear", "conv1d", "conv", "grouped_conv", "embedding")
-TRANSPOSED = ("conv1d", "embedding")
+MATRICES = ("linear", "conv1d", "conv", "grouped_conv", "embedding", "table", "matrix")
+TRANSPOSED = ("conv1d", "embedding", "table")
+EMBEDDINGS = ("embedding", "table")
 _HEADER_ENTRY_BYTES = 160
 """Upper bound of what a tensor takes in a safetensors header beside its name."""
 
@@ -41,7 +44,7 @@ class TensorTask:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(out, in*kh*kw): the shape that is decomposed."""
-        return self.spec.shape[0], math.prod(self.spec.shape[1:])
+        return math.prod(self.spec.shape[:1]), math.prod(self.spec.shape[1:])
 
     @property
     def header_bytes(self) -> int:
@@ -61,6 +64,14 @@ class Plan:
     allow: Allow = field(default_factory=Allow)
     notes: tuple[str, ...] = ()
     """Differences that were allowed."""
+    fallback: tuple[str, ...] = ()
+    """Parameters that experts change and no fast gated layer serves: a batch takes a pass for every distinct gate."""
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Parameters of which an exclusive part is kept, where some expert trains them."""
+        exclusive = [task.name for task in self.tasks if task.exclusive]
+        return tuple(name for name in exclusive if any(expert.trains(name) for expert in self.experts.values()))
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -86,8 +97,8 @@ class Plan:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of all dense (1-D) exclusive parts, headers included."""
-        entries = [task for task in self.tasks if task.kind == "vector" and task.exclusive]
+        """Bytes of all exclusive parts that are kept whole, headers included."""
+        entries = [task for task in self.tasks if task.kind not in MATRICES and task.exclusive]
         return sum(
             (task.spec.numel * self.stored_dtype(task).itemsize + task.header_bytes) * len(task.experts)
             for task in entries
@@ -190,5 +201,5 @@ def _task(name: str, spec: TensorSpec, kind: Kind, experts: Mapping[str, Expert]
     if with_value and len(with_value) < len(experts):
         lacking = next(e for e in experts if e not in with_value)
         raise MismatchError(f"expert {lacking!r} lacks {name!r}, which expert {with_value[0]!r} has; give all or none")
-    exclusive = kind != "static" and not (kind == "embedding" and recipe.exclusive.embeddings == "shared")
+    exclusive = kind != "static" and not (kind in EMBEDDINGS and recipe.exclusive.embeddings == "shared")
     return TensorTask(name, spec, kind, tuple(sorted(with_value)), exclusive and bool(with_value))

@@ -11,7 +11,7 @@ from twinmerge.merging.engine import merge_tensor, merged_chunks
 from twinmerge.merging.method import Chunk, Scaled
 from twinmerge.merging.statistics import Statistics
 from twinmerge.models.compatible import plausible_bound, require_plausible, require_related
-from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+from twinmerge.twin.plan import EMBEDDINGS, MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import best_scaling
 
 _CHUNK_ENTRIES = 1 << 16
@@ -30,7 +30,7 @@ def prepare(plan: Plan, measured: Mapping[str, Checkpoint] = {}) -> Statistics:
 
     def model() -> Iterator[Chunk]:
         for task in [task for task in plan.tasks if task.experts]:
-            yield from _chunks(plan, task)
+            yield from chunks_of(plan, task)
 
     return Statistics(plan.recipe.shared.prepass(model), data=measured)
 
@@ -43,7 +43,7 @@ def merge_parameter(task: TensorTask, plan: Plan, statistics: Statistics) -> tup
     """
     if not task.experts or not task.spec.numel:
         return plan.base.read(task.name), None
-    method, read = plan.recipe.shared, partial(_chunks, plan, task)
+    method, read = plan.recipe.shared, partial(chunks_of, plan, task)
     if isinstance(method, Scaled) and method.automatic:
         [(chunk, unit)] = merged_chunks(method.at(1.0), read, statistics, whole=True)
         direction = unit.sub_(chunk.base_value()).float()
@@ -67,13 +67,13 @@ def require_fine_tune(plan: Plan, name: str) -> None:
     linear = [
         t
         for t in plan.tasks
-        if t.kind not in ("vector", "embedding") and len(t.spec.shape) > 1 and t.name in expert.stored
+        if t.kind not in ("vector", *EMBEDDINGS) and len(t.spec.shape) > 1 and t.name in expert.stored
     ]
     pairs = [(task.name, expert.stored[task.name]) for task in linear]
     require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
 
 
-def _chunks(plan: Plan, task: TensorTask, whole: bool = False) -> Iterator[Chunk]:
+def chunks_of(plan: Plan, task: TensorTask, whole: bool = False) -> Iterator[Chunk]:
     """One parameter of all models, finite; in stretches, unless an adapter gives it whole or that is asked for."""
     adapters = [name for name in task.experts if plan.experts[name].is_adapter]
     entries = task.spec.numel if whole or adapters else _CHUNK_ENTRIES
