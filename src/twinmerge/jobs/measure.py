@@ -29,13 +29,13 @@ from twinmerge.hf.answers import (
 )
 from twinmerge.hf.heads import answered, load_head
 from twinmerge.hf.inputs import tokenize
-from twinmerge.hf.kinds import layer_kind
 from twinmerge.hf.loading import backbone_from, by_class, load_backbone, load_config, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.preflight import Checked
 from twinmerge.merging.method import Calibrated
 from twinmerge.merging.plan import MergePlan
 from twinmerge.merging.regmean import BY_COLUMN, BY_ROW
+from twinmerge.runtime.layers import form_of
 
 Inputs = Mapping[str, Tensor]
 Measure = Callable[["Subject", Sequence[Inputs]], dict[str, Tensor]]
@@ -122,12 +122,13 @@ def grams(subject: Subject, rows: Sequence[Inputs]) -> dict[str, Tensor]:
         An (in, in) tensor for each weight, by its name and which of its axes takes the inputs; zeros where nothing
         reads it.
     """
-    modules = [(module, layer_kind(module, "weight")) for module in subject.model.backbone.modules()]
-    tied = {id(module.weight) for module, kind in modules if kind == "embedding"}  # what is looked up too is averaged
+    modules = [(module, form_of(module)) for module in subject.model.backbone.modules()]
+    tied = {id(module.weight) for module, _ in modules if isinstance(module, torch.nn.Embedding)}  # averaged, as read
     merged = {id(value): name for name, value in subject.parameters.items() if id(value) not in tied}
     totals: dict[str, Tensor] = {}
     hooks = []
-    for module, kind in modules:
+    for module, form in modules:
+        kind = None if form is None else form.kind
         weight: Any = getattr(module, "weight", None)
         name = merged.get(id(weight))
         if name is not None and kind in ("linear", "conv1d"):

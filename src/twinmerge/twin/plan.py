@@ -19,8 +19,8 @@ from twinmerge.twin.recipe import Recipe
 Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "table", "matrix", "values", "static"]
 """What a parameter or buffer is. Of layers with a fast gated form: Linear (out, in); transformers' Conv1D (in, out);
 Conv (out, in, kh, kw); Embedding (rows, out); `vector`, 1-D. Of others: `table`, an embedding; `matrix`, two axes or
-more, as (first, rest); `values`, one axis or none. `static`: an integer, which nothing merges; older twins have floats of
-this kind, for which the shared expert's value serves every input."""
+more, as (first, rest); `values`, one axis or none. `static`: an integer, which nothing merges; older twins have floats
+of this kind, for which the shared expert's value serves every input."""
 
 MATRICES = ("linear", "conv1d", "conv", "grouped_conv", "embedding", "table", "matrix")
 TRANSPOSED = ("conv1d", "embedding", "table")
