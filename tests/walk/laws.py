@@ -20,6 +20,7 @@ from twinmerge.hf.heads import load_head
 from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.hf.loading import by_class, load_backbone, require_shapes_of_class
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.build import new_manifest
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.plan import make_plan
@@ -134,7 +135,7 @@ def _twin(folder: Path) -> TwinModel:
     (folder / "twin").mkdir()
     (folder / "work").mkdir()
     report = write_weights(plan, folder / "twin", folder / "work")
-    artifact = TwinArtifact(folder / "twin", {"experts": report.experts, "tensors": report.tensors, "files": {}})
+    artifact = TwinArtifact(folder / "twin", new_manifest(plan, report, folder / "twin"))
     heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
     parts = {name: artifact.exclusive(name) for name in artifact.expert_names}
     return TwinModel(load_backbone(artifact.path), parts, heads=heads)
