@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from twinmerge.files.checkpoint import TensorSpec
 from twinmerge.files.writer import CheckpointWriter
+from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.kinds import parameter_kinds
-from twinmerge.hf.loading import by_class
+from twinmerge.models.source import Model
 from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe
 
@@ -51,18 +52,22 @@ class Family:
     def plan(self, **settings: Any) -> Plan:
         """The recipe's plan; everything whole unless settings say otherwise."""
         settings.setdefault("exclusive", {"rank": 64, "embeddings": "exclusive"})
-        return make_plan(self.recipe(**settings), kinds_of(self.base), by_class=by_class)
+        return make_plan(self.recipe(**settings), LIBRARY, kinds_of_model)
 
 
-def kinds_of(folder: Path) -> dict[str, Kind]:
+def kinds_of_model(model: Model) -> dict[str, Kind]:
+    return kinds_of(model.checkpoint.path, model.layout.cls)
+
+
+def kinds_of(folder: Path, cls: str | None = None) -> dict[str, Kind]:
     """`parameter_kinds`, computed once for every config."""
-    config = (folder / "config.json").read_text()
-    if config not in _KINDS:
-        _KINDS[config] = parameter_kinds(folder)
-    return _KINDS[config]
+    key = (folder / "config.json").read_text(), cls
+    if key not in _KINDS:
+        _KINDS[key] = parameter_kinds(folder, cls)
+    return _KINDS[key]
 
 
-_KINDS: dict[str, dict[str, Kind]] = {}
+_KINDS: dict[tuple[str, str | None], dict[str, Kind]] = {}
 
 
 def text_rows(expert: str, count: int = 24) -> list[dict[str, str]]:

@@ -1,6 +1,5 @@
 """Models of images: convolutions, plain and depthwise, under mixed gates."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +13,9 @@ from transformers import PreTrainedModel
 
 from tests import tiny
 from tests.tiny import GATE_ORDER, Family, random_gate
-from twinmerge.errors import MismatchError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.hf.heads import load_head
-from twinmerge.hf.loading import by_class, load_backbone
+from twinmerge.hf.loading import load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import new_manifest
 from twinmerge.tensors.low_rank import LowRank
@@ -230,23 +228,3 @@ def test_class_that_transformers_renames_on_loading_is_written_by_its_parameters
         plan.base.read("layers.0.attention.q_proj.weight"),
         stored.read("encoder.layer.0.attention.attention.query.weight"),
     )
-
-
-def test_class_whose_tensors_are_joined_on_loading_is_refused(tmp_path: Path) -> None:
-    config = tiny.text_config(transformers.MixtralConfig, num_key_value_heads=1, num_local_experts=2)
-    tiny.seeded(transformers.MixtralForCausalLM, config).save_pretrained(tmp_path / "base")
-    for name in tiny.EXPERTS:
-        (tmp_path / f"{name}.jsonl").write_text("x")
-    message = r"\d+ tensors are not named as the parameters of its class are, first .*; .* split or joined on loading"
-    with pytest.raises(MismatchError, match=message):
-        Family(tmp_path).plan()
-
-
-def test_a_checkpoint_without_a_known_class_keeps_its_names(tmp_path: Path) -> None:
-    vit().save_pretrained(tmp_path)
-    bare = Checkpoint.open(tmp_path / "model.safetensors")
-    assert by_class(bare) is bare
-    content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**content, "architectures": ["MyViT"]}))
-    found = Checkpoint.open(tmp_path)
-    assert by_class(found) is found

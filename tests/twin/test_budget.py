@@ -10,6 +10,8 @@ from benchmarks import bench_70b
 from tests.tiny import Family, adapter_family
 from twinmerge.errors import RecipeError
 from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.hf.classes import LIBRARY
+from twinmerge.jobs.build import kinds_of
 from twinmerge.jobs.plan import describe, describe_twin
 from twinmerge.merging.executor import OWN_BYTES, Processes, Serial, Threads
 from twinmerge.merging.plan import plan_merge
@@ -83,8 +85,7 @@ def test_a_70b_checkpoint_of_sparse_files_is_planned_in_bounded_memory(tmp_path:
     merge = describe(plan_merge(load_merge(bench_70b.merge_recipe(tmp_path))), 2 * 10**9, Threads(2), tmp_path)
     assert (merge["tensors"], merge["layers"], merge["parameters"]) == (723, 80, 70_553_706_496)
     recipe = Recipe.load(bench_70b.twin_recipe(tmp_path))
-    names = Checkpoint.open(tmp_path / "base").specs
-    plan = make_plan(recipe, {n: "linear" if len(spec.shape) > 1 else "vector" for n, spec in names.items()})
+    plan = make_plan(recipe, LIBRARY, kinds_of)
     twin = describe_twin(plan, 64 * 10**9, Threads(2), tmp_path)
     assert twin["read_bytes"] == 3 * 2 * 70_553_706_496
     assert twin["memory_needed_bytes"] < 20 * 10**9

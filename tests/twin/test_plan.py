@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, Family, kinds_of, rewrite
 from twinmerge.errors import DataError, InputError, MismatchError, RecipeError
+from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.twin.plan import make_plan
 
@@ -51,23 +54,44 @@ def test_what_no_layer_gates_is_merged_and_not_exclusive(bert: Family) -> None:
     kinds = {**kinds_of(bert.base), "pooler.dense.weight": "static"}
     task = next(
         task
-        for task in make_plan(bert.recipe(exclusive={"rank": 4}), kinds).tasks
+        for task in make_plan(bert.recipe(exclusive={"rank": 4}), LIBRARY, lambda _: kinds).tasks
         if task.name == "pooler.dense.weight"
     )
     assert (task.experts, task.exclusive) == (GATE_ORDER, False)
 
 
-def test_integer_tensors_are_copied(bert: Family) -> None:
-    rewrite(bert.base / "model.safetensors", lambda t: {**t, "embeddings.position_ids": torch.arange(32)[None]})
-    task = next(task for task in bert.plan().tasks if task.name == "embeddings.position_ids")
-    assert (task.kind, task.experts, task.exclusive) == ("static", (), False)
+def test_integer_buffers_are_copied_and_those_of_older_files_left_out(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    family = tiny.make_family(
+        tmp_path, tiny.seeded(transformers.ResNetModel, config), transformers.ResNetForImageClassification
+    )
+    for number, name in enumerate(EXPERTS):  # a counter differs by nature
+        rewrite(
+            family.root / name / "model.safetensors",
+            lambda t, number=number: {k: v + number if "num_batches" in k else v for k, v in t.items()},
+        )
+    rewrite(family.base / "model.safetensors", lambda t: {**t, "embeddings.position_ids": torch.arange(32)[None]})
+    tasks = {task.name: task for task in family.plan().tasks}
+    counter = tasks["embedder.embedder.normalization.num_batches_tracked"]
+    assert (counter.kind, counter.experts, counter.exclusive) == ("static", (), False)
+    assert "embeddings.position_ids" not in tasks
 
 
 def test_parameter_that_no_expert_has_is_copied(bert: Family) -> None:
     for name in EXPERTS:
-        rewrite(bert.root / name / "model.safetensors", lambda t: {k: v for k, v in t.items() if "pooler" not in k})
+        tiny.seeded(
+            transformers.BertForTokenClassification,
+            transformers.BertConfig.from_pretrained(bert.root / name),
+        ).save_pretrained(bert.root / name)  # has no pooler
     tasks = {task.name: task for task in bert.plan().tasks}
     assert (tasks["pooler.dense.weight"].experts, tasks["pooler.dense.weight"].exclusive) == ((), False)
+
+
+def test_parameter_that_some_experts_do_without_is_merged_of_the_others(bert: Family) -> None:
+    config = transformers.BertConfig.from_pretrained(bert.root / "sms")
+    tiny.seeded(transformers.BertForTokenClassification, config).save_pretrained(bert.root / "sms")
+    tasks = {task.name: task for task in bert.plan().tasks}
+    assert (tasks["pooler.dense.weight"].experts, tasks["pooler.dense.weight"].exclusive) == (("ag", "trec"), True)
 
 
 def test_order_of_experts_in_the_recipe_changes_nothing(bert: Family) -> None:
@@ -133,18 +157,32 @@ def test_empty_router_data_is_named(bert: Family) -> None:
         bert.plan()
 
 
-def test_base_with_tensors_of_another_class_is_named(bert: Family) -> None:
-    rewrite(bert.base / "model.safetensors", lambda t: {**t, "cls.weight": torch.zeros(3)})
-    message = r"base .*: 1 tensors are not named as the parameters of its class are, first 'cls\.weight'; save it again"
+def test_tensors_of_the_base_that_its_class_does_not_have_are_left_out_with_a_note(bert: Family) -> None:
+    rewrite(bert.base / "model.safetensors", lambda t: {**t, "cls.a": torch.zeros(3), "cls.b": torch.zeros(3)})
+    plan = bert.plan()
+    assert plan.notes == ("base: 'cls.a' and 1 more are left out, which a BertModel does not use here",)
+    assert not any("cls" in task.name for task in plan.tasks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {k: v for k, v in t.items() if "layer.1.output.dense" not in k},
+            r"base .* lacks 2 parameters of BertModel, first 'encoder\.layer\.1\.output\.dense\.bias'",
+        ),
+        (
+            lambda t: {**t, "embeddings.word_embeddings.weight": torch.zeros(70, 16)},
+            r"base .*: 'embeddings\.word_embeddings\.weight' has shape \[70, 16\], by config\.json it must be \[64",
+        ),
+    ],
+)
+def test_base_that_its_class_would_not_load_is_named(
+    bert: Family, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], message: str
+) -> None:
+    rewrite(bert.base / "model.safetensors", change)
     with pytest.raises(MismatchError, match=message):
         bert.plan()
-
-
-def test_head_that_fits_only_some_experts_is_named(bert: Family) -> None:
-    recipe = bert.recipe().model_copy(update={"base": "trec"})  # two labels, as one of the experts
-    message = r"expert 'sms' lacks 'classifier\.bias', which expert 'trec' has; give all or none"
-    with pytest.raises(MismatchError, match=message):
-        make_plan(recipe, kinds_of(bert.root / "trec"))
 
 
 @pytest.mark.parametrize(

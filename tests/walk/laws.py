@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from tests.walk.small import CannotBeMadeError, inputs_for, small_model
 from twinmerge.errors import InputError
+from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.heads import load_head
-from twinmerge.hf.kinds import parameter_kinds
-from twinmerge.hf.loading import by_class, load_backbone, require_shapes_of_class
+from twinmerge.hf.loading import load_backbone
 from twinmerge.hf.model import TwinModel
-from twinmerge.jobs.build import new_manifest
+from twinmerge.jobs.build import kinds_of, new_manifest
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import write_weights
 from twinmerge.twin.plan import make_plan
@@ -130,8 +130,7 @@ def _twin(folder: Path) -> TwinModel:
     sources = {f"expert{s}": {"model": f"expert{s}", "router_data": f"expert{s}.jsonl"} for s in (1, 2)}
     exclusive = {"rank": 10**6, "embeddings": "exclusive"}
     recipe = Recipe(base="base", experts=sources, shared={"method": "average"}, exclusive=exclusive, root=folder)
-    plan = make_plan(recipe, parameter_kinds(folder / "base"), by_class=by_class)
-    require_shapes_of_class(plan.base)
+    plan = make_plan(recipe, LIBRARY, kinds_of)
     (folder / "twin").mkdir()
     (folder / "work").mkdir()
     report = write_weights(plan, folder / "twin", folder / "work")

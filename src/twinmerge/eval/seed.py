@@ -174,14 +174,14 @@ class SeedRun:
         """An expert's encoder: as transformers loads a full fine-tune, or the base with an adapter's change."""
         expert, base = self.plan.experts[name], self.plan.base
         if not expert.is_adapter:
-            return load_backbone(expert.checkpoint.path).base_model
+            return load_backbone(expert.folder).base_model
         state = {}
         for task in self.plan.tasks:
             own = stored = base.read(task.name)
             if name in task.experts:
                 own = (stored.float() + expert.task_vector(task.name, stored)).to(stored.dtype)
             state[task.name] = own
-        return backbone_from(base.path, state).base_model
+        return backbone_from(base.path, state, base.config["architectures"][0]).base_model
 
     @cached_property
     def expert_answers(self) -> dict[str, list[str]]:

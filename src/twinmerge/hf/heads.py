@@ -2,15 +2,18 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import MismatchError
-from twinmerge.hf.loading import model_class
+from twinmerge.hf.classes import backbone_name
+from twinmerge.hf.loading import model_class, model_from
 
 _NO_TOKEN = -1
 """Stands for padding where a config names no id: no token of a text has it."""
@@ -19,6 +22,10 @@ _NO_TOKEN = -1
 def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
     """A whole model of the expert's class whose backbone holds no weights: only its head answers.
 
+    Args:
+        config: the expert's.
+        tensors: of its head, by the names of its class; a pooler that is the expert's own is among them.
+
     Raises:
         MismatchError: if the tensors are not those of the class's head.
     """
@@ -26,35 +33,78 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
     cls = model_class(settings, "an expert")
     with torch.device("meta"):
         model: Any = cls(settings)
-    prefix = cls.base_model_prefix
-    names = set(model.state_dict())
-    expected = {name for name in names if not name.startswith(f"{prefix}.")}
+    place, names = backbone_name(model), set(model.state_dict())
+    if not place:
+        raise MismatchError(f"an expert: a {cls.__name__} has no head apart from its backbone")
+    _require_reading(model.get_submodule(place), settings)
+    computed = _Computed(None, model.get_submodule(place) if any(_is_pooler(n, place) for n in tensors) else None)
+    expected = {name for name in names if not name.startswith(f"{place}.")}
+    expected |= {f"{place}.{name}" for name in computed.state_dict()}
     if expected != set(tensors):
         odd = sorted(expected.symmetric_difference(tensors))
         raise MismatchError(
             f"the head of {cls.__name__} must hold {sorted(expected)}, found {sorted(tensors)} (differs in {odd[0]!r})"
         )
-    setattr(model, prefix, nn.Identity())
+    setattr(model, place, computed)
     try:
         model.load_state_dict(dict(tensors), assign=True)
     except RuntimeError as error:
         raise MismatchError(
             f"the head of {cls.__name__} does not fit its config: {str(error).splitlines()[-1].strip()}"
         ) from error
-    model.meta_names = names
+    model.meta_names, model.place = names, place
     head: PreTrainedModel = model.eval()
     return head
+
+
+def _require_reading(backbone: nn.Module, settings: Any) -> None:
+    """Refuse a backbone with a decoder that reads nothing unless its head says what."""
+    if not settings.is_encoder_decoder:
+        return
+    try:
+        with suppress(RuntimeError):  # looks at values, which there are none of: it reads
+            backbone(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+    except ValueError as error:
+        raise MismatchError(
+            f"an expert: {type(backbone).__name__} answers no row without its decoder's ids, so that its classifiers "
+            f"make no twin ({error})"
+        ) from error
+
+
+def _is_pooler(name: str, place: str) -> bool:
+    return name.startswith(f"{place}.pooler.")
 
 
 class _Computed(nn.Module):
     """Stands where a head model expects its backbone, and hands over what the gated backbone has computed."""
 
-    def __init__(self, outputs: ModelOutput) -> None:
+    def __init__(self, outputs: Any, pooled_by: Any) -> None:
+        """`pooled_by` has the pooler that is the expert's own; None where there is none."""
         super().__init__()
         self.outputs = outputs
+        self.pooler = None if pooled_by is None else pooled_by.pooler
+        self.pooler_activation = getattr(pooled_by, "pooler_activation", None)
+        if isinstance(self.pooler, nn.Linear) and self.pooler_activation is None:
+            raise MismatchError(f"how {type(pooled_by).__name__} pools is not known; give a base that has the pooler")
 
     def forward(self, *_: Any, **__: Any) -> ModelOutput:
-        return self.outputs
+        if self.pooler is None:
+            found: ModelOutput = self.outputs
+            return found
+        hidden = self.outputs[0]
+        pooled = (
+            self.pooler(hidden) if self.pooler_activation is None else self.pooler_activation(self.pooler(hidden[:, 0]))
+        )
+        rest = {name: self.outputs.get(name) for name in ("hidden_states", "attentions")}
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled, **rest)
+
+
+def with_backbone(head: Any, body: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A plain model of the head's class, whose backbone has these weights, by the names that they have in it."""
+    inside = {f"{head.place}.{name}": value for name, value in body.items()}
+    state = {name: value for name, value in inside.items() if name in head.meta_names}
+    own = {name: value.detach().clone() for name, value in head.state_dict().items()}
+    return model_from(type(head), head.config, state | own)
 
 
 def answered(head: Any, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Tensor:
@@ -72,7 +122,8 @@ def answered(head: Any, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Tens
         those that answer questions.
     """
     shallow = copy.copy(head)
-    shallow._modules = {**head._modules, type(head).base_model_prefix: _Computed(outputs)}
+    own = head._modules[head.place]
+    shallow._modules = {**head._modules, head.place: _Computed(outputs, None if own.pooler is None else own)}
     mask = inputs.get("attention_mask")
     if mask is not None and "input_ids" in inputs and mask.shape == inputs["input_ids"].shape:
         padding = head.config.get_text_config().pad_token_id

@@ -1,7 +1,8 @@
-"""Makes transformers models of model folders, and gives folders the tensor names of their classes."""
+"""Makes transformers models of model folders; no Python of a folder is run."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from twinmerge.errors import ArtifactError, MismatchError
@@ -20,8 +19,12 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.strict_json import read_json
 from twinmerge.models.compatible import VOCABULARY_FILES
 
-_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`: nothing is fetched, no Python of a folder is run, nobody is asked on the terminal."""
+_CODE = (
+    "its class is Python code of the folder, which is never run here; save the model with a class that transformers "
+    "has, and without auto_map"
+)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -31,7 +34,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         MismatchError: if there is none, or of a type unknown to transformers.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **_LOCAL)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, **LOCAL)
         return config
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(folder, "config.json", error) from error
@@ -40,21 +43,20 @@ def load_config(folder: Path) -> PretrainedConfig:
 def _unusable(folder: Path, file: str, error: Exception) -> MismatchError:
     """Why transformers does not take a folder's file, in one line."""
     if "auto_map" in (read_json(folder / file) if (folder / file).is_file() else {}):
-        return MismatchError(
-            f"{folder}: by auto_map in {file} its class is Python code of the folder, which is never run here; "
-            "save the model with a class that transformers has, and without auto_map"
-        )
+        return MismatchError(f"{folder}: by auto_map in {file} {_CODE}")
     return MismatchError(f"{folder} must be a transformers model folder: {str(error).splitlines()[0]}")
 
 
-def model_class(config: PretrainedConfig, where: Path | str) -> type[PreTrainedModel]:
-    """The class that config.json names.
+def model_class(config: PretrainedConfig, where: Path | str, cls: str | None = None) -> type[PreTrainedModel]:
+    """A class, or the one that config.json names.
 
     Raises:
         MismatchError: if it names none, or one that transformers does not have.
     """
-    names = config.architectures or []
+    names = [cls] if cls else config.architectures or []
     found = getattr(transformers, names[0], None) if names else None
+    if found is None and getattr(config, "auto_map", None):
+        raise MismatchError(f"{where}: by auto_map in config.json {_CODE}")
     if found is None:
         raise MismatchError(
             f"{where}: config.json must name a transformers class in architectures, found {names or 'none'}"
@@ -77,7 +79,7 @@ def load_tokenizer(folder: Path, like: Path | None = None) -> Any:
         return None
     config = load_config(like) if like is not None and not (folder / "config.json").is_file() else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL, **({} if config is None else {"config": config}))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL, **({} if config is None else {"config": config}))
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(folder, "tokenizer_config.json", error) from error
     except Exception as error:  # what the tokenizers library raises of a damaged file has no class of its own
@@ -89,18 +91,18 @@ def load_tokenizer(folder: Path, like: Path | None = None) -> Any:
     return tokenizer
 
 
-def load_backbone(folder: Path, like: Path | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_backbone(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model folder's model in eval mode; every parameter must be found.
 
     Args:
         folder: with the weights.
-        like: another folder whose class is used, such as the base's for an expert; None is the folder's own.
         dtype: of weights and computation; None keeps the stored one.
     """
-    config = load_config(like or folder)
-    cls: Any = model_class(config, like or folder)
+    config = load_config(folder)
+    cls: Any = model_class(config, folder)
     with quiet():
-        model, info = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **_LOCAL)
+        form = options(cls, config, Checkpoint.open(folder).specs)
+        model, info = cls.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **form, **LOCAL)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ArtifactError(f"{folder} lacks {len(missing)} parameters of {cls.__name__}, first {missing[0]!r}")
@@ -123,10 +125,10 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def backbone_from(folder: Path, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """A model of a folder's class with other weights, by the folder's tensor names."""
+def backbone_from(folder: Path, state: Mapping[str, Tensor], cls: str | None = None) -> PreTrainedModel:
+    """A model with weights by the names of its class, the folder's or another that its config fits."""
     config = load_config(folder)
-    return model_from(model_class(config, folder), config, state)
+    return model_from(model_class(config, folder, cls), config, state)
 
 
 def model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -137,7 +139,7 @@ def model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapp
     """
     like = next(v for v in state.values() if v.is_floating_point())
     make: Any = cls._from_config  # what from_pretrained calls: buffers keep the dtype they need
-    model = make(copy.deepcopy(config), dtype=like.dtype).to(like.device)
+    model = make(copy.deepcopy(config), dtype=like.dtype, **options(cls, config, state)).to(like.device)
     missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
@@ -149,20 +151,29 @@ def model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapp
     return built
 
 
-def without_weights(folder: Path) -> PreTrainedModel:
-    """A folder's model on the meta device."""
+def without_weights(folder: Path, cls: str | None = None, names: Iterable[str] | None = None) -> PreTrainedModel:
+    """A model without weights.
+
+    Args:
+        folder: with its config.json.
+        cls: its class; None is the one that the config names.
+        names: of the tensors that there are: a pooler is made if one is among them, where the class leaves a choice.
+    """
     config = load_config(folder)
+    made: Any = model_class(config, folder, cls)
     with torch.device("meta"):
-        return model_class(config, folder)(config)
+        model: PreTrainedModel = made(config, **options(made, config, names))
+    return model
 
 
 @torch.no_grad()
-def skeleton(folder: Path) -> PreTrainedModel:
+def skeleton(folder: Path, cls: str | None = None, names: Iterable[str] | None = None) -> PreTrainedModel:
     """A folder's model in float32 that runs and takes next to no memory: weights are zeros that no page holds.
 
-    The first rows of each are small numbers, so that layers can be told apart; buffers have their values.
+    The first rows of each are small numbers, so that layers can be told apart; buffers have their values. Arguments
+    are those of `without_weights`.
     """
-    model = without_weights(folder)
+    model = without_weights(folder, cls, names)
     made: dict[int, nn.Parameter] = {}
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -184,33 +195,13 @@ def skeleton(folder: Path) -> PreTrainedModel:
     return ready
 
 
-def by_class(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint under the names of its class's parameters; transformers renames some classes' on loading.
-
-    What it splits or joins keeps the stored names. A folder of no known class is given as it is.
-    """
-    if not checkpoint.config:
-        return checkpoint
-    architectures = load_config(checkpoint.path).architectures or [""]
-    if not hasattr(transformers, architectures[0]):
-        return checkpoint
-    model = without_weights(checkpoint.path)
-    changes = get_model_conversion_mapping(model)
-    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    found = {name: rename_source_key(name, renamings, converters) for name in checkpoint.specs}
-    return checkpoint.renamed({name: new for name, (new, converted) in found.items() if converted is None})
+def options(cls: Any, config: PretrainedConfig, names: Iterable[str] | None) -> dict[str, Any]:
+    """What a class must be told to have the tensors that there are."""
+    if names is None or "add_pooling_layer" not in inspect.signature(cls).parameters or _with_pooler(names):
+        return {}
+    with torch.device("meta"):
+        return {"add_pooling_layer": False} if _with_pooler(cls(config).state_dict()) else {}
 
 
-def require_shapes_of_class(checkpoint: Checkpoint) -> None:
-    """Refuse a base that transformers would not load, such as an embedding with other rows than config.json says.
-
-    Raises:
-        MismatchError: naming the first tensor.
-    """
-    for name, tensor in without_weights(checkpoint.path).state_dict().items():
-        if name in checkpoint.specs and checkpoint.specs[name].shape != tensor.shape:
-            raise MismatchError(
-                f"base {checkpoint.path}: {name!r} has shape {list(checkpoint.specs[name].shape)}, by config.json it "
-                f"must be {list(tensor.shape)}; one of them is wrong"
-            )
+def _with_pooler(names: Iterable[str]) -> bool:
+    return any("pooler" in name.split(".") for name in names)

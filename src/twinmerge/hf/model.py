@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
+from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.example import example_inputs
 from twinmerge.hf.features import EnoughError, Looked, Probe, check_one_pass, hidden_layers, pool, show
 from twinmerge.hf.generate import join, writer
-from twinmerge.hf.heads import answered, load_head, take
+from twinmerge.hf.heads import answered, load_head, take, with_backbone
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
 from twinmerge.routing.router import Router, Routing, Stored
@@ -373,16 +374,9 @@ class TwinModel(nn.Module):
         state = self.state_for(gate)
         if not self.heads:
             return model_from(type(self.backbone), self.backbone.config, state)
-        head: Any = self.heads[self.expert_names[int(gate.argmax())]]
-        prefix = type(head).base_model_prefix
-        body = {k.removeprefix(f"{prefix}."): v for k, v in state.items()}
-        own = {k: v.detach().clone() for k, v in head.state_dict().items() if not k.startswith(f"{prefix}.")}
-        names = head.meta_names
-        return model_from(
-            type(head),
-            head.config,
-            {**own, **{f"{prefix}.{k}": v for k, v in body.items() if f"{prefix}.{k}" in names}},
-        )
+        root = backbone_name(self.backbone) + "."
+        body = {name.removeprefix(root): value for name, value in state.items()}
+        return with_backbone(self.heads[self.expert_names[int(gate.argmax())]], body)
 
     def state_for(self, gate: Tensor) -> dict[str, Tensor]:
         """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""

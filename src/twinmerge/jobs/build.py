@@ -12,9 +12,10 @@ from twinmerge.files.hashes import fingerprint_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
 from twinmerge.files.target import durable_folder, require_free, require_space, size_of
+from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.features import check_router
 from twinmerge.hf.kinds import fallback_of, parameter_kinds
-from twinmerge.hf.loading import by_class, load_backbone, load_tokenizer, require_shapes_of_class, skeleton
+from twinmerge.hf.loading import load_backbone, load_tokenizer, skeleton
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.check import check_twin
@@ -23,6 +24,7 @@ from twinmerge.jobs.preflight import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input, portable
+from twinmerge.models.source import Model
 from twinmerge.routing.fit import fit_router
 from twinmerge.routing.router import Router
 from twinmerge.routing.store import save_router
@@ -41,7 +43,7 @@ from twinmerge.twin.manifest import (
     record_root,
     write_manifest,
 )
-from twinmerge.twin.plan import Plan, make_plan
+from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe, RouterSettings
 
 _WORTH_A_NOTE = 1e-3
@@ -193,10 +195,23 @@ def open_plan(recipe: Recipe, allow: Allow = Allow(), *, fast_only: bool = False
     """
     base = recipe.locate(recipe.base, "base")
     check_router(base, recipe.router)
-    model = skeleton(base)
-    plan = make_plan(recipe, parameter_kinds(model), allow=allow, by_class=by_class)
-    require_shapes_of_class(plan.base)
-    return with_fallback(plan, model, fast_only=fast_only)
+    shared: list[Any] = []
+
+    def kinds(model: Model) -> Mapping[str, Kind]:
+        shared.append(_skeleton(model))
+        return parameter_kinds(shared[0])
+
+    plan = make_plan(recipe, LIBRARY, kinds, allow=allow)
+    return with_fallback(plan, shared[0], fast_only=fast_only)
+
+
+def kinds_of(model: Model) -> Mapping[str, Kind]:
+    """Parameter name -> what it is, of the model that a shared expert is made of."""
+    return parameter_kinds(_skeleton(model))
+
+
+def _skeleton(model: Model) -> Any:
+    return skeleton(model.checkpoint.path, model.layout.cls, model.checkpoint.specs)
 
 
 def with_fallback(plan: Plan, model: Any, *, fast_only: bool = False) -> Plan:

@@ -141,9 +141,9 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
             base = plan.base.read(task.name)
             moved = task.spec.dtype.is_floating_point and name in task.experts
             state[task.name] = base.to(model.backbone.dtype) + expert.task_vector(task.name, base) if moved else base
-        plain = backbone_from(plan.base.path, state)
+        plain = backbone_from(plan.base.path, state, plan.base.config["architectures"][0])
     else:
-        plain = load_backbone(expert.checkpoint.path, dtype=model.backbone.dtype)
+        plain = load_backbone(expert.folder, dtype=model.backbone.dtype)
     found = []
     for index in range(len(inputs["input_ids"])):  # each alone: an expert may know padding by another id
         row = _row(inputs, index)

@@ -12,7 +12,8 @@ from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeErro
 from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import Folder, durable_folder
-from twinmerge.hf.loading import by_class, skeleton
+from twinmerge.hf.classes import LIBRARY
+from twinmerge.hf.loading import skeleton
 from twinmerge.jobs.build import finish, left_to_shared, now, versions, with_fallback, with_provenance
 from twinmerge.jobs.preflight import checked
 from twinmerge.models.provenance import require_unchanged
@@ -27,7 +28,7 @@ from twinmerge.twin.manifest import (
     record_recipe,
     record_root,
 )
-from twinmerge.twin.plan import MATRICES, Plan, make_plan
+from twinmerge.twin.plan import Plan, make_plan
 from twinmerge.twin.recipe import ExpertSource, Recipe
 
 Change = Literal["add", "remove", "replace"]
@@ -231,7 +232,8 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
     Raises:
         MismatchError: if the base is another than the twin's, or the expert has other parameters or no head.
     """
-    plan = make_plan(recipe, artifact.kinds, only=name, by_class=by_class)
+    cls = artifact.shared.config["architectures"][0]
+    plan = make_plan(recipe, LIBRARY, lambda _: artifact.kinds, only=name, shared_class=cls)
     if artifact.manifest.base.files:
         require_unchanged(artifact.manifest.base, plan.base, "base")
     others = [other for other in artifact.expert_names if other != name]
@@ -239,13 +241,6 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
     if bool(with_head) != bool(plan.experts[name].head):
         has, lacks = (name, others[0]) if not with_head else (with_head[0], name)
         raise MismatchError(f"expert {has!r} has a head of its own, expert {lacks!r} has none; give all or none")
-    held = {other: artifact.compressed(other) for other in others}
-    for task in plan.tasks:
-        having = [other for other in others if task.name in held[other]]
-        compressed = task.kind in MATRICES and task.exclusive
-        if bool(having) != compressed:
-            has, lacks = (having[0], name) if having else (name, others[0])
-            raise MismatchError(f"expert {lacks!r} lacks {task.name!r}, which expert {has!r} has; give all or none")
     return plan if artifact.manifest.fallback is None else with_fallback(plan, skeleton(artifact.path))
 
 

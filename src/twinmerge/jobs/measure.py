@@ -27,9 +27,10 @@ from twinmerge.hf.answers import (
     answers_of,
     require_texts,
 )
+from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.heads import answered, load_head
 from twinmerge.hf.inputs import tokenize
-from twinmerge.hf.loading import backbone_from, by_class, load_backbone, load_config, load_tokenizer
+from twinmerge.hf.loading import backbone_from, load_backbone, load_config, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.preflight import Checked
 from twinmerge.merging.method import Calibrated
@@ -214,7 +215,7 @@ def for_twin(found: Checked) -> Calibration | None:
                 state[task.name] = state[task.name] + expert.task_vector(task.name, base)
         head = {key: value.float() for key, value in expert.read_head().items()}
         model = TwinModel(
-            backbone_from(plan.base.path, state),
+            backbone_from(plan.base.path, state, plan.base.config["architectures"][0]),
             {name: {}},
             heads={name: load_head(expert.config, head)} if head else {},
             tokenizer=_tokenizer(expert.checkpoint.path, plan.base.path),
@@ -239,7 +240,8 @@ def for_merge(plan: MergePlan) -> Calibration | None:
     def load(name: str) -> Subject:
         """An expert's own folder, as its class loads it; the merge's names are found by where the tensors lie."""
         folder = plan.merge.experts[name]
-        backbone, stored = load_backbone(folder, dtype=torch.float32), by_class(Checkpoint.open(folder)).specs
+        backbone, specs = load_backbone(folder, dtype=torch.float32), Checkpoint.open(folder).specs
+        stored = {own: specs[name] for name, own in LIBRARY.names(folder, None, specs)[1].items()}
         if lost := [own for own, _ in backbone.named_parameters() if own not in stored]:
             raise MismatchError(
                 f"{folder}: {lost[0]!r} of {type(backbone).__name__} is made of other tensors on loading, so what is "

@@ -83,7 +83,7 @@ def compare_configs(reference: Checkpoint, name: str, other: Checkpoint, allow: 
         return
     differences = [
         f"{key} is {ours!r} in {reference.path.name} and {theirs!r} in {other.path.name}"
-        for key, ours, theirs in _differences(reference.config, other.config)
+        for key, ours, theirs in _differences(reference.config, _of_type(other.config, reference.config))
     ]
     if differences and not allow.config:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
@@ -91,6 +91,23 @@ def compare_configs(reference: Checkpoint, name: str, other: Checkpoint, allow: 
             f"{name!r} is another model: {differences[0]}{more}; --allow-config-differences merges all the same"
         )
     yield from (f"{name!r}: {difference}" for difference in differences)
+
+
+def compare_dtypes(reference: Checkpoint, name: str, other: Checkpoint, stored: Mapping[str, str]) -> Iterator[str]:
+    """Say which tensors of a model are stored in another dtype than the reference's; they are merged all the same.
+
+    Args:
+        reference: the base.
+        name: of the model, for the note.
+        other: the model.
+        stored: the base's name for a tensor -> the model's.
+    """
+    mixed = [n for n, own in stored.items() if reference.specs[n].dtype != other.specs[own].dtype]
+    if mixed:
+        first, theirs, ours = mixed[0], other.specs[stored[mixed[0]]].dtype, reference.specs[mixed[0]].dtype
+        yield (
+            f"{name!r} stores {len(mixed)} tensors in another dtype, first {first!r}: {theirs}, {ours} in the base"
+        ).replace("torch.", "")
 
 
 def compare_vocabularies(reference: Path, name: str, other: Path, allow: Allow) -> Iterator[str]:
@@ -215,6 +232,13 @@ def require_plausible(tensor: Tensor, where: str, start: int = 0, bound: float |
 
 def _floats(checkpoint: Checkpoint) -> dict[str, None]:
     return {name: None for name, spec in checkpoint.specs.items() if spec.dtype.is_floating_point}
+
+
+def _of_type(config: Mapping[str, Any], like: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config, or the one inside it, as of an image model's tower, that is of another's type."""
+    kind = like.get("model_type")
+    inner = [value for value in config.values() if isinstance(value, dict) and value.get("model_type") == kind]
+    return inner[0] if inner and kind not in (None, config.get("model_type")) else config
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

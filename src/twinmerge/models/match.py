@@ -1,132 +1,126 @@
-"""Opens an expert and matches its tensors with the base's parameters; what the base lacks is its head."""
+"""Matches an expert's tensors with the shared expert's; what lies outside its class's backbone is its own head."""
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import Checkpoint
-from twinmerge.models.adapter import open_adapter
-from twinmerge.models.compatible import require_unquantised
-from twinmerge.models.source import Expert
+from twinmerge.files.checkpoint import TensorSpec
+from twinmerge.models.source import Expert, Layout, Model
 
 
-def open_expert(
-    name: str,
-    folder: Path,
-    base: Checkpoint,
-    transposed: Collection[str],
-    by_class: Callable[[Checkpoint], Checkpoint],
-) -> Expert:
-    """Open an expert and match its tensors with the base's, from headers only.
+def place(layout: Layout, shared: Model, name: str) -> tuple[bool, str | None]:
+    """Where a tensor of an expert's class is: whether in its head, and its name there or in the shared expert.
 
-    Args:
-        name: the expert's name.
-        folder: a transformers folder, or a PEFT LoRA adapter.
-        base: the base model.
-        transposed: base parameters that a LoRA pair multiplies transposed (embeddings, Conv1D).
-        by_class: gives a full model under the names of its class's parameters.
+    A pooler that the shared expert lacks goes with the head. The name is None if there is no place.
+    """
+    if layout.cls == shared.layout.cls:
+        return False, name if name in shared.checkpoint.specs else None
+    parameter = shared.layout.root + name.removeprefix(layout.root)
+    inside = name.startswith(layout.root)
+    if inside and parameter in shared.checkpoint.specs:
+        return False, parameter
+    if inside and not (layout.root and name.startswith(f"{layout.root}pooler.")):
+        return False, None
+    return True, name
+
+
+def match(name: str, model: Model, shared: Model) -> Expert:
+    """A full model as an expert.
 
     Raises:
-        MismatchError: if a parameter is missing, extra or of another shape, or the architecture differs.
-        CheckpointError: if the files cannot be read.
+        MismatchError: if it does not fit the shared expert.
     """
-    if (folder / "adapter_config.json").exists():
-        return open_adapter(name, folder, base, transposed, _resolver(base))
-    opened = Checkpoint.open(folder)
-    require_unquantised(opened)
-    checkpoint = by_class(opened)
-    _require_same_architecture(name, checkpoint.config, base.config)
-    match = _match(base, checkpoint)
-    missing = [
-        name
-        for name in base.specs
-        if name.startswith(match.root_base) and name not in match.stored and _is_float(base, name)
-        if "pooler" not in name.split(".")  # which some classes with a head do without
-    ]
-    if missing:
+    layout, found = model.layout, model.checkpoint
+    require_backbone(name, layout, shared, found.config.get("model_type"))
+    if lacking := sorted(layout.required - set(found.specs)):
+        of_base = place(layout, shared, lacking[0])[1] or lacking[0]
         raise MismatchError(
-            f"expert {name!r} lacks {len(missing)} of {len(base.specs)} parameters, first {missing[0]!r}; "
+            f"expert {name!r} lacks {len(lacking)} of {len(layout.required)} parameters, first {of_base!r}; "
             "was it fine-tuned from the same base?"
         )
-    taken = set(match.stored.values())
-    others = sorted(stored for stored in checkpoint.specs if stored not in taken)
-    extra = [stored for stored in others if stored.startswith(match.root_expert) and _is_float(checkpoint, stored)]
-    if extra:
+    stored, head, extra = fit(f"expert {name!r}", layout, shared, found.specs)
+    pooler = [one for one in (*extra, *model.left_out) if "pooler" in one.split(".")]  # which no head reads
+    if extra := [one for one in (*extra, *model.left_out) if one not in pooler]:
         raise MismatchError(
             f"expert {name!r} has {len(extra)} tensors that the base lacks, first {extra[0]!r}; "
             "was it fine-tuned from the same base?"
         )
-    head = [stored for stored in others if _is_float(checkpoint, stored)]
-    stored = {}
-    for parameter, found in match.stored.items():
-        if checkpoint.specs[found].shape == base.specs[parameter].shape:
-            stored[parameter] = found
-        elif found.startswith(match.backbone_root):
+    return Expert(name, found, stored, head, (left_out_note(repr(name), layout, pooler),) if pooler else ())
+
+
+def left_out_note(whose: str, layout: Layout, names: Sequence[str]) -> str:
+    """What a plan says of tensors that are no part of the twin."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{whose}: {names[0]!r}{more} are left out, which a {layout.cls} does not use here"
+
+
+def require_whole(what: str, model: Model) -> None:
+    """Refuse a model that its class would not load: with a tensor too few, or of another shape than config.json says.
+
+    Raises:
+        MismatchError: naming the first tensor.
+    """
+    path, specs = model.checkpoint.path, model.checkpoint.specs
+    if lacking := sorted(model.layout.required - set(specs)):
+        raise MismatchError(
+            f"{what} {path} lacks {len(lacking)} parameters of {model.layout.cls}, first {lacking[0]!r}"
+        )
+    for name, spec in specs.items():
+        if spec.shape != model.layout.shapes[name]:
             raise MismatchError(
-                f"expert {name!r}: {found!r} has shape {list(checkpoint.specs[found].shape)}, "
-                f"the base's {parameter!r} {list(base.specs[parameter].shape)}; resize it to the base's shape"
+                f"{what} {path}: {name!r} has shape {list(spec.shape)}, by config.json it must be "
+                f"{list(model.layout.shapes[name])}; one of them is wrong"
+            )
+
+
+def fit(
+    whose: str, layout: Layout, shared: Model, specs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, str], tuple[str, ...], list[str]]:
+    """Sort tensors of an expert's class.
+
+    Returns:
+        Parameter of the shared expert -> tensor; tensors of the head; floats that have no place.
+
+    Raises:
+        MismatchError: if one has another shape than the parameter.
+    """
+    stored, head, extra = {}, [], []
+    for name, spec in specs.items():
+        in_head, found = place(layout, shared, name)
+        if in_head:
+            head.append(name)
+        elif found is None:
+            extra += [name] if spec.dtype.is_floating_point else []
+        elif spec.shape != shared.checkpoint.specs[found].shape:
+            raise MismatchError(
+                f"{whose}: {name!r} has shape {list(spec.shape)}, the base's {found!r} "
+                f"{list(shared.checkpoint.specs[found].shape)}; resize it to the base's shape"
             )
         else:
-            head.append(found)
-    return Expert(name, checkpoint, stored, {stored: stored for stored in sorted(head)})
+            stored[found] = name
+    return stored, tuple(sorted(head)), extra
 
 
-def _is_float(checkpoint: Checkpoint, name: str) -> bool:
-    """Integer tensors are buffers, which newer files leave out."""
-    return checkpoint.specs[name].dtype.is_floating_point
+def require_backbone(name: str, layout: Layout, shared: Model, model_type: str | None) -> None:
+    """Refuse a class that is not the shared expert's, nor one with a head of its own on the same backbone.
 
-
-def _require_same_architecture(name: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    if found.get("model_type") != expected.get("model_type") and found and expected:
+    Raises:
+        MismatchError: saying as what to give the base.
+    """
+    ours, expected = shared.layout, shared.checkpoint.config.get("model_type")
+    if model_type != expected and layout.backbone != ours.backbone:
         raise MismatchError(
-            f"expert {name!r} is a {found.get('model_type')!r} model, the base is {expected.get('model_type')!r}; "
+            f"expert {name!r} is a {model_type!r} model, the base is {expected!r}; "
             "experts must be fine-tuned from the base"
         )
-
-
-@dataclass(frozen=True)
-class _Match:
-    """How an expert's names answer to the base's."""
-
-    stored: dict[str, str]
-    """Base name -> expert name."""
-    root_base: str
-    """Base names that open so must all be matched."""
-    root_expert: str
-    """Expert names that open so must all be matched; what lies outside is the head."""
-    backbone_root: str
-    """Expert names that open so are backbone, whose shapes must be the base's."""
-
-
-def _match(base: Checkpoint, expert: Checkpoint) -> _Match:
-    """Match names that differ by the prefix of a head model ('bert.encoder...' and 'encoder...')."""
-    prefixes = sorted({name.split(".")[0] + "." for name in [*base.specs, *expert.specs] if "." in name})
-    candidates = [({n: n for n in base.specs if n in expert.specs}, "", "")]
-    for prefix in prefixes:
-        candidates.append(({n: prefix + n for n in base.specs if prefix + n in expert.specs}, "", prefix))
-        shorter = {n: n.removeprefix(prefix) for n in base.specs if n.startswith(prefix)}
-        candidates.append(({n: s for n, s in shorter.items() if s in expert.specs}, prefix, ""))
-    stored, root_base, root_expert = max(candidates, key=lambda candidate: len(candidate[0]))
-    if root_base or root_expert:
-        return _Match(stored, root_base, root_expert, root_expert)
-    roots = [name.split(".")[0] + "." for name in stored if "." in name]
-    common = max(sorted(set(roots)), key=roots.count) if roots else ""
-    same_class = base.config.get("architectures") == expert.config.get("architectures")
-    return _Match(stored, "" if same_class else common, "" if same_class else common, common)
-
-
-def _resolver(base: Checkpoint) -> Callable[[str], str | None]:
-    """An adapter's name of a parameter -> the base's, whichever of the two has the prefix of a head model."""
-    roots = sorted({n.split(".")[0] for n in base.specs})
-
-    def resolve(name: str) -> str | None:
-        if name in base.specs:
-            return name
-        shorter = name.split(".", 1)[-1]
-        if shorter in base.specs:
-            return shorter
-        return next((f"{root}.{name}" for root in roots if f"{root}.{name}" in base.specs), None)
-
-    return resolve
+    if layout.cls == ours.cls:
+        return
+    if layout.speaks:
+        raise MismatchError(
+            f"expert {name!r} is a {layout.cls}, whose output layer all experts share with the base, but not "
+            f"all are of that class; give the base and every expert as a {layout.cls}"
+        )
+    if layout.backbone != ours.backbone:
+        raise MismatchError(
+            f"expert {name!r} is a {layout.cls} on a {layout.backbone}, the base a {ours.cls}; give the base as what "
+            f"{layout.backbone}.from_pretrained and save_pretrained make of it"
+        )

@@ -58,10 +58,11 @@ def describe_input(checkpoint: Checkpoint, source: str, *, whole: bool = True) -
         source: what it is called there; see `portable`.
         whole: hash every file; else only its header.
     """
-    files = sorted({spec.file for spec in checkpoint.specs.values()})
+    stored = Checkpoint.open(checkpoint.path)  # what its class splits or joins is read from other files
+    files = sorted({spec.file for spec in stored.specs.values()})
     return InputRecord(
         source=source,
-        bytes=checkpoint.nbytes,
+        bytes=stored.nbytes,
         licence=licence_of(checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent),
         files={file.name: _describe_file(file, whole) for file in files},
     )

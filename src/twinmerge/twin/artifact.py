@@ -77,13 +77,6 @@ class TwinArtifact:
             parts |= _read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared)
         return {n: part.to(specs[n].dtype) if part.dtype == EIGHT_BITS else part for n, part in parts.items()}
 
-    def compressed(self, expert: str) -> frozenset[str]:
-        """The matrices that an expert brought, those of rank 0 too."""
-        ranked = {name for name, entry in self.manifest.tensors.items() if expert in entry.ranks}
-        file = self.path / "experts" / expert / "exclusive.safetensors"
-        stored = Checkpoint.open(file).specs if file.exists() else {}
-        return frozenset(ranked | {name.removesuffix(".indices") for name in stored if name.endswith(".indices")})
-
     def head(self, expert: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """An expert's config and head tensors, None if experts share the base's output layer."""
         folder = self.path / "experts" / expert / "head"

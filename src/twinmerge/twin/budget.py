@@ -27,7 +27,7 @@ class Needs:
     def of(cls, plan: Plan) -> "Needs":
         """What a plan's build takes."""
         memory, parameter = max((_memory(plan, task), task.name) for task in plan.tasks)
-        heads = sum(e.checkpoint.specs[s].nbytes for e in plan.experts.values() for s in e.head.values())
+        heads = sum(e.head_source(n).specs[n].nbytes for e in plan.experts.values() for n in e.head)
         compressed = sum(_stored(plan, task) for task in plan.tasks)
         kept = compressed if plan.budget_bytes is None else min(compressed, plan.budget_bytes + plan.vector_bytes)
         return cls(memory, parameter, plan.base.nbytes + compressed, plan.base.nbytes + heads + kept)

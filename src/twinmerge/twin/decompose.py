@@ -13,6 +13,7 @@ from torch import Tensor
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of
 from twinmerge.files.progress import Progress, silent
+from twinmerge.files.strict_json import read_json
 from twinmerge.files.writer import CheckpointWriter, copy_side_files, save_tensors
 from twinmerge.merging.executor import Executor, make_executor
 from twinmerge.merging.method import Scaled
@@ -284,6 +285,8 @@ def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path)
         writer.write(task.name, 0, Checkpoint.open(records[task.name].part).read("shared").view(-1))
     writer.finish()
     copy_side_files(plan.base.path, folder)
+    if read_json(plan.base.path / "config.json") != plan.base.config:  # the shared expert is the backbone alone
+        (folder / "config.json").write_text(json.dumps(plan.base.config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_expert(

@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 
-from twinmerge.errors import DataError, MismatchError, RecipeError
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
 from twinmerge.merging.method import Calibrated
-from twinmerge.models.compatible import Allow, compare_configs, compare_vocabularies, require_unquantised
-from twinmerge.models.match import open_expert
-from twinmerge.models.source import Expert
+from twinmerge.models.compatible import Allow, compare_configs, compare_dtypes, compare_vocabularies
+from twinmerge.models.expert import open_expert, shared_model
+from twinmerge.models.match import left_out_note, require_whole
+from twinmerge.models.source import Expert, Library, Model, open_model
 from twinmerge.twin.recipe import Recipe
 
 Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "table", "matrix", "values", "static"]
@@ -76,7 +77,7 @@ class Plan:
     @property
     def files(self) -> tuple[Path, ...]:
         """Everything the result depends on beside the recipe: weights and router data."""
-        models = (self.base, *(expert.checkpoint for expert in self.experts.values()))
+        models = [Checkpoint.open(model.path) for model in (self.base, *(e.checkpoint for e in self.experts.values()))]
         rows = (self.recipe.locate(s.router_data, "router_data") for s in self.recipe.experts.values())
         weights = {spec.file for model in models for spec in model.specs.values()}
         return tuple(sorted({*weights, *rows, *self.calibration.values()}))
@@ -129,26 +130,23 @@ class Plan:
         return len(self.experts) / len(self.recipe.experts)
 
 
-def as_stored(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint under the names that its files hold."""
-    return checkpoint
-
-
 def make_plan(
     recipe: Recipe,
-    kinds: Mapping[str, Kind],
+    library: Library,
+    kinds_of: Callable[[Model], Mapping[str, Kind]],
     only: str | None = None,
     allow: Allow = Allow(),
-    by_class: Callable[[Checkpoint], Checkpoint] = as_stored,
+    shared_class: str | None = None,
 ) -> Plan:
     """Find, open and match every file of a recipe, and refuse what cannot become a twin.
 
     Args:
         recipe: what to build.
-        kinds: base parameter name -> what its layer is (from the model's class; this module knows no models).
+        library: knows classes; this module knows none.
+        kinds_of: parameter name -> what its layer is, for the model that the shared expert is made of.
         only: the one expert of the recipe that is opened and planned for; None plans for all.
         allow: differences between base and experts that are not refused.
-        by_class: gives a full model under the names of its class's parameters, where its files hold others.
+        shared_class: of the shared expert, if it is there already; None follows from the experts.
 
     Raises:
         RecipeError: if a path is missing or a budget cannot hold the dense parts.
@@ -157,38 +155,40 @@ def make_plan(
     """
     if only is None and (fault := recipe.shared.misfit(recipe.experts)):
         raise RecipeError(f"shared: {fault}")
-    opened = Checkpoint.open(recipe.locate(recipe.base, "base"))
-    require_unquantised(opened)
-    base = by_class(opened)
-    unknown = [name for name, spec in base.specs.items() if name not in kinds and spec.dtype.is_floating_point]
-    if unknown:
-        raise MismatchError(
-            f"base {base.path}: {len(unknown)} tensors are not named as the parameters of its class are, first "
-            f"{unknown[0]!r}; save it again with that class (what is split or joined on loading does not work)"
-        )
-    transposed = {name for name, kind in kinds.items() if kind in TRANSPOSED}
-    experts = {
-        name: open_expert(name, recipe.locate(source.model, f"experts.{name}.model"), base, transposed, by_class)
+    base = open_model(recipe.locate(recipe.base, "base"), library)
+    folders = {
+        name: recipe.locate(source.model, f"experts.{name}.model")
         for name, source in recipe.experts.items()
         if only in (None, name)
     }
+    if shared_class is None:
+        shared = shared_model(base, folders.values(), library)
+    else:
+        shared = open_model(base.checkpoint.path, library, cls=shared_class)
+    require_whole("base", shared)
+    kinds = kinds_of(shared)
+    conv1d = {name for name, kind in kinds.items() if kind == "conv1d"}
+    experts = {name: open_expert(name, folder, base, shared, conv1d, library) for name, folder in folders.items()}
     for name, source in recipe.experts.items():
         rows = recipe.locate(source.router_data, f"experts.{name}.router_data")
         if rows.stat().st_size == 0:
             raise DataError(f"experts.{name}.router_data: {rows} is empty; the router needs inputs of every expert")
+    found = shared.checkpoint
     tasks = tuple(
-        _task(name, spec, kinds.get(name, "static"), experts, recipe) for name, spec in sorted(base.specs.items())
+        _task(name, spec, kinds.get(name, "static"), experts, recipe) for name, spec in sorted(found.specs.items())
     )
-    notes: list[str] = []
+    notes = [left_out_note("base", shared.layout, shared.left_out)] if shared.left_out else []
     for name, expert in experts.items():
         path = expert.checkpoint.path
-        notes += compare_configs(base, name, expert.checkpoint, allow)
-        notes += compare_vocabularies(base.path, name, path if path.is_dir() else path.parent, allow)
-    plan = Plan(recipe, base, experts, tasks, allow, tuple(notes))
+        notes += expert.notes
+        notes += compare_configs(found, name, expert.checkpoint, allow)
+        notes += compare_vocabularies(found.path, name, path if path.is_dir() else path.parent, allow)
+        notes += compare_dtypes(found, name, expert.checkpoint, expert.stored)
+    plan = Plan(recipe, found, experts, tasks, allow, tuple(notes))
     if plan.budget_bytes is not None and plan.budget_bytes < 0:
-        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / base.nbytes / plan._share
+        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / found.nbytes / plan._share
         raise RecipeError(
-            f"exclusive.budget: {recipe.exclusive.budget} x {base.nbytes:,} bytes cannot hold the biases and norms of "
+            f"exclusive.budget: {recipe.exclusive.budget} x {found.nbytes:,} bytes cannot hold the biases and norms of "
             f"{len(recipe.experts)} experts; it must be at least {math.ceil(needed * 1e4) / 1e4}"
         )
     return plan
@@ -197,9 +197,6 @@ def make_plan(
 def _task(name: str, spec: TensorSpec, kind: Kind, experts: Mapping[str, Expert], recipe: Recipe) -> TensorTask:
     if not spec.dtype.is_floating_point:
         return TensorTask(name, spec, kind, (), False)
-    with_value = [e.name for e in experts.values() if e.is_adapter or name in e.stored]
-    if with_value and len(with_value) < len(experts):
-        lacking = next(e for e in experts if e not in with_value)
-        raise MismatchError(f"expert {lacking!r} lacks {name!r}, which expert {with_value[0]!r} has; give all or none")
+    with_value = [e.name for e in experts.values() if e.is_adapter or name in e.stored]  # all whose class reads it
     exclusive = kind != "static" and not (kind in EMBEDDINGS and recipe.exclusive.embeddings == "shared")
     return TensorTask(name, spec, kind, tuple(sorted(with_value)), exclusive and bool(with_value))
