@@ -18,6 +18,7 @@ from twinmerge.files.checkpoint import TensorSpec
 from twinmerge.files.writer import CheckpointWriter
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.kinds import parameter_kinds
+from twinmerge.hf.loading import skeleton
 from twinmerge.models.source import Model
 from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe
@@ -63,7 +64,7 @@ def kinds_of(folder: Path, cls: str | None = None) -> dict[str, Kind]:
     """`parameter_kinds`, computed once for every config."""
     key = (folder / "config.json").read_text(), cls
     if key not in _KINDS:
-        _KINDS[key] = parameter_kinds(folder, cls)
+        _KINDS[key] = parameter_kinds(skeleton(folder, cls))
     return _KINDS[key]
 
 
