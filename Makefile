@@ -3,10 +3,8 @@ BIN   := .venv/bin
 STAMP := .venv/.installed
 # held to 100 %: numbers, files, merge methods, the artifact and the router
 EXACT := src/twinmerge/tensors/*,src/twinmerge/files/*,src/twinmerge/models/*,src/twinmerge/merging/*,src/twinmerge/twin/*,src/twinmerge/routing/*
-# packages that commands and tests import; compiled by set-up, on all cores, as no command may do it where PYTHONDONTWRITEBYTECODE is set
-COMPILED := torch torchgen sympy mpmath numpy scipy sklearn transformers tokenizers accelerate peft huggingface_hub pydantic jaxtyping jinja2 \
-  rich yaml matplotlib hypothesis _pytest pluggy xdist execnet coverage beartype
-NOT_COMPILED := /tests?/|torch/testing/|transformers/models/(?!auto/|bert/|llama/)
+# set-up compiles all packages but these, on all cores: where PYTHONDONTWRITEBYTECODE is set no later command may, and each would do it anew
+NOT_COMPILED := /tests?/|/torch/testing/|/ray/|/transformers/models/(?!auto/|bert/|llama/)
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
@@ -25,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'installing the packages of constraints.txt into .venv, a minute or two'
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev]'
 	@start=$$(date +%s); cd $(BIN)/../lib/python3*/site-packages; \
-	  env -u PYTHONDONTWRITEBYTECODE ../../../bin/python -m compileall -qq -j 0 -x '$(NOT_COMPILED)' $(COMPILED); \
-	  echo "compiled what commands and tests import in $$(($$(date +%s) - start)) s"
+	  env -u PYTHONDONTWRITEBYTECODE ../../../bin/python -m compileall -qq -j 0 -x '$(NOT_COMPILED)' .; \
+	  echo "compiled what commands import in $$(($$(date +%s) - start)) s"
 	@touch $@
 
 lint: $(STAMP) ## style, types, import directions, generated pages
@@ -37,7 +35,7 @@ lint: $(STAMP) ## style, types, import directions, generated pages
 	$(BIN)/python scripts/generate_cli_docs.py --check
 
 test: lint ## lint, then all tests and the coverage gates
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov
 	@gaps=$$($(BIN)/coverage report --include='$(EXACT)' --fail-under=100) || \
 	  { echo "$$gaps"; echo 'tensors, files, models, merging, twin and routing must be covered to 100 %'; exit 1; }
 
