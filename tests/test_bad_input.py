@@ -79,7 +79,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     ),
     "missing tensor in an expert": (
         replace_tensors("sms", without(LAYER)),
-        r"expert 'sms' lacks 1 of 39 parameters, first 'encoder\.layer\.0\.output\.dense\.weight'; was it fine-tuned",
+        r"expert 'sms' lacks 1 of 41 parameters, first 'encoder\.layer\.0\.output\.dense\.weight'; was it fine-tuned",
     ),
     "NaN in an expert": (
         replace_tensors("sms", nan_in(LAYER)),

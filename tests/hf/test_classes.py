@@ -190,7 +190,7 @@ def test_published_bert_is_a_base_of_classifiers_with_its_pooler_in_the_backbone
     artifact = build(recipe, tmp_path / "twin")
     assert artifact.shared.config["architectures"] == ["BertModel"]
     assert "pooler.dense.weight" in artifact.shared.specs
-    assert artifact.manifest["notes"] == [
+    assert artifact.manifest.notes == [
         "base: 'cls.predictions.bias' and 6 more are left out, which a BertModel does not use here"
     ]
     twin = TwinModel.from_pretrained(tmp_path / "twin")

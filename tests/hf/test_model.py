@@ -263,7 +263,7 @@ def test_plain_encoder_gives_hidden_states_only(tmp_path: Path) -> None:
 
 def test_inputs_of_no_expert_are_left_to_the_shared_one(twin: Twins) -> None:
     model = TwinModel.from_pretrained(twin("bert"))
-    model.router.fallback_distance.zero_()
+    model.router.fallback_distance.fill_(-float("inf"))
     x = batch(*ROWS)
     out = model(**x)
     assert out.fallback.all()

@@ -45,7 +45,7 @@ def test_rows_whose_guess_was_wrong_run_again_under_the_right_expert(model: Twin
 
 
 def test_rows_unlike_all_others_are_the_shared_experts(model: TwinModel) -> None:
-    model.router.fallback_distance.zero_()
+    model.router.fallback_distance.fill_(-float("inf"))
     x = batch(*ROWS)
     out = model(**x)
     assert out.fallback.all()

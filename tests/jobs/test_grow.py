@@ -362,7 +362,7 @@ def test_expert_whose_class_reads_less_can_be_added(source: Path, twin: Path, tm
     whole = transformers.BertForTokenClassification.from_pretrained(new["model"], config=config)  # has no pooler
     whole.save_pretrained(new["model"])
     artifact = grow.add(twin, "news", **new)
-    ranks = artifact.manifest["tensors"]["pooler.dense.weight"]["ranks"]
+    ranks = artifact.manifest.tensors["pooler.dense.weight"].ranks
     assert sorted(ranks) == ["ag", "sms", "trec"]
 
 

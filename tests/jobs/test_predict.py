@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from tests.jobs import kill_predict
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS
-from twinmerge.errors import DataError, GateError, InputError, MismatchError, OutputExistsError
+from twinmerge.errors import DataError, GateError, InputError, OutputExistsError
 from twinmerge.files.target import GrowingFile
 from twinmerge.hf.batches import BatchLimits, PredictSettings
 from twinmerge.hf.model import TwinModel
@@ -183,13 +183,6 @@ def test_texts_stop_at_an_end_token_or_at_their_length(twin: Twins) -> None:
     (short,) = predict(model, [row], expert="sms", max_new_tokens=5)
     assert short["stop_reason"] == "stop"
     assert short["continuation"] == " ".join(long["continuation"].split()[:2])
-
-
-def test_masked_language_models_answer_no_rows(twin: Twins) -> None:
-    model = TwinModel.from_pretrained(twin("roberta"))
-    model.heads.clear()
-    with pytest.raises(MismatchError, match="the shared expert is a RobertaForMaskedLM, which gives rows of text no"):
-        list(predict(model, [{"text": "w5 w6"}]))
 
 
 # ---- files

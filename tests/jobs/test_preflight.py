@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[str, Spoil, dict[str, Any], str]] = {
         "distilbert",
         change("sms/config.json", architectures=["DistilBertForMaskedLM"]),
         {},
-        "'sms' is a DistilBertForMaskedLM, which gives rows of text no answer",
+        "expert 'sms' is a DistilBertForMaskedLM, whose output layer all experts share with the base",
     ),
 }
 

@@ -13,7 +13,8 @@ from transformers import AutoModel, AutoModelForMaskedLM
 
 from tests.tiny import EXPERTS, Family, rewrite
 from twinmerge.errors import MismatchError
-from twinmerge.files.checkpoint import Checkpoint, save_tensors
+from twinmerge.files.checkpoint import Checkpoint
+from twinmerge.files.writer import save_tensors
 from twinmerge.jobs.merge import merge_models
 from twinmerge.merging.plan import plan_merge
 from twinmerge.merging.recipe import load_merge

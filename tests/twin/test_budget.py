@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_70b
+from tests import tiny
 from tests.tiny import Family, adapter_family
 from twinmerge.errors import RecipeError
 from twinmerge.files.checkpoint import Checkpoint
@@ -81,10 +82,13 @@ def test_a_70b_checkpoint_of_sparse_files_is_planned_in_bounded_memory(tmp_path:
     size = bench_70b.SIZES["70b"]
     for name in ("base", "a", "b"):
         bench_70b.write(tmp_path / name, size)
+    tiny.tokenizer().save_pretrained(tmp_path / "base")
     assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*.safetensors")) < 10**8  # no room on the disk
     merge = describe(plan_merge(load_merge(bench_70b.merge_recipe(tmp_path))), 2 * 10**9, Threads(2), tmp_path)
     assert (merge["tensors"], merge["layers"], merge["parameters"]) == (723, 80, 70_553_706_496)
     recipe = Recipe.load(bench_70b.twin_recipe(tmp_path))
+    for rows in tmp_path.glob("*.jsonl"):
+        rows.write_text('{"text": "w5 w6"}\n{"text": "w7"}\n', encoding="utf-8")
     plan = make_plan(recipe, LIBRARY, kinds_of)
     twin = describe_twin(plan, 64 * 10**9, Threads(2), tmp_path)
     assert twin["read_bytes"] == 3 * 2 * 70_553_706_496
