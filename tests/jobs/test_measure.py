@@ -181,9 +181,11 @@ def test_conv1d_takes_its_inputs_by_row(family: Get, tmp_path: Path) -> None:
     found = calibration(tmp_path, root, "regmean")
     for name in sorted(EXPERTS):
         subject, inputs = loaded(found, name)
+        assert f"{layer}.weight{BY_ROW}" in grams(subject, inputs)
         seen: list[Tensor] = []
         subject.model.backbone.get_submodule(layer).register_forward_pre_hook(lambda _, a, s=seen: s.append(a[0][0]))
-        assert f"{layer}.weight{BY_ROW}" in grams(subject, inputs)
+        for row in inputs:
+            subject.model.backbone(**row)
         read_by.append(torch.cat(seen).double())
         weights.append(read(root / name)[f"{layer}.weight"].double())
     merge_models(recipe(tmp_path, root, "regmean"), tmp_path / "out")
