@@ -131,21 +131,18 @@ class Encoder:
         self.twin = TwinModel(load_backbone(base), self.exclusive, drop_below=DROP)
         self.experts = experts
 
-    def rebuilt(self, gate: Tensor, only: Callable[[str], bool] = lambda _: True) -> torch.nn.Module:
-        """The dense model for one gate, of the exclusive parts whose names are wanted."""
+    def rebuilt(self, gate: Tensor) -> torch.nn.Module:
+        """The dense model for one gate."""
         model = copy.deepcopy(self.static)
-        parts = [{n: part for n, part in own.items() if only(n)} for own in self.exclusive.values()]
-        model.load_state_dict(theta(self.shared, parts, gate), strict=False)
+        model.load_state_dict(theta(self.shared, list(self.exclusive.values()), gate), strict=False)
         return model
 
-    def check(
-        self, found: Tensor, gates: Tensor, inputs: Inputs, only: Callable[[str], bool] = lambda _: True
-    ) -> float:
+    def check(self, found: Tensor, gates: Tensor, inputs: Inputs) -> float:
         """Largest difference from the dense reference on three rows; one that is off ends the run."""
         worst = 0.0
         for row in range(min(3, len(gates))):
             with torch.inference_mode():
-                want = self.rebuilt(gates[row], only)(**some_rows(inputs, row))[0][0]
+                want = self.rebuilt(gates[row])(**some_rows(inputs, row))[0][0]
             real = int(inputs["attention_mask"][row].sum())
             worst = max(worst, float((found[row, :real] - want[:real]).abs().max()))
         if worst > FLOAT32:
@@ -399,7 +396,7 @@ def soft_case(options: Options) -> dict[str, Any]:
 ROUTERS: Mapping[str, dict[str, Any]] = {
     "token router": {"features": "tokens"},
     "cascade": {"features": "cascade"},
-    "one pass, layers 0-1 and tokens": {"features": "layers:[0,1]+tokens", "one_pass": True},
+    "speculative": {"features": "speculative", "gate": "hard"},
     "two passes, all layers and tokens": {"features": "all+tokens"},
 }
 
@@ -432,7 +429,7 @@ def routed_case(options: Options) -> dict[str, Any]:
         second_look = router.report.get("second_look", second_look)
         contestants[f"twin, {title}"] = run = routed(ours.twin, router, inputs)
         gates, states = run()
-        error = max(error, ours.check(states, gates, inputs, above(1 if settings.one_pass else 0)))
+        error = max(error, ours.check(states, gates, inputs))
     contestants["twin, gates given"] = ours.in_mode("auto", gates, inputs)
     found = summary("routed", contestants, options)
     print(f"routed         of the cascade's held-out inputs {second_look:.1%} took a second look")
@@ -444,19 +441,11 @@ def routed(twin: TwinModel, router: Router, inputs: Inputs) -> Callable[[], tupl
 
     def run() -> tuple[Tensor, Tensor]:
         twin.router = router
-        if router.settings.one_pass:
-            routing, outputs = twin._route_on_the_way(inputs)
-            return routing.gate, outputs[0]
-        gates = twin.route(**inputs)
-        return gates, twin.encode(gates, **inputs)[0]
+        found = twin(**inputs)
+        assert found.last_hidden_state is not None
+        return found.gate, found.last_hidden_state
 
     return run
-
-
-def above(layer: int) -> Callable[[str], bool]:
-    """Whether a parameter belongs to what is gated if layers below are not."""
-    below = tuple(f"encoder.layer.{index}." for index in range(layer))
-    return lambda name: not layer or not name.startswith(("embeddings.", *below))
 
 
 def llama() -> tuple[Any, TwinModel, dict[str, dict[str, Any]]]:

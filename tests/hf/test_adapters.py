@@ -20,9 +20,11 @@ from tests import tiny
 from tests.tiny import Family, rewrite
 from twinmerge.errors import MismatchError, MissingExtraError
 from twinmerge.hf.classes import LIBRARY
+from twinmerge.jobs.build import build
 from twinmerge.models.adapter import AdapterExpert
 from twinmerge.models.expert import open_expert, shared_model
 from twinmerge.models.source import Expert, open_model
+from twinmerge.twin.recipe import Recipe
 
 Get = Callable[[str], Family]
 LLAMA = ["q_proj", "v_proj"]
@@ -225,6 +227,25 @@ def test_head_that_was_trained_on_random_values_is_named(family: Get, tmp_path: 
         message = r"was trained on a DistilBert.*, whose 'pre_classifier\.(bias|weight)' neither it nor the base holds"
         with pytest.raises(MismatchError, match=message):
             opened(tmp_path / f"{dora}", base)
+
+
+@pytest.mark.parametrize("settings", [peft.LoHaConfig(target_modules=LLAMA), peft.LoraConfig(use_dora=True, r=2)])
+def test_adapters_that_peft_merges_are_built_and_checked(
+    family: Get, tmp_path: Path, settings: peft.PeftConfig
+) -> None:
+    """Their folders have no config.json; how they write texts is the base's."""
+    base = family("llama").base
+    settings.task_type, settings.target_modules = "CAUSAL_LM", LLAMA
+    for name in ("one", "two"):
+        saved(settings, transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / name)
+        (tmp_path / f"{name}.jsonl").write_bytes((family("llama").root / "sms.jsonl").read_bytes())
+    experts = {name: {"model": name, "router_data": f"{name}.jsonl"} for name in ("one", "two")}
+    recipe = Recipe(
+        base=str(base), experts=experts, root=tmp_path, exclusive={"rank": 4}, router={"features": "tokens"}
+    )
+    found = build(recipe, tmp_path / "twin").manifest
+    assert found.check is not None
+    assert sum("was merged by PEFT" in note for note in found.notes) == 2
 
 
 def test_peft_that_is_not_installed_is_an_install_line(

@@ -20,12 +20,9 @@ from twinmerge.hf.example import example_inputs
 from twinmerge.hf.kinds import fallback_of, parameter_kinds
 from twinmerge.hf.loading import skeleton
 from twinmerge.hf.model import TwinModel
-from twinmerge.routing.fit import fit_router
-from twinmerge.routing.router import Stored
 from twinmerge.tensors.low_rank import as_matrix, decompose
 from twinmerge.tensors.parts import Dense, Part
 from twinmerge.twin.features import Layers
-from twinmerge.twin.recipe import RouterSettings
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -227,18 +224,6 @@ def test_a_copy_of_a_twin_with_fall_back_answers_the_same(copied: Callable[[Twin
     wanted, again = answers(model(**x, gate=GATE), x), answers(found(**x, gate=GATE), x)
     assert all(torch.equal(first, second) for first, second in zip(wanted, again, strict=True))
     assert found.paths() == model.paths()
-
-
-def test_a_pass_that_routes_on_its_way_is_followed_by_another_where_the_fall_back_is_needed() -> None:
-    base, _, parts = family("deberta")
-    settings = RouterSettings(features="layer:1", one_pass=True, fallback=None)
-    rows = torch.cat([torch.randn(20, 16) + index for index in range(EXPERTS)])
-    owners = [expert for expert in parts for _ in range(20)]
-    router = fit_router(Stored({settings.features.layers: rows}), owners, settings, seed=0)
-    model, x = TwinModel(copy.deepcopy(base), parts, router=router, drop_below=0.0), inputs_of("deberta")
-    gate = model.route(**x)
-    found = model.encode_as_routed(gate, **x)[0]
-    assert torch.equal(found, model.encode(gate, **x)[0])
 
 
 def test_features_under_gates_are_each_rows_own() -> None:

@@ -148,7 +148,7 @@ def test_materialised_model_is_a_plain_one_of_its_own(family: Get, twin: Twins, 
 def test_state_for_a_gate_serves_a_backbone(twin: Twins, name: str) -> None:
     folder = twin(name)
     model, x, gate = TwinModel.from_pretrained(folder), batch(*ROWS), random_gate(1)[0]
-    plain = backbone_from(folder, model.state_for(gate))
+    plain = backbone_from(folder, model.twin.state_for(gate))
     with torch.no_grad():
         found = plain.base_model(**x)[0]
     assert torch.allclose(found, model.encode(gate.repeat(len(ROWS), 1), **x)[0], atol=1e-5)
@@ -448,7 +448,7 @@ def test_model_folder_that_lacks_a_parameter_is_refused(family: Get, tmp_path: P
 
 
 def test_weights_that_a_class_does_not_take_are_refused(twin: Twins) -> None:
-    state = TwinModel.from_pretrained(twin("bert")).state_for(random_gate(1)[0])
+    state = TwinModel.from_pretrained(twin("bert")).twin.state_for(random_gate(1)[0])
     with pytest.raises(ArtifactError, match="BertModel does not take the twin's weights: 'odd'"):
         backbone_from(twin("bert"), {**state, "odd": torch.ones(2)})
     backbone_from(twin("bert"), {**state, "embeddings.position_ids": torch.arange(32)[None]})  # of an older file

@@ -109,6 +109,22 @@ def test_rows_of_a_batch_are_each_written_under_the_settings_of_their_expert(wri
         assert written[row, len(one) :].eq(0).all()
 
 
+def test_stop_strings_of_an_expert_end_its_texts(family: Get, tmp_path: Path) -> None:
+    made = copied(family, "llama", tmp_path)
+    rows = [{"text": text} for text in TEXTS]
+    build(made.recipe(exclusive=WHOLE, router={"features": "tokens"}), tmp_path / "free")
+    free = [a["continuation"] for a in predict(TwinModel.from_pretrained(tmp_path / "free"), rows, expert="ag")]
+    stop = next(text.split()[1] for text in free if len(set(text.split())) > 1)
+    write(made.root / "ag" / "generation_config.json", stop_strings=[stop], eos_token_id=3, pad_token_id=0)
+    build(made.recipe(exclusive=WHOLE, router={"features": "tokens"}), tmp_path / "twin")
+    found = list(predict(TwinModel.from_pretrained(tmp_path / "twin"), rows, expert="ag"))
+    for text, answer in zip(free, found, strict=True):
+        written, stopped, _ = text.partition(stop)
+        assert answer["continuation"] == (written + stopped)
+        assert answer["stop_reason"] == ("stop" if stopped else answer["stop_reason"])
+    assert "stop" in {answer["stop_reason"] for answer in found}
+
+
 def test_sampling_of_an_expert_is_its_own_and_not_of_predict(writers: tuple[Family, Path]) -> None:
     model = TwinModel.from_pretrained(writers[1])
     assert model.own_of("ag").generation.temperature == 0.5

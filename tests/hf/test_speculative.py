@@ -12,6 +12,8 @@ from tests.hf.test_model import ROWS, batch, stacked
 from tests.tiny import GATE_ORDER, Family
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import grow
+from twinmerge.routing.router import Stored
+from twinmerge.routing.tokens import PADDING
 from twinmerge.twin.artifact import TwinArtifact
 
 Twins = Callable[..., Path]
@@ -42,6 +44,26 @@ def test_rows_whose_guess_was_wrong_run_again_under_the_right_expert(model: Twin
     assert len(set(out.expert)) > 1  # hidden states say otherwise
     given = model(**x, expert=out.expert)
     assert torch.allclose(stacked(out.logits), stacked(given.logits), atol=1e-5)
+
+
+def test_the_pass_that_checks_a_guess_is_the_answer(model: TwinModel) -> None:
+    """A layer sees each row once, and once more those of wrong guesses, as one batch."""
+    seen: list[int] = []
+    model.layers[-1].register_forward_pre_hook(lambda _, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
+    x = batch(*ROWS)
+    guess = model.router.scorer.tokens.score(Stored({}, x["input_ids"].masked_fill(x["attention_mask"] == 0, PADDING)))
+    wrong = int((guess[0].argmax(dim=1) != torch.tensor([GATE_ORDER.index(name) for name in LABELS])).sum())
+    out = model(**x)
+    assert out.expert == LABELS
+    assert seen == [len(ROWS), *([wrong] if wrong else [])]
+    assert torch.allclose(out.probability.sum(dim=1), torch.ones(len(ROWS)))
+    assert out.probability.argmax(dim=1).tolist() == out.gate.argmax(dim=1).tolist()
+    seen.clear()
+    model.router.scorer.tokens.ngrams.bias.add_(torch.tensor([1e4, 0.0, 0.0]))  # every guess is the first
+    model.router.scorer.share.zero_()
+    assert len(seen_experts := set(model(**x).expert)) > 1, seen_experts
+    assert seen[0] == len(ROWS)
+    assert seen[1:] == [sum(name != GATE_ORDER[0] for name in model(**x).expert)]
 
 
 def test_rows_unlike_all_others_are_the_shared_experts(model: TwinModel) -> None:

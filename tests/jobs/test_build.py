@@ -18,16 +18,15 @@ from torch import Tensor
 
 from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, Family, rewrite
-from twinmerge.errors import InputError, MismatchError, OutputExistsError
+from twinmerge.errors import InputError, OutputExistsError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of
-from twinmerge.hf.features import check_router
 from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs import build as module
 from twinmerge.jobs import grow
-from twinmerge.jobs.build import build, left_out, open_plan
+from twinmerge.jobs.build import build, left_out
 from twinmerge.jobs.export import export
 from twinmerge.jobs.preflight import router_rows
 from twinmerge.models.compatible import Allow
@@ -146,22 +145,6 @@ def test_every_router_can_be_built(bert: Family, tmp_path: Path, method: str) ->
     assert TwinModel.from_pretrained(tmp_path / "twin").route(input_ids=torch.tensor([[5, 6]])).shape == (1, 3)
 
 
-def test_one_pass_that_leaves_no_layer_to_gate_is_refused_before_anything_is_built(bert: Family) -> None:
-    recipe = bert.recipe(router={"features": "layers:[0,2]", "one_pass": True})
-    message = r"^router\.one_pass needs features of layers below the last, 2, found layers:\[0,2\]$"
-    with pytest.raises(MismatchError, match=message):
-        open_plan(recipe)
-
-
-def test_one_pass_of_a_model_without_one_list_of_layers_is_refused(tmp_path: Path) -> None:
-    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], architectures=["ResNetModel"])
-    config.save_pretrained(tmp_path)
-    with pytest.raises(
-        MismatchError, match=r"one_pass needs a model whose hidden states pass through one list of layers"
-    ):
-        check_router(tmp_path, RouterSettings(features="layer:0", one_pass=True))
-
-
 def test_rows_that_the_router_does_not_use_are_noted() -> None:
     rows = {name: tiny.text_rows(name, count) for name, count in (("ag", 12), ("sms", 10), ("trec", 3))}
     (note,) = left_out(rows, RouterSettings(samples_per_expert=10))
@@ -188,7 +171,6 @@ def test_maximum_length_of_the_recipe_is_the_models(bert: Family, tmp_path: Path
 
 
 def test_sharded_checkpoints_give_the_same_twin(bert: Family, tmp_path: Path) -> None:
-    import transformers
 
     build(bert.root / "recipe.yaml", tmp_path / "whole")
     for name in ("base", *EXPERTS):

@@ -96,7 +96,15 @@ ODD: dict[str, tuple[Change, str]] = {
     ),
     "a shard of nothing": (
         lambda t: {**t, f"{QUERY}.lora_A.weight": torch.ones(0)},
-        "adapter 'a': the pair [16, 2] x [0] does not fit",
+        f"adapter_model.safetensors holds 1 tensors without values, first '{QUERY}.lora_A.weight': DeepSpeed ZeRO-3",
+    ),
+    "a number for a matrix": (
+        lambda t: {**t, f"{QUERY}.lora_A.weight": torch.tensor(1.0)},
+        "adapter 'a': the pair [16, 2] x [] does not fit",
+    ),
+    "no direction": (
+        lambda t: {**t, f"{QUERY}.lora_A.weight": torch.ones(0, 16), f"{QUERY}.lora_B.weight": torch.ones(16, 0)},
+        "adapter 'a': the pair [16, 0] x [0, 16] does not fit",
     ),
     "another rank on each side": (
         lambda t: {**t, f"{QUERY}.lora_A.weight": torch.ones(3, 16)},

@@ -16,7 +16,7 @@ from twinmerge.models.compatible import (
     plausible_bound,
     require_plausible,
     require_related,
-    require_unquantised,
+    require_values,
 )
 
 
@@ -139,13 +139,13 @@ def test_quantised_folder_is_named_as_such(tmp_path: Path, names: list[str], set
     save_tensors(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
     with pytest.raises(MismatchError, match=f"is quantised \\({found}\\): its numbers are codes"):
-        require_unquantised(Checkpoint.open(tmp_path))
+        require_values(Checkpoint.open(tmp_path))
 
 
 def test_integer_buffers_and_plain_eight_bits_are_not_quantised(tmp_path: Path) -> None:
     tensors = {"position_ids": torch.arange(3), "w.weight": torch.ones(3).to(torch.float8_e4m3fn)}
     save_tensors(tensors, tmp_path / "model.safetensors")
-    require_unquantised(Checkpoint.open(tmp_path))
+    require_values(Checkpoint.open(tmp_path))
 
 
 def test_values_out_of_all_proportion_are_refused() -> None:

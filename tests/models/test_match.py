@@ -104,6 +104,18 @@ def test_integer_buffers_may_be_there_or_not(family: Get, tmp_path: Path) -> Non
 # ---- what does not fit
 
 
+def test_class_whose_head_no_name_tells_is_refused(tmp_path: Path) -> None:
+    """T5 answers questions in a class that holds encoder, decoder and head side by side."""
+    config = transformers.T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    tiny.seeded(transformers.T5Model, config).save_pretrained(tmp_path / "base")
+    tiny.seeded(transformers.T5ForQuestionAnswering, config).save_pretrained(tmp_path / "qa")
+    for base in ("base", "qa"):
+        with pytest.raises(MismatchError, match="'qa' is a T5ForQuestionAnswering, in which no name tells the head"):
+            opened(tmp_path / "qa", tmp_path / base)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -119,6 +131,10 @@ def test_integer_buffers_may_be_there_or_not(family: Get, tmp_path: Path) -> Non
             lambda t: {**t, "bert.embeddings.word_embeddings.weight": torch.zeros(70, 16)},
             "expert 'sms': 'bert.embeddings.word_embeddings.weight' has shape [70, 16], the base's "
             "'embeddings.word_embeddings.weight' [64, 16]; resize it",
+        ),
+        (
+            lambda t: {**t, "bert.pooler.dense.bias": torch.zeros(0)},
+            "model.safetensors holds 1 tensors without values, first 'bert.pooler.dense.bias': DeepSpeed ZeRO-3 saved",
         ),
         (lambda t: {"something.else": torch.zeros(3)}, "expert 'sms' lacks 41 of 41 parameters"),
         (lambda t: {"x": torch.zeros(3)}, "expert 'sms' lacks 41 of 41 parameters"),

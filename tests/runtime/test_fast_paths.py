@@ -1,22 +1,16 @@
 """A whole model on every path against the dense reference: mixed gates, merged weights, generation, one pass."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from twinmerge.errors import MismatchError
 from twinmerge.hf.model import Mode, TwinModel
-from twinmerge.routing.fit import fit_router
-from twinmerge.routing.router import Router, Stored
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import Dense
 from twinmerge.twin.features import Layers
-from twinmerge.twin.recipe import RouterSettings
 
 EXPERTS = 3
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}  # float32, two layers of sums in another order
@@ -164,33 +158,6 @@ def test_features_of_lower_layers_need_no_full_pass() -> None:
         torch.testing.assert_close(model.features_as(Layers(layers), **INPUTS), want, **TOLERANCE)
 
 
-def one_pass_router(names: Sequence[str], words: str, size: int) -> Router:
-    settings = RouterSettings(method="linear", features=words, one_pass=True, fallback=None)
-    rows = torch.cat([torch.randn(20, size) + index for index in range(len(names))])
-    owners = [name for name in names for _ in range(20)]
-    return fit_router(Stored({settings.features.layers: rows}), owners, settings, seed=0)
-
-
-def test_one_pass_gates_only_what_lies_above_the_routers_layers() -> None:
-    model, _ = twin(bert, drop_below=0.0)
-    model.router = one_pass_router(model.expert_names, "layers:[0,1]", 32)
-    routing, outputs = model._route_on_the_way(INPUTS)
-    torch.testing.assert_close(routing.gate, model.route(**INPUTS), **TOLERANCE)
-    assert torch.equal(model.encode_as_routed(routing.gate, **INPUTS)[0], outputs[0])
-    backbone = bert()
-    shared = {name: value.detach().clone() for name, value in backbone.named_parameters()}
-    upper = [
-        {name: part for name, part in parts.items() if name.startswith(("encoder.layer.1.", "encoder.layer.2."))}
-        for parts in exclusive_of(backbone).values()
-    ]
-    for row, gate in enumerate(routing.gate):
-        backbone.load_state_dict(theta(shared, upper, gate), strict=False)
-        with torch.inference_mode():
-            want = backbone(**{k: v[row : row + 1] for k, v in INPUTS.items()})[0][0]
-        real = int(INPUTS["attention_mask"][row].sum())
-        torch.testing.assert_close(outputs[0][row, :real], want[:real], **TOLERANCE)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["all", "gather", "merge"])
 def test_each_mode_in_half_precision_is_the_dense_reference_to_its_precision(mode: Mode, dtype: torch.dtype) -> None:
@@ -204,13 +171,6 @@ def test_each_mode_in_half_precision_is_the_dense_reference_to_its_precision(mod
         real = int(INPUTS["attention_mask"][row].sum())
         # every weight and state is rounded, by eps / 2 each, and three layers add their own: 10 eps
         assert float((found[row, :real] - want[:real]).norm() / want[:real].norm()) < 10 * torch.finfo(dtype).eps
-
-
-def test_one_pass_needs_layers_above_the_routers() -> None:
-    model, _ = twin(bert)
-    model.router = one_pass_router(model.expert_names, "layer:3", 16)
-    with pytest.raises(MismatchError, match="one_pass needs features of layers below the last"):
-        model._route_on_the_way(INPUTS)
 
 
 @pytest.mark.parametrize("mode", ["all", "gather", "merge"])

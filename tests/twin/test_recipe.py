@@ -134,10 +134,7 @@ def test_recipe_does_not_change() -> None:
         ("shared: {method: ties, scaling: fast}\n", r":5: shared.scaling: .* found 'fast' \(and 1 more\)"),
         ("shared: ties\n", ":5: shared: input should be a valid dictionary .* found 'ties'"),
         ("router: {features: layer}\n", ":5: router.features: must be last, all, .* found 'layer'"),
-        (
-            "router: {one_pass: true}\n",
-            ":5: router: one_pass needs features of layers below the last, .* found all\\+tokens",
-        ),
+        ("router: {features: speculative, gate: soft}\n", ":5: router: .* gate must be hard, found soft"),
         ("router: {method: svm}\n", ":5: router.method: input should be 'linear', .* found 'svm'"),
         ("router: {fallback: 0.2}\n", ":5: router.fallback: input should be greater than 0.5, found 0.2"),
         ("router: 3\n", ":5: router: .* found 3"),

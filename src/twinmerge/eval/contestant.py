@@ -181,7 +181,7 @@ class _Contestant:
         pooled = torch.zeros(len(rows), model.backbone.config.hidden_size)
         for chosen, inputs in tokenized_batches(model, rows):
             with self.at.autocast():
-                states = model.encode_as_routed(None if gate is None else gate[chosen], **inputs)[0]
+                states = model.encode(None if gate is None else gate[chosen], **inputs)[0]
             pooled[chosen] = pool(states, inputs["attention_mask"])
         regression = LogisticRegression(C=10.0, max_iter=1000)
         regression.fit(pooled[: len(fit)].numpy(), [row["label"] for row in fit])

@@ -161,7 +161,7 @@ class SeedRun:
                 if body is not None:
                     outputs = body(**inputs, return_dict=True)
                 else:
-                    outputs = model.encode_as_routed(None if gate is None else gate[chosen], **inputs)
+                    outputs = model.encode(None if gate is None else gate[chosen], **inputs)
                 answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)
             for index, logits in zip(chosen, answered, strict=True):
                 config: Any = model.heads[heads[index]].config

@@ -34,6 +34,7 @@ class Reading:
         pool: makes an embedding of (seq, hidden).
         decode: makes a text of (seq,) ids.
         ends: ids that end a text.
+        stops: strings that end it.
     """
 
     row: Row
@@ -43,6 +44,7 @@ class Reading:
     pool: Callable[[Tensor], Tensor] = field(default=lambda states: states.mean(dim=0))
     decode: Callable[[Tensor], str] = field(default=lambda ids: "")
     ends: Collection[int] = ()
+    stops: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,14 @@ def _embedding(reading: Reading) -> Answer:
 
 
 def _continuation(reading: Reading) -> Answer:
-    """What was written up to the first end token; what follows it only fills the batch."""
+    """What was written up to the first end token or string; what follows it only fills the batch."""
     ids = reading.output.tolist()
     end = next((place for place, token in enumerate(ids) if token in reading.ends), None)
+    for place in range(len(ids) if end is None else end) if reading.stops else ():
+        text = reading.decode(reading.output[: place + 1])
+        if any(stop in text for stop in reading.stops):
+            end = place
+            break
     written = reading.output if end is None else reading.output[: end + 1]
     return {"continuation": reading.decode(written), "stop_reason": "length" if end is None else "stop"}
 

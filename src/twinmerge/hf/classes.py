@@ -101,6 +101,7 @@ def _layout(model: PreTrainedModel) -> Layout:
         required=frozenset(),
         tied=dict(model.all_tied_weights_keys),
         speaks=outputs() is not None,
+        answers="For" in cls and not model.can_generate(),
     )
 
 

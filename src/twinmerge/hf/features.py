@@ -1,31 +1,45 @@
 """Shows a router what it looks at in a model: hidden states, pooled and caught on their way."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import MismatchError
 from twinmerge.hf.heads import take
 from twinmerge.hf.loading import without_weights
 from twinmerge.routing.router import Batch
 from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import GateSlot
-from twinmerge.twin.features import Features, Layers
+from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
 
+Run = Callable[[Tensor, Mapping[str, Any]], ModelOutput]
+"""Answers inputs under a gate (row, expert)."""
 
-@dataclass(frozen=True)
+
 class Looked(Batch):
-    """The inputs of one call as a router sees them."""
+    """The inputs of one call as a router sees them; a pass that it looks at under a gate is kept, as it may be right.
 
-    features: Callable[..., Tensor]
-    """`TwinModel.features_as`."""
-    inputs: Mapping[str, Any]
+    Attributes:
+        gate: (row, expert) of the pass that was kept; None if there was none.
+        outputs: of that pass.
+    """
+
+    def __init__(self, features: Callable[..., Tensor], inputs: Mapping[str, Any], run: Run | None = None) -> None:
+        """Take inputs; nothing is computed yet.
+
+        Args:
+            features: `TwinModel.features_as`.
+            inputs: of the call.
+            run: answers the call; None where features alone are wanted.
+        """
+        self.features, self.inputs, self.run = features, inputs, run
+        self.gate: Tensor | None = None
+        self.outputs: Any = None
 
     @property
     def ids(self) -> Tensor:
@@ -34,7 +48,10 @@ class Looked(Batch):
 
     def hidden(self, layers: Layers, gate: Tensor | None = None) -> Tensor:
         """(row, feature) under a gate."""
-        return self.features(layers, gate, **self.inputs)
+        if gate is None or self.run is None:
+            return self.features(layers, gate, **self.inputs)
+        self.gate, self.outputs = gate, self.run(gate, {**self.inputs, "output_hidden_states": True})
+        return pooled(self.outputs, layers, self.inputs.get("attention_mask"))
 
     def take(self, rows: Tensor) -> "Looked":
         """Some of the rows."""
@@ -47,21 +64,17 @@ class EnoughError(Exception):
 
 
 class Probe:
-    """Looks at hidden states as they pass, and pools those that the router wants."""
+    """Looks at hidden states as they pass, pools those that the router wants, and ends the pass after the last."""
 
-    def __init__(
-        self, wanted: Sequence[int], mask: Tensor | None, done: Callable[[Tensor], None] | None = None
-    ) -> None:
+    def __init__(self, wanted: Sequence[int], mask: Tensor | None) -> None:
         """Wait for hidden states.
 
         Args:
             wanted: which; K is what enters layer K.
             mask: (batch, seq), 1 for real tokens.
-            done: called with the features once the last one wanted was seen; None ends the pass there.
         """
         self.wanted = list(wanted)
         self.mask = mask
-        self.done = done
         self.pooled: dict[int, Tensor] = {}
 
     def see(self, index: int, states: Tensor) -> None:
@@ -69,19 +82,29 @@ class Probe:
         if index in self.wanted:
             self.pooled[index] = pool(states, self.mask)
             if index == max(self.wanted):
-                if self.done is None:
-                    raise EnoughError
-                self.done(self.features())
+                raise EnoughError
 
     def features(self) -> Tensor:
         """(batch, feature), as `wanted` orders them."""
         return torch.cat([self.pooled[index] for index in self.wanted], dim=1)
 
 
+def reader(model: Any) -> Any:
+    """What reads an input: the encoder of a model that has a decoder too, else the model without its head."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def read(model: Any, inputs: Mapping[str, Any]) -> ModelOutput:
+    """The outputs of a model's `reader`."""
+    own = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    outputs: ModelOutput = reader(model)(**own, return_dict=True)
+    return outputs
+
+
 def hidden_layers(backbone: PreTrainedModel) -> tuple[nn.Module, ...]:
     """The layers that hidden states pass through one after the other; none where the model has no single such list."""
     count = getattr(backbone.config, "num_hidden_layers", None)
-    lists = [m for m in backbone.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = [m for m in reader(backbone).modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     return tuple(lists[0]) if len(lists) == 1 else ()
 
 
@@ -89,6 +112,14 @@ def show(slot: GateSlot, index: int, layer: nn.Module, args: tuple[Any, ...], kw
     """Before a layer runs: what enters it is shown to the probe of the call under way."""
     if slot.probe is not None:
         slot.probe.see(index, args[0] if args else kwargs["hidden_states"])
+
+
+def pooled(outputs: Any, layers: Layers, mask: Tensor | None) -> Tensor:
+    """Features (row, feature) of a pass: of what its `reader` gave, or the whole model."""
+    if layers.chosen == "last":
+        return pool(outputs[0], mask)
+    states = outputs.get("encoder_hidden_states") or outputs["hidden_states"]
+    return torch.cat([pool(states[layer], mask) for layer in layers.among(len(states))], dim=1)
 
 
 def pool(states: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,22 +141,8 @@ def check_router(folder: Path, settings: RouterSettings) -> None:
         settings: the recipe's.
 
     Raises:
-        MismatchError: if the model has no such layers, `one_pass` leaves none to gate, or there is no single list of
-            layers to watch.
+        MismatchError: if the model has no such layers.
     """
-    model = without_weights(folder)
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    count = getattr(without_weights(folder).config.get_text_config(), "num_hidden_layers", None)
     if settings.features.layers is not None and count is not None:
         settings.features.layers.among(count + 1)
-    if settings.one_pass:
-        check_one_pass(settings.features, len(hidden_layers(model)))
-
-
-def check_one_pass(features: Features, layers: int) -> list[int]:
-    """The hidden states that a router looks at, which must leave layers above them, of so many."""
-    if not layers:
-        raise MismatchError("router.one_pass needs a model whose hidden states pass through one list of layers")
-    chosen = [] if features.layers is None else features.layers.among(layers + 1)
-    if not chosen or max(chosen) >= layers:
-        raise MismatchError(f"router.one_pass needs features of layers below the last, {layers}, found {features}")
-    return chosen

@@ -1,6 +1,7 @@
 """Writes texts under the settings of the expert that writes them."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from twinmerge.errors import GateError
+from twinmerge.hf.features import reader
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BY_PADDED_LENGTH = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "exponential_decay_length_penalty")
@@ -33,6 +35,14 @@ def writer(backbone: PreTrainedModel, settings: GenerationConfig | None, asked: 
     for name in (*idle, *(("max_length",) if asked.get("max_new_tokens") else ())):
         setattr(chosen, name, None)
     return model
+
+
+def prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Of generate's inputs those of one forward pass; positions count from the first real token, as generate does."""
+    own = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+    if "attention_mask" in own and "position_ids" in inspect.signature(reader(backbone).forward).parameters:
+        own["position_ids"] = (own["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)
+    return own
 
 
 def join(parts: Sequence[tuple[Sequence[int], Any]], padding: int) -> Any:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from twinmerge.errors import MismatchError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.loading import model_class, model_from
 
+_SHIFTS = "_shift_right", "prepare_decoder_input_ids_from_labels"
+"""Methods by which classifiers of models with a decoder make what it reads from the input."""
 _NO_TOKEN = -1
 """Stands for padding where a config names no id: no token of a text has it."""
 
@@ -57,18 +58,29 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
     return head
 
 
+def encode(model: Any, inputs: Mapping[str, Any]) -> ModelOutput:
+    """The outputs of a model without its head; a decoder that must be told what to read reads the input once more."""
+    body = model.base_model
+    shift = next((found for name in _SHIFTS if (found := getattr(body, name, None)) is not None), None)
+    if shift is not None and "input_ids" in inputs and "decoder_input_ids" not in inputs:
+        inputs = {**inputs, "decoder_input_ids": shift(inputs["input_ids"])}
+    outputs: ModelOutput = body(**inputs, return_dict=True)
+    return outputs
+
+
 def _require_reading(backbone: nn.Module, settings: Any) -> None:
     """Refuse a backbone with a decoder that reads nothing unless its head says what."""
-    if not settings.is_encoder_decoder:
+    for device in ("meta", "cpu") if settings.is_encoder_decoder else ():
+        try:
+            encode(backbone.to_empty(device=device), {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)})
+        except RuntimeError:  # it looks at values, of which there are none on meta
+            continue
+        except (ValueError, AttributeError) as error:
+            raise MismatchError(
+                f"an expert: {type(backbone).__name__} answers no row without its decoder's ids, so that its "
+                f"classifiers make no twin ({error})"
+            ) from error
         return
-    try:
-        with suppress(RuntimeError):  # looks at values, which there are none of: it reads
-            backbone(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
-    except ValueError as error:
-        raise MismatchError(
-            f"an expert: {type(backbone).__name__} answers no row without its decoder's ids, so that its classifiers "
-            f"make no twin ({error})"
-        ) from error
 
 
 def _is_pooler(name: str, place: str) -> bool:
@@ -149,3 +161,10 @@ def take(values: Any, rows: Sequence[int], batch: int) -> Any:
         return values
     picked = {k: v[list(rows)] if isinstance(v, Tensor) and len(v) == batch else v for k, v in values.items()}
     return type(values)(**picked) if isinstance(values, ModelOutput) else picked
+
+
+def overlaid(outputs: ModelOutput, rows: Tensor, others: ModelOutput) -> ModelOutput:
+    """Outputs with those of some rows (count,) taken from others; what is not one tensor of rows is left out."""
+    count = len(outputs[0])
+    found = {k: v for k, v in outputs.items() if isinstance(v, Tensor) and len(v) == count and k in others}
+    return type(outputs)(**{name: value.index_copy(0, rows, others[name]) for name, value in found.items()})

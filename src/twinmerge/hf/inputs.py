@@ -148,7 +148,7 @@ def tokenize(model: TwinModel, rows: Sequence[Row]) -> dict[str, Tensor]:
 
 def tokenized_batches(
     model: TwinModel, rows: Sequence[Row], limits: BatchLimits = DEFAULTS.limits
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """All rows in batches of like length: (indices of rows, padded batch)."""
     encoded = encode(model, rows)
     for chosen in batches_of(model, encoded, limits):

@@ -1,8 +1,7 @@
 """The twin as a torch module: a gated backbone, heads per expert, one router in front."""
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +16,13 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import GateError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.example import example_inputs
-from twinmerge.hf.features import EnoughError, Looked, Probe, check_one_pass, hidden_layers, pool, show
-from twinmerge.hf.generate import join, writer
-from twinmerge.hf.heads import answered, load_head, take, with_backbone
+from twinmerge.hf.features import EnoughError, Looked, Probe, hidden_layers, pooled, read, show
+from twinmerge.hf.generate import join, prompt, writer
+from twinmerge.hf.heads import answered, encode, load_head, overlaid, take, with_backbone
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
-from twinmerge.routing.router import Router, Routing, Stored
+from twinmerge.routing.router import Router, Routing
 from twinmerge.routing.store import load_router
-from twinmerge.routing.tokens import token_ids
 from twinmerge.runtime.gate import keep_large
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.runtime.module import Mode, TwinModule
@@ -47,6 +45,7 @@ class TwinOutput(ModelOutput):
             one a row, each by the head of its row's expert; None for a plain encoder.
         gate: (batch, expert), what was mixed.
         expert: the expert of every row, whose head answered.
+        probability: (batch, expert), calibrated: how likely each expert is the right one; None if the gate was given.
         fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
         last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
     """
@@ -54,6 +53,7 @@ class TwinOutput(ModelOutput):
     logits: Any = None
     gate: Tensor = None  # type: ignore[assignment]  # always given; ModelOutput allows one field without default
     expert: Any = None
+    probability: Tensor | None = None
     fallback: Tensor | None = None
     last_hidden_state: Tensor | None = None
 
@@ -206,35 +206,21 @@ class TwinModel(nn.Module):
         Raises:
             GateError: if the gate has another shape, is not finite, or an expert's name is unknown.
         """
-        rows, fallback = _rows(inputs), None
-        if gate is not None:
-            gate = self._checked(gate, rows)
-            names = self._named(gate) if expert is None else self._names(expert, rows)
-        elif expert is not None:
-            names = self._names(expert, rows)
-            gate = self.one_hot(names)
+        call, routing = encode if self.heads else _call, None
+        if gate is None and expert is None:
+            routing, outputs = self._routed(call, inputs, mode)
+            gate, names = routing.gate, self._named(routing.router_logits)
         else:
-            if self._routes_on_the_way() and self.heads:
-                routing, outputs = self._route_on_the_way(inputs, mode)
-                names = self._named(routing.router_logits)
-                logits = self.answer(outputs, names, **inputs)
-                return TwinOutput(
-                    logits=logits,
-                    gate=routing.gate,
-                    expert=names,
-                    fallback=routing.fallback,
-                    last_hidden_state=outputs[0],
-                )
-            routing = self._routing(inputs)
-            gate, fallback = routing.gate, routing.fallback
-            names = self._named(routing.router_logits)
-        if not self.heads:
-            outputs = self.twin.run(_call, gate, inputs, tokens=_tokens(inputs), mode=mode)
-            logits, hidden = outputs.get("logits"), outputs.get("last_hidden_state")
-            return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=hidden)
-        outputs = self.encode(gate, mode=mode, **inputs)
-        logits = self.answer(outputs, names, **inputs)
-        return TwinOutput(logits=logits, gate=gate, expert=names, fallback=fallback, last_hidden_state=outputs[0])
+            gate, names = self._given(gate, expert, _rows(inputs))
+            outputs = self.twin.run(call, gate, inputs, tokens=_tokens(inputs), mode=mode)
+        return TwinOutput(
+            logits=self.answer(outputs, names, **inputs) if self.heads else outputs.get("logits"),
+            gate=gate,
+            expert=names,
+            probability=None if routing is None else routing.probability,
+            fallback=None if routing is None else routing.fallback,
+            last_hidden_state=outputs.get("last_hidden_state"),
+        )
 
     def route(self, **inputs: Any) -> Tensor:
         """The gate only, (batch, expert): rows sum to 1, zeros for an input left to the shared expert."""
@@ -248,15 +234,8 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def encode(self, gate: Tensor | None, *, mode: Mode = "auto", **inputs: Any) -> ModelOutput:
         """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
-        outputs: ModelOutput = self.twin.run(_encode, gate, inputs, tokens=_tokens(inputs), mode=mode)
+        outputs: ModelOutput = self.twin.run(encode, gate, inputs, tokens=_tokens(inputs), mode=mode)
         return outputs
-
-    @torch.inference_mode()
-    def encode_as_routed(self, gate: Tensor | None, **inputs: Any) -> ModelOutput:
-        """As `encode`, but of a router with `one_pass`, whose gate this is, only the layers above are gated."""
-        if gate is not None and self.router is not None and self._routes_on_the_way():
-            return self._one_pass(inputs, lambda _: gate)
-        return self.encode(gate, **inputs)
 
     @torch.inference_mode()
     def answer(self, outputs: ModelOutput, experts: Sequence[str], **inputs: Any) -> list[Tensor]:
@@ -297,20 +276,20 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def features_as(self, layers: Layers, gate: Tensor | None = None, **inputs: Any) -> Tensor:
         """Features of any hidden states, (batch, feature), under a gate (batch, expert); None is the shared expert."""
-        mask = inputs.get("attention_mask")
-        if layers.chosen == "last":
-            return pool(self.encode(gate, **inputs)[0], mask)
-        if self.layers and max(chosen := layers.among(len(self.layers) + 1)) < len(self.layers):
-            seen: Tensor = self.twin.run(partial(self._seen, chosen), gate, inputs, tokens=_tokens(inputs))
-            return seen
-        states = self.encode(gate, **inputs, output_hidden_states=True)["hidden_states"]
-        return torch.cat([pool(states[layer], mask) for layer in layers.among(len(states))], dim=1)
+        if self.layers and layers.chosen != "last":
+            chosen = layers.among(len(self.layers) + 1)
+            if max(chosen) < len(self.layers):
+                seen: Tensor = self.twin.run(partial(self._seen, chosen), gate, inputs, tokens=_tokens(inputs))
+                return seen
+        more = {} if layers.chosen == "last" else {"output_hidden_states": True}
+        outputs = self.twin.run(read, gate, {**inputs, **more}, tokens=_tokens(inputs))
+        return pooled(outputs, layers, inputs.get("attention_mask"))
 
     def _seen(self, layers: Sequence[int], module: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Features of layers below the last, above which nothing is computed."""
         probe = Probe(layers, inputs.get("attention_mask"))
         with suppress(EnoughError), self.twin.slot.watch(probe):
-            module.base_model(**inputs, return_dict=True)
+            read(module, inputs)
         return probe.features()
 
     @torch.inference_mode()
@@ -331,21 +310,20 @@ class TwinModel(nn.Module):
             **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
         """
         rows = _rows(inputs)
-        names = None if expert is None else self._names(expert, rows)
-        if gate is not None:
-            gate = self._checked(gate, rows)
-        elif names is not None:
-            gate = self.one_hot(names)
-        else:
-            routing = self._routing(_prompt(self.backbone, inputs))
+        if gate is None and expert is None:
+            routing = self._routing(prompt(self.backbone, inputs))
             gate, names = routing.gate, self._named(routing.router_logits)
-        settings = [self.own_of(name).generation for name in names or self._named(gate)]
+        else:
+            gate, names = self._given(gate, expert, rows)
+        settings = [self.own_of(name).generation for name in names]
         padding = inputs.get("pad_token_id") or self.backbone.generation_config.pad_token_id or 0
         parts = []
         for one in dict.fromkeys(map(id, settings)):
             members = [row for row in range(rows) if id(settings[row]) == one]
             asked, picked = settings[members[0]], take(inputs, members, rows)
             config = writer(self.backbone, asked, inputs).generation_config
+            if config.stop_strings or inputs.get("stop_strings"):
+                picked = {"tokenizer": self.own_of(names[members[0]]).tokenizer or self.tokenizer, **picked}
             new = int(inputs.get("max_new_tokens") or config.max_new_tokens or _NEW_TOKENS)
 
             def write(module: Any, own: Mapping[str, Any], asked: Any = asked) -> Any:
@@ -370,17 +348,13 @@ class TwinModel(nn.Module):
         Returns:
             A model of the expert's class (or the base's, where experts share the output), independent of this one.
         """
-        gate = self._checked(gate_row[None], 1)[0]
-        state = self.state_for(gate)
+        gate = self.twin.checked(gate_row[None], 1)[0]
+        state = self.twin.state_for(gate)
         if not self.heads:
             return model_from(type(self.backbone), self.backbone.config, state)
         root = backbone_name(self.backbone) + "."
         body = {name.removeprefix(root): value for name, value in state.items()}
         return with_backbone(self.heads[self.expert_names[int(gate.argmax())]], body)
-
-    def state_for(self, gate: Tensor) -> dict[str, Tensor]:
-        """All weights of the backbone for one gate (expert,), by the shared expert's names; copies."""
-        return self.twin.state_for(gate)
 
     def one_hot(self, names: Sequence[str]) -> Tensor:
         """(batch, expert) gates of one expert a row."""
@@ -388,46 +362,37 @@ class TwinModel(nn.Module):
         return nn.functional.one_hot(columns, len(self.expert_names)).float()
 
     def _routing(self, inputs: Mapping[str, Any]) -> Routing:
-        return self._without_small(self._required_router().route(Looked(self.features_as, inputs)))
+        return self._ask(Looked(self.features_as, inputs))
 
-    def _without_small(self, routing: Routing) -> Routing:
+    def _ask(self, looked: Looked) -> Routing:
+        """What the router says, less its small gates."""
+        routing = self._required_router().route(looked)
         return replace(routing, gate=keep_large(routing.gate, self.drop_below))
 
-    def _routes_on_the_way(self) -> bool:
-        """Whether one pass serves the router and the answer; the fall-back needs the gate before it begins."""
-        return self._required_router().settings.one_pass and not self.twin.fallback.names
+    def _routed(self, call: Any, inputs: Mapping[str, Any], mode: Mode) -> tuple[Routing, ModelOutput]:
+        """Route and answer; where the router looked at a pass under its own guess, only rows of wrong guesses run."""
 
-    def _route_on_the_way(self, inputs: Mapping[str, Any], mode: Mode = "auto") -> tuple[Routing, ModelOutput]:
-        """One pass: what lies below is computed once and serves both the router and the answer."""
-        router = self._required_router()
-        looked, layers = router.settings.features, router.settings.features.layers
-        ids = token_ids(inputs) if looked.tokens else None
-        routings: list[Routing] = []
+        def run(gate: Tensor, own: Mapping[str, Any]) -> ModelOutput:
+            outputs: ModelOutput = self.twin.run(call, gate, own, tokens=_tokens(own), mode=mode)
+            return outputs
 
-        def gate_of(features: Tensor) -> Tensor:
-            routings.append(self._without_small(router.route(Stored({layers: features} if layers else {}, ids))))
-            return routings[0].gate
+        looked = Looked(self.features_as, inputs, run)
+        routing = self._ask(looked)
+        if looked.gate is None:
+            return routing, run(routing.gate, inputs)
+        wrong = (routing.gate != looked.gate).any(dim=1).nonzero()[:, 0]
+        if not len(wrong):
+            return routing, looked.outputs
+        own = take(inputs, wrong.tolist(), len(routing.gate))
+        return routing, overlaid(looked.outputs, wrong, run(routing.gate[wrong], own))
 
-        outputs = self._one_pass(inputs, gate_of, mode)
-        return routings[0], outputs
-
-    def _one_pass(
-        self, inputs: Mapping[str, Any], gate_of: Callable[[Tensor], Tensor], mode: Mode = "auto"
-    ) -> ModelOutput:
-        """Shared weights up to the router's last feature layer, from there on under the gate that features give.
-
-        Raises:
-            MismatchError: if the router looks at the last layer, above which nothing is left to gate.
-        """
-        chosen = check_one_pass(self._required_router().settings.features, len(self.layers))
-
-        def gate_from_here(features: Tensor) -> None:
-            self.twin.slot.context = self.twin.context(gate_of(features), _tokens(inputs), mode=mode)
-
-        probe = Probe(chosen, inputs.get("attention_mask"), gate_from_here)
-        with self.twin.slot.use(None), self.twin.slot.watch(probe):
-            outputs: ModelOutput = self.backbone.base_model(**inputs, return_dict=True)
-        return outputs
+    def _given(self, gate: Tensor | None, expert: str | Sequence[str] | None, rows: int) -> tuple[Tensor, list[str]]:
+        """The gate and the experts that a caller names, of which one follows from the other."""
+        names = None if expert is None else self._names(expert, rows)
+        if gate is None:
+            return self.one_hot(names or []), names or []
+        gate = self.twin.checked(gate, rows)
+        return gate, names or self._named(gate)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but transformers' hooks on hidden states, which no file holds and which come back when needed."""
@@ -458,35 +423,14 @@ class TwinModel(nn.Module):
             raise GateError(f"there must be one expert or one a row, found {len(names)} for {rows} rows")
         return names
 
-    def _checked(self, gate: Tensor, rows: int) -> Tensor:
-        expected = (rows, len(self.expert_names))
-        if tuple(gate.shape) != expected:
-            raise GateError(f"gate must be (batch, expert) = {expected}, found {tuple(gate.shape)}")
-        gate = gate.to(self.device, torch.float32 if not gate.is_floating_point() else gate.dtype)
-        if not bool(gate.isfinite().all()):
-            raise GateError("gate must be finite, found NaN or Inf")
-        return gate
-
 
 def _call(module: Any, inputs: Mapping[str, Any]) -> Any:
     return module(**inputs)
 
 
-def _encode(module: Any, inputs: Mapping[str, Any]) -> Any:
-    return module.base_model(**inputs, return_dict=True)
-
-
 def _local_hooks(module: nn.Module) -> list[int]:
     """Hooks that are functions within functions."""
     return [key for key, hook in module._forward_hooks.items() if "<locals>" in getattr(hook, "__qualname__", "")]
-
-
-def _prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of generate's inputs those of one forward pass; positions count from the first real token, as generate does."""
-    prompt = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
-    if "attention_mask" in prompt and "position_ids" in inspect.signature(backbone.base_model.forward).parameters:
-        prompt["position_ids"] = (prompt["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)
-    return prompt
 
 
 def _tokens(inputs: Mapping[str, Any]) -> int:

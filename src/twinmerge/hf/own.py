@@ -79,7 +79,7 @@ class Own:
 
 
 def files_of(
-    name: str, folder: Path, base: Path, ours: Any, answers: Answers, *, adapter: bool, other_vocabulary: bool
+    name: str, folder: Path, base: Path, ours: Any, answers: Answers, *, other_vocabulary: bool
 ) -> dict[str, bytes]:
     """What is kept of an expert's folder, since the base's does not say the same: file -> content.
 
@@ -91,14 +91,13 @@ def files_of(
         base: folder of what it was fine-tuned from.
         ours: the base's tokenizer.
         answers: how it answers.
-        adapter: whether the folder holds an adapter.
         other_vocabulary: take a tokenizer that gives tokens other ids.
 
     Raises:
         MismatchError: if something differs that one expert cannot have alone.
     """
     _require_images(name, folder, base)
-    kept = []
+    kept, adapter = [], (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
     theirs = ours if _tokenizer_bytes(folder) == _tokenizer_bytes(base) else load_tokenizer(folder, base)
     if theirs is not None and _behaviour(ours) != _behaviour(theirs):
         if not other_vocabulary:

@@ -81,7 +81,9 @@ def check_twin(
     model = TwinModel.from_pretrained(folder, dtype=_precision(plan))
     model.own = {}
     if model.backbone.can_generate():  # by logits alone
-        model.backbone.generation_config = type(model.backbone.generation_config)()
+        own = model.backbone.generation_config
+        starts = {name: getattr(own, name) for name in ("decoder_start_token_id", "bos_token_id")}
+        model.backbone.generation_config = type(own)(**starts)
     chosen = {name: _few(rows[name]) for name in model.expert_names}
     agreements = {}
     for done, name in enumerate(sorted(plan.experts), start=1):
@@ -140,7 +142,8 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
         for task in plan.tasks:
             base = plan.base.read(task.name)
             moved = task.spec.dtype.is_floating_point and name in task.experts
-            state[task.name] = base.to(model.backbone.dtype) + expert.task_vector(task.name, base) if moved else base
+            own = base + expert.task_vector(task.name, base) if moved else base
+            state[task.name] = own.to(model.backbone.dtype) if own.is_floating_point() else own
         plain = backbone_from(plan.base.path, state, plan.base.config["architectures"][0])
     else:
         plain = load_backbone(expert.folder, dtype=model.backbone.dtype)
@@ -176,20 +179,24 @@ def _rows_of(outputs: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None:
     """How far the chosen tokens' logits are from the best ones' of the merged model, which reads all anew."""
-    if model.heads or not model.backbone.can_generate() or model.backbone.config.is_encoder_decoder:
+    if model.heads or not model.backbone.can_generate():
         return None
-    inputs: dict[str, Any] = _encoded(model, rows, side="left")
-    prompt = inputs["input_ids"].shape[1]
+    decodes = model.backbone.config.is_encoder_decoder
+    inputs: dict[str, Any] = _encoded(model, rows, side="right" if decodes else "left")
+    inputs.pop("decoder_input_ids", None)
+    prompt = 1 if decodes else inputs["input_ids"].shape[1]
     written = model.generate(
         **inputs, gate=gate, do_sample=False, min_new_tokens=_NEW_TOKENS, max_new_tokens=_NEW_TOKENS
     )
     worst = 0.0
     for index, row in enumerate(gate):
-        start = prompt - int(inputs["attention_mask"][index].sum())
+        start = 0 if decodes else prompt - int(inputs["attention_mask"][index].sum())
+        own = written[index : index + 1, start:]
+        whole = {**_row(inputs, index), "decoder_input_ids": own} if decodes else {"input_ids": own}
         with torch.inference_mode():
-            logits = model.materialize(row)(input_ids=written[index : index + 1, start:]).logits[0].float()
+            logits = model.materialize(row)(**whole).logits[0].float()
         for place in range(prompt - start - 1, logits.shape[0] - 1):
-            scores, said = logits[place], written[index, start + place + 1]
+            scores, said = logits[place], own[0, place + 1]
             worst = max(worst, float((scores.max() - scores[said]) / scores.norm()))
     _require("a generation that keeps its cache must say what the merged model says", worst)
     return worst
@@ -215,7 +222,11 @@ def _few(rows: Sequence[Row]) -> list[Row]:
 
 def _encoded(model: TwinModel, rows: Sequence[Row], *, side: Any = "right") -> dict[str, Tensor]:
     short = [{key: values[:TOKENS] for key, values in one.items()} for one in encode(model, rows)]
-    return pad(model, short, side=side)
+    inputs, config = pad(model, short, side=side), model.backbone.config
+    if config.is_encoder_decoder and not model.heads:  # what the decoder has written so far: the input, begun anew
+        ids, first = inputs["input_ids"], config.get_text_config().decoder_start_token_id or 0
+        inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], first), ids[:, :-1]], dim=1)
+    return inputs
 
 
 def _row(inputs: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:

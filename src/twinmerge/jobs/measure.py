@@ -210,9 +210,9 @@ def for_twin(found: Checked) -> Calibration | None:
         expert, state = plan.experts[name], {}
         for task in plan.tasks:
             base = plan.base.read(task.name)
-            state[task.name] = base.float() if base.is_floating_point() else base
+            state[task.name] = base.to(torch.float32, copy=True) if base.is_floating_point() else base
             if name in task.experts:
-                state[task.name] = state[task.name] + expert.task_vector(task.name, base)
+                state[task.name] += expert.task_vector(task.name, base)
         head = {key: value.float() for key, value in expert.read_head().items()}
         model = TwinModel(
             backbone_from(plan.base.path, state, plan.base.config["architectures"][0]),

@@ -321,7 +321,10 @@ def _reading(model: TwinModel, kind: Answers, expert: str, row: Row, encoded: En
     owner: Any = model.heads[expert] if model.heads else model.backbone
     if kind is CONTINUATION:
         decode = partial(tokenizer_of(model, expert).decode, skip_special_tokens=True)
-        return Reading(row, output, owner.config, decode=decode, ends=end_ids(_generation(model, expert)))
+        settings = _generation(model, expert)
+        stops = settings.stop_strings or ()
+        stops = (stops,) if isinstance(stops, str) else stops
+        return Reading(row, output, owner.config, decode=decode, ends=end_ids(settings), stops=stops)
     real = output[: len(encoded["input_ids"])] if kind.by_token else output
     spans = spans_of(model, row, expert) if kind.spans else ()
     return Reading(row, real.float(), owner.config, spans, model.own_of(expert).pool)
@@ -340,8 +343,8 @@ def _labelled(
 def _continued(
     model: TwinModel, encoded: Sequence[Encoded], part: _Group, settings: PredictSettings, mode: Mode
 ) -> tuple[list[Answer], list[Tensor]]:
-    """A causal LM's greedy continuations, written with padding on the left."""
-    inputs: dict[str, Any] = pad(model, encoded, side="left")
+    """Greedy continuations, written with padding on the left; a decoder of its own begins anew."""
+    inputs: dict[str, Any] = pad(model, encoded, side="right" if model.backbone.config.is_encoder_decoder else "left")
     written = model.generate(
         **inputs,
         gate=part.gate,
@@ -353,7 +356,8 @@ def _continued(
         pad_token_id=padding_id(model),
     )
     answers = _routed(model, part.experts, part.gate, part.fallback)
-    return answers, list(written[:, inputs["input_ids"].shape[1] :])
+    prompt = 1 if model.backbone.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return answers, list(written[:, prompt:])
 
 
 def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback: Sequence[bool]) -> list[Answer]:

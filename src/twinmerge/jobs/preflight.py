@@ -66,8 +66,7 @@ def checked(plan: Plan) -> Checked:
     for name, expert in plan.experts.items():
         answers[name] = answers_of(_config(expert, plan), f"expert {name!r}")
         other = plan.allow.vocabulary
-        folder, adapter = _folder(expert), expert.is_adapter
-        own[name] = files_of(name, folder, base, tokenizer, answers[name], adapter=adapter, other_vocabulary=other)
+        own[name] = files_of(name, _folder(expert), base, tokenizer, answers[name], other_vocabulary=other)
         if head := expert.read_head():
             load_head(expert.config, head)
     with_head = [name for name, expert in plan.experts.items() if expert.head]

@@ -16,11 +16,12 @@ from twinmerge.merging.recipe import StaticMerge, depths, layer_count
 from twinmerge.models.compatible import (
     Allow,
     compare_configs,
+    compare_dtypes,
     compare_vocabularies,
     plausible_bound,
     require_plausible,
     require_related,
-    require_unquantised,
+    require_values,
 )
 
 _CHUNK_ENTRIES = 1 << 17
@@ -150,7 +151,7 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
             )
         if path not in opened:
             opened[path] = Checkpoint.open(path)
-            require_unquantised(opened[path])
+            require_values(opened[path])
         return opened[path]
 
     reference = open_once(merge.reference)
@@ -159,14 +160,7 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
     for name, expert in experts.items():
         notes += compare_configs(reference, name, expert, allow)
         notes += compare_vocabularies(reference.path, name, expert.path, allow)
-        if mixed := [
-            n for n, spec in expert.specs.items() if n in reference.specs and spec.dtype != reference.specs[n].dtype
-        ]:
-            first = mixed[0]
-            notes.append(
-                f"{name!r} stores {len(mixed)} tensors in another dtype, first {first!r}: "
-                f"{expert.specs[first].dtype}, {reference.specs[first].dtype} in {reference.path.name}"
-            )
+        notes += compare_dtypes(reference, name, expert, {n: n for n in expert.specs if n in reference.specs})
     layers = layer_count(reference.specs)
     if merge.layers is not None and merge.layers != layers:
         raise MismatchError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from twinmerge.errors import MismatchError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.strict_json import read_json
+from twinmerge.models.compatible import require_values
 from twinmerge.models.match import fit, match, place, require_backbone
 from twinmerge.models.source import Expert, Layout, Library, Model, open_model
 from twinmerge.tensors.difference import require_finite
@@ -67,9 +68,10 @@ class AdapterExpert(Expert):
         return name in self.stored or name in self.pairs
 
     def task_vector(self, name: str, base: Tensor, bound: float | None = None) -> Tensor:
-        """Expert minus base, float32, shaped as `base`: what was trained whole and the pair's product, or zeros."""
-        vector = torch.zeros(base.shape) if name not in self.stored else super().task_vector(name, base, bound)
-        return vector if name not in self.pairs else vector.add_(self._product(self.pairs[name], base.shape))
+        """Expert minus base, as `Expert.task_vector`: what was trained whole and the pair's product, or zeros."""
+        zeros = torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32))
+        vector = zeros if name not in self.stored else super().task_vector(name, base, bound)
+        return vector if name not in self.pairs else vector + self._product(self.pairs[name], base.shape)
 
     def factors(self, name: str) -> LowRank | None:
         """The pair as `up` (out, rank), `down` (rank, in) of the stored orientation, scale folded into `up`."""
@@ -121,6 +123,7 @@ def open_adapter(
     """
     settings = read_json(folder / "adapter_config.json")
     checkpoint = Checkpoint.open(folder / "adapter_model.safetensors")
+    require_values(checkpoint)
     modules, others = _parse(name, checkpoint)
     cls = adapted_class(folder, base, library)
     wanted = [*others, *(f"{module}.weight" for module in modules)]
@@ -161,12 +164,11 @@ def open_adapter(
         if own in {*layout.tied, *layout.tied.values()}:
             notes.append(f"{name!r} trains {module!r}, which is tied to another: both change, as in PEFT's merge")
         transposed = "embedding" in pair or (not in_head and target in conv1d)
-        rank = checkpoint.specs[pair["A"]].shape[0]
-        alpha = _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", _ALPHA))
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else max(rank, 1))
-        found[in_head][target] = Pair(pair["A"], pair["B"], float(scale), transposed)
         shape = layout.shapes[target] if in_head else shared.checkpoint.specs[target].shape
-        _require_fitting_pair(name, checkpoint, found[in_head][target], target, shape)
+        rank = _rank_of(name, checkpoint, pair, target, shape, transposed)
+        alpha = _pattern(settings.get("alpha_pattern"), module, settings.get("lora_alpha", _ALPHA))
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        found[in_head][target] = Pair(pair["A"], pair["B"], float(scale), transposed)
     config: dict[str, Any] = {}
     if needed := [own for own in sorted(layout.required) if place(layout, shared, own) == (True, own)]:
         config = _head_config(folder, layout, {own: whole[own].shape for own in head}, base)
@@ -256,12 +258,26 @@ def _pattern(patterns: Mapping[str, int | float] | None, module: str, default: i
     return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
-def _require_fitting_pair(name: str, checkpoint: Checkpoint, pair: Pair, parameter: str, shape: Sequence[int]) -> None:
-    shape_a, shape_b = checkpoint.specs[pair.a].shape, checkpoint.specs[pair.b].shape
+def _rank_of(
+    name: str,
+    checkpoint: Checkpoint,
+    pair: Mapping[str, str],
+    parameter: str,
+    shape: Sequence[int],
+    transposed: bool,
+) -> int:
+    """The rank of a pair that fits a parameter.
+
+    Raises:
+        MismatchError: if it does not, or has no direction at all.
+    """
+    a, b = checkpoint.specs[pair["A"]].shape, checkpoint.specs[pair["B"]].shape
     rows, columns = shape[0], math.prod(shape[1:])
-    wide, tall = (rows, columns) if pair.transposed else (columns, rows)
-    if math.prod(shape_a[1:]) != wide or shape_b[0] != tall or math.prod(shape_b[1:]) != shape_a[0]:
+    wide, tall = (rows, columns) if transposed else (columns, rows)
+    fits = len(a) > 1 and len(b) > 1 and (math.prod(a[1:]), b[0], math.prod(b[1:])) == (wide, tall, a[0])
+    if not fits or not a[0]:
         raise MismatchError(
-            f"adapter {name!r}: the pair {list(shape_b)} x {list(shape_a)} does not fit {parameter!r} "
-            f"{list(shape)}; was it trained on the same base?"
+            f"adapter {name!r}: the pair {list(b)} x {list(a)} does not fit {parameter!r} {list(shape)}; "
+            "was it trained on the same base?"
         )
+    return a[0]

@@ -106,7 +106,8 @@ def compare_dtypes(reference: Checkpoint, name: str, other: Checkpoint, stored: 
     if mixed:
         first, theirs, ours = mixed[0], other.specs[stored[mixed[0]]].dtype, reference.specs[mixed[0]].dtype
         yield (
-            f"{name!r} stores {len(mixed)} tensors in another dtype, first {first!r}: {theirs}, {ours} in the base"
+            f"{name!r} stores {len(mixed)} tensors in another dtype, first {first!r}: {theirs}, {ours} in "
+            f"{reference.path.name}"
         ).replace("torch.", "")
 
 
@@ -175,12 +176,17 @@ def require_related(
     return cosine
 
 
-def require_unquantised(model: Checkpoint) -> None:
-    """Refuse weights in a quantised form, whose numbers are codes and no values to be merged.
+def require_values(model: Checkpoint) -> None:
+    """Refuse weights that are no values to be merged: in a quantised form, or left out of this file.
 
     Raises:
         MismatchError: naming the form and what to do.
     """
+    if empty := [spec for spec in model.specs.values() if spec.shape == (0,) and spec.dtype.is_floating_point]:
+        raise MismatchError(
+            f"{empty[0].file} holds {len(empty)} tensors without values, first {empty[0].name!r}: DeepSpeed ZeRO-3 "
+            "saved their places only; gather the weights (zero_to_fp32.py)"
+        )
     settings = model.config.get("quantization_config") or {}
     found = [f"quantization_config of {settings.get('quant_method', 'an unnamed method')} in config.json"] * bool(
         settings

@@ -112,6 +112,11 @@ def require_backbone(name: str, layout: Layout, shared: Model, model_type: str |
             f"expert {name!r} is a {model_type!r} model, the base is {expected!r}; "
             "experts must be fine-tuned from the base"
         )
+    if layout.answers and not layout.root and not layout.speaks:
+        raise MismatchError(
+            f"expert {name!r} is a {layout.cls}, in which no name tells the head from the backbone: heads would be "
+            "mixed as if experts shared one; give experts of a class that names its backbone"
+        )
     if layout.cls == ours.cls:
         return
     if layout.speaks:

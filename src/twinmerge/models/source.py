@@ -11,12 +11,12 @@ from torch import Tensor
 
 from twinmerge.errors import MismatchError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint
-from twinmerge.models.compatible import require_plausible, require_unquantised
+from twinmerge.models.compatible import require_plausible, require_values
 from twinmerge.tensors.difference import require_finite, task_vector
 from twinmerge.tensors.low_rank import LowRank
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 def locate(root: Path, source: str, key: str) -> Path:
@@ -48,6 +48,7 @@ class Layout:
         required: names that no folder may lack.
         tied: names -> the name whose tensor they share.
         speaks: whether its output layer is over the vocabulary, which experts of one class share.
+        answers: whether it is a class with a head.
     """
 
     cls: str
@@ -57,6 +58,7 @@ class Layout:
     required: frozenset[str]
     tied: Mapping[str, str]
     speaks: bool
+    answers: bool = False
 
     @property
     def has_head(self) -> bool:
@@ -117,7 +119,7 @@ def open_model(path: Path, library: Library, like: Path | None = None, cls: str 
         CheckpointError: if the files cannot be read.
     """
     stored = Checkpoint.open(path)
-    require_unquantised(stored)
+    require_values(stored)
     checkpoint, layout, left_out = library.by_class(stored, like or path, cls)
     specs = dict(checkpoint.specs)
     for name, source in layout.tied.items():
@@ -155,7 +157,7 @@ class Expert:
         return name in self.stored
 
     def task_vector(self, name: str, base: Tensor, bound: float | None = None) -> Tensor:
-        """Expert minus base, float32, shaped as `base`.
+        """Expert minus base, shaped as `base`; float32, or float64 where either is.
 
         Raises:
             CheckpointError: if the expert holds NaN, Inf or a magnitude beyond `bound`.

@@ -18,6 +18,8 @@ _RENAMED = {
 """What the file calls otherwise than the code; besides, the file knows no nesting."""
 _BEFORE = {"gate": "soft", "detector": "distance"}
 """How routers were made whose files do not say it."""
+_GONE = "one_pass"
+"""A setting of older files: where it was true, low layers went without their exclusive parts."""
 
 
 def save_router(router: Router, folder: Path) -> None:
@@ -36,11 +38,11 @@ def load_router(folder: Path) -> Router:
         ArtifactError: if the files lack something.
     """
     content = json.loads((folder / "router.json").read_text(encoding="utf-8"))
-    checkpoint = Checkpoint.open(folder / "router.safetensors")
+    settings, checkpoint = _BEFORE | content["settings"], Checkpoint.open(folder / "router.safetensors")
     tensors = {name: checkpoint.read(name) for name in checkpoint.specs}
     router = assemble(
         content["expert_names"],
-        RouterSettings.model_validate(_BEFORE | content["settings"]),
+        RouterSettings.model_validate({k: v for k, v in settings.items() if k != _GONE}),
         feature_size=len(tensors.get("mean", ())),
         stored_rows=len(tensors.get("head.labels", ())),
         ngrams=len(tensors.get("ngrams.keys", ())),

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from twinmerge.errors import ArtifactError
+from twinmerge.errors import ArtifactError, GateError
 from twinmerge.runtime.banks import join_banks, join_readers
 from twinmerge.runtime.dry_run import Example
 from twinmerge.runtime.fallback import Fallback, Key, join, take, with_values
@@ -93,8 +93,12 @@ class TwinModule(nn.Module):
             gate: (batch, expert), None for the shared expert alone.
             mode: how gated layers compute, see `run`.
             **inputs: the module's, (batch, ...) each.
+
+        Raises:
+            GateError: if the gate has another shape, or is not finite.
         """
         rows = next((len(v) for v in inputs.values() if isinstance(v, Tensor)), 1)
+        gate = None if gate is None else self.checked(gate, rows)
         return self.run(lambda module, own: module(**own), gate, inputs, tokens=rows, mode=mode)
 
     def run(
@@ -133,6 +137,21 @@ class TwinModule(nn.Module):
             with self.slot.use(self.context(of_rows, max(1, tokens * len(of_rows) // len(gate)), calls, mode)):
                 outputs.append(call(self._merged_module(key), own))
         return join(outputs, list(groups.values()), whole, pad)
+
+    def checked(self, gate: Tensor, rows: int) -> Tensor:
+        """A caller's gate for so many rows, as floats on the module's device.
+
+        Raises:
+            GateError: if it has another shape, or is not finite.
+        """
+        expected = (rows, len(self.expert_names))
+        if tuple(gate.shape) != expected:
+            raise GateError(f"gate must be (batch, expert) = {expected}, found {tuple(gate.shape)}")
+        device = next((tensor.device for tensor in (*self.parameters(), *self.buffers())), gate.device)
+        gate = gate.to(device, torch.float32 if not gate.is_floating_point() else gate.dtype)
+        if not bool(gate.isfinite().all()):
+            raise GateError("gate must be finite, found NaN or Inf")
+        return gate
 
     def context(self, gate: Tensor, tokens: int, calls: int = 1, mode: Mode = "auto") -> GateContext:
         """A gate as the layers take it."""

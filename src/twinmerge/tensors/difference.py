@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from twinmerge.errors import CheckpointError, MismatchError
 
 
-def task_vector(base: Float[Tensor, "..."], expert: Float[Tensor, "..."]) -> Float32[Tensor, "..."]:
+def task_vector(base: Float[Tensor, "..."], expert: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """What fine-tuning changed: expert - base (METHOD §2, arXiv:2212.04089).
 
     Args:
@@ -17,7 +17,7 @@ def task_vector(base: Float[Tensor, "..."], expert: Float[Tensor, "..."]) -> Flo
         expert: the same parameter of the expert, any float dtype.
 
     Returns:
-        The difference in float32, subtracted in float64 if either is float64.
+        The difference in float32; in float64 if either is float64.
 
     Raises:
         MismatchError: if the shapes differ.
@@ -28,7 +28,7 @@ def task_vector(base: Float[Tensor, "..."], expert: Float[Tensor, "..."]) -> Flo
             "was it fine-tuned from the same base?"
         )
     wide = torch.float64 if torch.float64 in (base.dtype, expert.dtype) else torch.float32
-    return (expert.to(wide) - base.to(wide)).float()
+    return expert.to(wide) - base.to(wide)
 
 
 def require_finite(tensor: Shaped[Tensor, "..."], where: str) -> None:

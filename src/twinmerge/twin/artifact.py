@@ -226,4 +226,4 @@ def _read_exclusive(checkpoint: Checkpoint, shared: Checkpoint) -> dict[str, Par
         name, leaf = (stored, "dense") if stored in shared.specs else tuple(stored.rsplit(".", 1))
         leaves.setdefault(name, {})[leaf] = checkpoint.read(stored)
     shapes = {name: shared.specs[name].shape for name in leaves}
-    return {n: unpack(found, (shapes[n][0], math.prod(shapes[n][1:]))) for n, found in leaves.items()}
+    return {n: unpack(found, (math.prod(shapes[n][:1]), math.prod(shapes[n][1:]))) for n, found in leaves.items()}

@@ -76,10 +76,9 @@ class RouterSettings(Strict):
             ids, which cost no pass; `...+tokens`: both; `cascade`: tokens decide, only uncertain inputs take
             `all+tokens`; `speculative`: an input runs under the expert that tokens say, `all+tokens` of that very pass
             say whether it was right, and only those inputs run again where it was not.
-        gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `hard` takes one.
+        gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `hard` takes one,
+            and is what `speculative` needs and takes.
         top_k: experts that a `top_k` gate mixes.
-        one_pass: layers up to the last one in `features` run once, with the shared weights, for the router and for the
-            answer; only those above are gated. For encoders; a generation always gates every layer.
         samples_per_expert: inputs used of each expert, at most, drawn from all it has; each costs a pass. Experts with
             fewer count as much as the others.
         held_out: share of them that selects the epoch, the regularisation, the temperature and the fall-back distance.
@@ -96,7 +95,6 @@ class RouterSettings(Strict):
     features: FeaturesField = Features(Layers("all"), tokens=True)
     gate: Literal["soft", "top_k", "hard"] = "soft"
     top_k: Annotated[int, Field(ge=1, strict=True)] = 2
-    one_pass: bool = False
     samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 5000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     epochs: Annotated[int, Field(ge=1, strict=True)] = 10
@@ -105,19 +103,17 @@ class RouterSettings(Strict):
     fallback: Annotated[float, Field(gt=0.5, le=1)] | None = 0.999
     detector: Literal["distance", "energy", "both"] = "both"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gate_that_features_need(cls, data: object) -> object:
+        guessing = isinstance(data, dict) and data.get("features") == "speculative" and "gate" not in data
+        return {**data, "gate": "hard"} if isinstance(data, dict) and guessing else data
+
     @model_validator(mode="after")
     def _gate_of_one_expert(self) -> "RouterSettings":
         if self.features.form == "speculative" and self.gate != "hard":
             raise ValueError(
                 f"features speculative answer from a pass under one expert: gate must be hard, found {self.gate}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _layers_left_to_gate(self) -> "RouterSettings":
-        if self.one_pass and (self.features.layers is None or not isinstance(self.features.layers.chosen, tuple)):
-            raise ValueError(
-                f"one_pass needs features of layers below the last, such as layers:[0,1], found {self.features}"
             )
         return self
 
