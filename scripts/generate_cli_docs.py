@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--check", action="store_true", help="write nothing, exit 1 if docs/cli.md is stale")
     check = options.parse_args(arguments).check
 
-    from twinmerge.cli import build_parser
+    from twinmerge.cli.parser import build_parser
 
     page = render(build_parser())
     current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else None

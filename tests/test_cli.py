@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from tests import tiny
-from twinmerge.cli import FORMS, main
+from twinmerge.cli import main
+from twinmerge.cli.parser import FORMS
 from twinmerge.files.checkpoint import Checkpoint
 
 RECIPE = """

@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 import twinmerge
 from benchmarks import plot_results
 from scripts import generate_cli_docs
-from twinmerge.cli import build_parser
+from twinmerge.cli.parser import build_parser
 from twinmerge.eval.suite import ContestantSpec, Suite, TaskSpec, UnseenSpec
 from twinmerge.merging.method import find_method, method_names
 from twinmerge.merging.recipe import MergeRecipe

@@ -229,15 +229,13 @@ def test_head_that_was_trained_on_random_values_is_named(family: Get, tmp_path: 
             opened(tmp_path / f"{dora}", base)
 
 
-@pytest.mark.parametrize("settings", [peft.LoHaConfig(target_modules=LLAMA), peft.LoraConfig(use_dora=True, r=2)])
-def test_adapters_that_peft_merges_are_built_and_checked(
-    family: Get, tmp_path: Path, settings: peft.PeftConfig
-) -> None:
+@pytest.mark.parametrize("kind", [peft.LoHaConfig(target_modules=LLAMA), peft.LoraConfig(use_dora=True, r=2)])
+def test_adapters_that_peft_merges_are_built_and_checked(family: Get, tmp_path: Path, kind: peft.PeftConfig) -> None:
     """Their folders have no config.json; how they write texts is the base's."""
     base = family("llama").base
-    settings.task_type, settings.target_modules = "CAUSAL_LM", LLAMA
+    kind.task_type, kind.target_modules = "CAUSAL_LM", LLAMA
     for name in ("one", "two"):
-        saved(settings, transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / name)
+        saved(kind, transformers.LlamaForCausalLM.from_pretrained(base), tmp_path / name)
         (tmp_path / f"{name}.jsonl").write_bytes((family("llama").root / "sms.jsonl").read_bytes())
     experts = {name: {"model": name, "router_data": f"{name}.jsonl"} for name in ("one", "two")}
     recipe = Recipe(

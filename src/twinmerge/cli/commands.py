@@ -1,0 +1,187 @@
+"""What each command does: calls the library, shows what came of it."""
+
+import argparse
+import sys
+from typing import Any
+
+from twinmerge.cli.progress import shown_progress
+from twinmerge.cli.show import show_notes, show_plan, show_result, show_twin
+from twinmerge.hf.batches import BatchLimits, PredictSettings
+
+
+def build(options: argparse.Namespace) -> None:
+    """Build a twin."""
+    from twinmerge.jobs.build import build
+
+    with shown_progress() as progress:
+        artifact = build(
+            options.recipe,
+            options.out,
+            allow=_allowed(options),
+            overwrite=options.overwrite,
+            resume=options.resume,
+            memory_bytes=options.memory,
+            executor=_executor(options),
+            check=not options.no_check,
+            fast_only=options.fast_only,
+            progress=progress,
+        )
+    show_notes(artifact.manifest.notes)
+    show_twin(artifact, options.json)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Merge models."""
+    from twinmerge.jobs.merge import merge_models
+    from twinmerge.merging.recipe import load_merge
+
+    with shown_progress() as progress:
+        manifest = merge_models(
+            load_merge(options.recipe, options.seed),
+            options.out,
+            allow=_allowed(options),
+            overwrite=options.overwrite,
+            resume=options.resume,
+            memory_bytes=options.memory,
+            executor=_executor(options),
+            hash_inputs=options.hash_inputs,
+            progress=progress,
+        )
+    show_notes(manifest["notes"])
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    sentence = f"{options.out}: {manifest['tensors']} tensors, {size:,} bytes, {manifest['recipe']['method']}"
+    show_result({"model": str(options.out), **manifest}, options.json, sentence)
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Check a recipe."""
+    from twinmerge.jobs.plan import describe, describe_twin
+    from twinmerge.merging.plan import plan_merge
+    from twinmerge.merging.recipe import load_merge, twin_keys
+
+    executor, folder = _executor(options), options.recipe.resolve().parent
+    if twin_keys(options.recipe):
+        from twinmerge.jobs.build import open_plan
+        from twinmerge.twin.recipe import Recipe
+
+        plan = open_plan(Recipe.load(options.recipe), _allowed(options))
+        found = describe_twin(plan, options.memory, executor, folder)
+    else:
+        merge = plan_merge(load_merge(options.recipe, options.seed), _allowed(options))
+        found = describe(merge, options.memory, executor, folder)
+    show_plan(found, options.json)
+
+
+def grow(options: argparse.Namespace) -> None:
+    """Add, remove or replace an expert."""
+    from twinmerge.jobs import grow
+
+    with shown_progress() as progress:
+        common: dict[str, Any] = {
+            "out": options.out,
+            "overwrite": options.overwrite,
+            "resume": options.resume,
+            "root": options.root,
+            "check": not options.no_check,
+            "progress": progress,
+        }
+        if options.command == "remove":
+            artifact = grow.remove(options.twin, options.expert, **common)
+        else:
+            name, path = options.expert
+            change = grow.add if options.command == "add" else grow.replace
+            artifact = change(options.twin, name, model=path, router_data=options.router_data, **common)
+    show_twin(artifact, options.json)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a twin as other tools load it."""
+    from twinmerge.jobs.export import export
+
+    with shown_progress() as progress:
+        note = export(
+            options.twin,
+            options.out,
+            to=options.to,
+            gate=options.gate,
+            expert=options.expert,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    licences = ", ".join(f"{name} {licence or 'none named'}" for name, licence in note["licences"].items())
+    sentence = f"{options.out}: {options.to} of {options.twin}; licences: {licences}"
+    show_result({"out": str(options.out), **note}, options.json, sentence)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Show a twin."""
+    from twinmerge.twin.artifact import TwinArtifact
+
+    show_twin(TwinArtifact.open(options.twin), options.json)
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check the hashes of a twin."""
+    from twinmerge.twin.artifact import TwinArtifact
+
+    count = TwinArtifact.open(options.twin).verify()
+    show_result({"twin": str(options.twin), "files": count, "intact": True}, options.json, f"{count} files intact")
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Answer rows."""
+    from twinmerge.files.rows import STANDARD
+    from twinmerge.jobs.predict import predict_file
+
+    settings = PredictSettings(
+        options.expert, BatchLimits(options.batch_size, options.batch_tokens), options.max_new_tokens
+    )
+    with shown_progress(quiet=True) as progress:
+        found = predict_file(
+            options.twin,
+            options.input,
+            options.output,
+            settings,
+            device=options.device,
+            overwrite=options.overwrite,
+            resume=options.resume,
+            progress=lambda done, total: progress("predicting", done, total),
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in found["experts"].items())
+    counts += f", left to the shared expert {found['fallback']}" if found["fallback"] else ""
+    resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
+    sentence = f"{found['rows']} rows{resumed}: {counts}"
+    result = {"output": str(options.output), **found}
+    show_result(result, options.json, sentence, to_stderr=options.output == STANDARD)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Run a suite."""
+    from twinmerge.eval.harness import run_suite
+    from twinmerge.eval.suite import Suite
+    from twinmerge.report.page import write_report
+    from twinmerge.report.tables import terminal_table
+
+    suite = Suite.load(options.suite)
+    with shown_progress() as progress:
+        result = run_suite(suite, options.out, seeds=options.seeds, contestants=options.contestants, progress=progress)
+    page = write_report(result, options.out)
+    if options.json:
+        sys.stdout.write(result.model_dump_json(indent=1) + "\n")
+        return
+    from rich.console import Console
+
+    Console().print(terminal_table(result))
+    sys.stdout.write(f"report: {page}\n")
+
+
+def _allowed(options: argparse.Namespace) -> Any:
+    from twinmerge.models.compatible import Allow
+
+    return Allow(options.allow_unrelated, options.allow_config_differences, options.allow_vocabulary_differences)
+
+
+def _executor(options: argparse.Namespace) -> Any:
+    from twinmerge.merging.executor import make_executor
+
+    return make_executor(options.executor, options.workers, options.ray_address)

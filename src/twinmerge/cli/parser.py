@@ -1,0 +1,243 @@
+"""All commands and options of the program; docs/cli.md is generated from it."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from twinmerge import __version__
+from twinmerge.cli import commands as run
+from twinmerge.hf.batches import BatchLimits, PredictSettings
+
+OVERWRITE_HELP = "replace the folder, once the new one is complete, and drop what an interrupted run left"
+FORMS = ("dense", "peft", "stacked-lora")
+EXECUTORS = ("serial", "threads", "processes", "ray")
+RESUME_HELP = "go on with what an interrupted run left, verified by hash"
+SEED_HELP = "of DARE in mergekit's recipes (default: %(default)s)"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options; docs/cli.md is generated from it."""
+    parser = argparse.ArgumentParser(
+        prog="twinmerge",
+        description="Several fine-tuned models of one base become one model that mixes them for every input.",
+    )
+    parser.add_argument("--version", action="version", version=f"twinmerge {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    build = _command(commands, "build", run.build, "build a twin from a recipe: experts in, one folder out")
+    build.add_argument("recipe", type=Path, help="YAML file: base, experts, shared, exclusive, router")
+    build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
+    build.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    _add_check_option(build)
+    build.add_argument(
+        "--fast-only",
+        action="store_true",
+        help="refuse parameters that no fast layer serves: a pass a distinct gate",
+    )
+    _add_work_options(build)
+
+    merge = _command(
+        commands, "merge", run.merge, "merge models into one plain model folder (recipes of ours or mergekit's)"
+    )
+    merge.add_argument("recipe", type=Path, help="YAML file: base, experts, shared; or mergekit's keys")
+    merge.add_argument("--out", type=Path, required=True, help="folder of the model, must not exist")
+    merge.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
+    merge.add_argument(
+        "--hash-inputs", action="store_true", help="record the SHA-256 of every input file, another pass over them"
+    )
+    merge.add_argument("--seed", type=_whole, default=0, help=SEED_HELP)
+    _add_work_options(merge)
+
+    plan = _command(commands, "plan", run.plan, "check a recipe before it runs: what is read, written and needed")
+    plan.add_argument("recipe", type=Path, help="YAML file of `twinmerge build` or `twinmerge merge`")
+    plan.add_argument("--seed", type=_whole, default=0, help=SEED_HELP)
+    _add_plan_options(plan)
+
+    inspect = _command(commands, "inspect", run.inspect, "show experts, ranks, energy kept, bytes, router, provenance")
+    inspect.add_argument("twin", type=Path, help="folder of a twin")
+
+    add = _command(commands, "add", run.grow, "add an expert to a twin: its exclusive part and the router are computed")
+    _add_change_options(add, new=True)
+
+    remove = _command(commands, "remove", run.grow, "take an expert out of a twin; the router is fitted anew")
+    _add_change_options(remove, new=False)
+
+    replace = _command(commands, "replace", run.grow, "exchange an expert of a twin for another of its name")
+    _add_change_options(replace, new=True)
+
+    export = _command(commands, "export", run.export, "write a twin as other tools load it")
+    export.add_argument("twin", type=Path, help="folder of a twin")
+    export.add_argument(
+        "--to",
+        required=True,
+        choices=FORMS,
+        help="a transformers model for one gate, a PEFT adapter per expert, or one adapter of all experts",
+    )
+    export.add_argument("--out", type=Path, required=True, help="folder to write, must not exist")
+    export.add_argument("--gate", type=_weights, help='for dense: weights such as "sms=0.7,trec=0.3", others are 0')
+    export.add_argument("--expert", metavar="NAME", help="for dense: this expert alone")
+    export.add_argument("--overwrite", action="store_true", help="replace the folder, once the new one is complete")
+
+    verify = _command(commands, "verify", run.verify, "check the hash of every file of a twin")
+    verify.add_argument("twin", type=Path, help="folder of a twin")
+
+    predict = _command(commands, "predict", run.predict, "answer rows of text, each by its own mix of experts")
+    predict.add_argument("twin", type=Path, help="folder of a twin")
+    predict.add_argument(
+        "--input", type=Path, required=True, help='JSON lines: {"text": ...}, perhaps "text_pair"; - is standard input'
+    )
+    predict.add_argument(
+        "--output", type=Path, required=True, help="JSON lines in input order, must not exist; - is standard output"
+    )
+    predict.add_argument(
+        "--overwrite", action="store_true", help="replace the output, and what an interrupted run left of it"
+    )
+    predict.add_argument("--resume", action="store_true", help="go on with what an interrupted run left")
+    predict.add_argument("--expert", help="use this expert alone instead of the router")
+    predict.add_argument(
+        "--batch-size", type=_positive, default=BatchLimits.rows, help="rows a batch, at most (default: %(default)s)"
+    )
+    predict.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=BatchLimits.tokens,
+        help="rows times tokens of a batch, padding included, at most (default: %(default)s)",
+    )
+    predict.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=PredictSettings.max_new_tokens,
+        help="of a causal LM's continuation (default: %(default)s)",
+    )
+    predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+
+    evaluate = _command(
+        commands, "eval", run.evaluate, "run every contestant of a suite and write results.json and report.html"
+    )
+    evaluate.add_argument("suite", type=Path, help="YAML file: tasks, experts, contestants")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for results; finished runs in it are kept")
+    evaluate.add_argument("--seeds", type=_whole, nargs="+", help="only these seeds (default: the suite's)")
+    evaluate.add_argument("--contestants", nargs="+", help="only these contestants (default: the suite's)")
+    return parser
+
+
+def _add_check_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-check",
+        action="store_true",
+        help="publish without trying the finished twin on a few router rows against merged weights and its experts",
+    )
+
+
+def _add_work_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--resume", action="store_true", help=RESUME_HELP)
+    _add_plan_options(command)
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--memory",
+        type=_bytes,
+        default="2GB",
+        help="what a process may take; each worker of processes and ray is one (default: %(default)s)",
+    )
+    command.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="threads",
+        help="where tensors are worked on; the result has the same bits (default: %(default)s)",
+    )
+    command.add_argument("--workers", type=_positive, help="tensors in work at a time (default: number of cores)")
+    command.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="of a Ray cluster that sees the same files (default: start one here)"
+    )
+    command.add_argument(
+        "--allow-unrelated", action="store_true", help="merge models that are no fine-tunes of the base"
+    )
+    command.add_argument(
+        "--allow-config-differences", action="store_true", help="merge models whose config.json differ, as in rope"
+    )
+    command.add_argument(
+        "--allow-vocabulary-differences", action="store_true", help="merge models whose tokenizers give other ids"
+    )
+
+
+def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
+    command.add_argument("twin", type=Path, help="folder of a twin, replaced whole once the new one is complete")
+    if new:
+        command.add_argument(
+            "--expert",
+            type=_named_path,
+            required=True,
+            metavar="NAME=PATH",
+            help="the expert's name and its folder, hub id or LoRA adapter",
+        )
+        command.add_argument(
+            "--router-data", type=Path, required=True, metavar="FILE", help="JSON lines of inputs that belong to it"
+        )
+    else:
+        command.add_argument("--expert", required=True, metavar="NAME", help="which one")
+    command.add_argument("--out", type=Path, help="write the new twin there and leave the old one as it is")
+    command.add_argument("--overwrite", action="store_true", help="replace the folder of --out if it exists")
+    _add_check_option(command)
+    command.add_argument("--resume", action="store_true", help=RESUME_HELP)
+    command.add_argument(
+        "--root", type=Path, help="where the recipe's relative paths start (default: where they did in the build)"
+    )
+
+
+def _command(commands: Any, name: str, action: Any, help_text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
+    command.set_defaults(run=action, command=name)
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return command
+
+
+def _bytes(text: str) -> int:
+    """A size such as 700MB or 2GB; units are powers of ten."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        size = float(number) * units[unit]
+    except (ValueError, KeyError):
+        size = 0.0
+    if not 0 < size < 10**18:
+        raise argparse.ArgumentTypeError(f"must be a size such as 700MB or 2GB, found {text!r}")
+    return int(size)
+
+
+def _named_path(text: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, found {text!r}")
+    return name, path
+
+
+def _weights(text: str) -> dict[str, float]:
+    """A gate such as sms=0.7,trec=0.3."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.strip().rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name or name in weights or not math.isfinite(weight):
+            raise argparse.ArgumentTypeError(f'must be weights such as "sms=0.7,trec=0.3", found {part!r} in {text!r}')
+        weights[name] = weight
+    return weights
+
+
+def _whole(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, found {text!r}")
+    return int(text)
