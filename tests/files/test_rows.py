@@ -116,7 +116,7 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
         ('{"text": "a", "score": -Infinity}', r"rows\.jsonl:2: not JSON: -Infinity is not a JSON number$"),
         (
             '{"text": "a", "id": ' + "9" * 5000 + "}",
-            r"rows\.jsonl:2: not JSON: an integer of 5,000 digits is too long$",
+            r"rows\.jsonl:2: not JSON: an integer has too many digits$",
         ),
         ('{"text": ' + "[" * 10**5 + "]" * 10**5 + "}", r"rows\.jsonl:2: not JSON: it is nested too deeply$"),
         ('{"x": ' * 10**5 + "1" + "}" * 10**5, r"rows\.jsonl:2: not JSON: it is nested too deeply$"),

@@ -24,7 +24,7 @@ GATES = (
 def main() -> None:
     """Compare a compiled twin with itself before, under several gates."""
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=50)
     backbone = BertModel(config, add_pooling_layer=False).eval()
     exclusive = {
         f"e{expert}": {

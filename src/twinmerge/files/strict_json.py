@@ -19,9 +19,13 @@ def parse_json(raw: bytes | str, *, finite: bool = False) -> Any:
     """
     numbers: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite} if finite else {}
     try:
-        return json.loads(raw, object_pairs_hook=_unique, parse_int=_integer, **numbers)
+        return json.loads(raw, object_pairs_hook=_unique, **numbers)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's own limit
+            raise ValueError("an integer has too many digits") from error
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,13 +51,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
     return found
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ValueError(f"an integer of {len(text):,} digits is too long") from error
 
 
 def _finite(text: str) -> float:

@@ -165,6 +165,8 @@ class Ray:
     def map(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:
         """See `Executor.map`."""
         ray = _import_ray()
+        if not items:
+            return
         here = {} if self.address else {"num_cpus": self.workers, "include_dashboard": False}
         if self.address:
             _require_answer(self.address)
