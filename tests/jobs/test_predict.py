@@ -53,7 +53,9 @@ def test_answers_come_in_input_order_with_the_inputs_other_fields(model: TwinMod
     answers = list(predict(model, rows()))
     assert [answer["id"] for answer in answers] == list(range(18))
     for answer, row in zip(answers, rows(), strict=True):
-        assert list(answer)[:5] == ["expert", "gate", "fallback", "label", "score"]
+        assert list(answer)[:7] == ["expert", "gate", "fallback", "confidence", "second", "label", "score"]
+        assert answer["second"]["expert"] in {*GATE_ORDER} - {answer["expert"]}
+        assert 0.5 >= answer["second"]["probability"] <= answer["confidence"] <= 1
         assert {key: answer[key] for key in row} == row
         assert list(answer["gate"]) == list(GATE_ORDER)
         assert sum(answer["gate"].values()) == pytest.approx(0.0 if answer["fallback"] else 1.0, abs=1e-5)
@@ -156,7 +158,8 @@ def test_causal_lm_continues_each_text_as_it_would_alone(twin: Twins, name: str)
     assert [answer["continuation"] for answer in found] == [answer["continuation"] for answer in alone]
     assert [answer["expert"] for answer in found] == [answer["expert"] for answer in alone]
     assert len({answer["continuation"] for answer in found}) > 3
-    assert list(found[1]) == ["expert", "gate", "fallback", "continuation", "stop_reason", "text", "id"]
+    of_routing = ["expert", "gate", "fallback", "confidence", "second"]
+    assert list(found[1]) == [*of_routing, "continuation", "stop_reason", "text", "id"]
     row, answer = some[1], found[1]
     inputs = model.tokenizer([row["text"]], return_tensors="pt")
     written = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, len(inputs[0]) :]
@@ -218,6 +221,46 @@ def test_file_of_answers_is_what_predict_says(twin: Twins, model: TwinModel, tmp
     assert told[-1] == (18, 18)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_answers_of_which_the_router_is_not_sure_are_marked_or_left_out(
+    twin: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leave_out: bool
+) -> None:
+    """Some texts are of words of several experts, by a router that is less sure than these rows make it."""
+    model = TwinModel.from_pretrained(twin("bert"))
+    model.router.temperature.mul_(300)
+    monkeypatch.setattr(TwinModel, "from_pretrained", lambda *_, **__: model)
+    some = [*rows(), *({"text": f"w{5 + i} w{23 + i} w{41 + i}", "id": 18 + i} for i in range(9))]
+    sure = sorted(answer["confidence"] for answer in predict(model, some))
+    place = next(i for i in range(3, 20) if sure[i] < sure[i + 1])
+    least = (sure[place] + sure[place + 1]) / 2
+    settings = PredictSettings(uncertain_below=least, leave_out=leave_out)
+    found = predict_file(twin("bert"), write(tmp_path / "x", some), tmp_path / "y", settings)
+    answers = [json.loads(line) for line in (tmp_path / "y").read_text().splitlines()]
+    assert answers == list(predict(model, some, uncertain_below=least, leave_out=leave_out))
+    assert [a["uncertain"] for a in answers] == [a["confidence"] < least for a in answers]
+    assert len(answers) == (27 - (place + 1) if leave_out else 27)
+    assert (found["rows"], found["uncertain"]) == (27, place + 1)
+    assert sum(found["experts"].values()) + found["fallback"] == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"uncertain_below": 1.5}, "uncertain_below is of the router's confidence, from 0 to 1, found 1.5"),
+        ({"uncertain_below": 0.5, "expert": "ag"}, "from 0 to 1, found 0.5 beside expert 'ag'"),
+        ({"leave_out": True}, "to leave out uncertain rows, say below which confidence they are"),
+    ],
+)
+def test_doubt_that_means_nothing_is_refused(
+    twin: Twins, model: TwinModel, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(GateError, match=words):
+        list(predict(model, rows(), **settings))
+    with pytest.raises(GateError, match=words):
+        predict_file(twin("bert"), write(tmp_path / "x", rows()), tmp_path / "y", PredictSettings(**settings))
 
 
 @pytest.mark.usefixtures("small_windows")

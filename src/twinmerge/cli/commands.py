@@ -134,7 +134,11 @@ def predict(options: argparse.Namespace) -> None:
     from twinmerge.jobs.predict import predict_file
 
     settings = PredictSettings(
-        options.expert, BatchLimits(options.batch_size, options.batch_tokens), options.max_new_tokens
+        options.expert,
+        BatchLimits(options.batch_size, options.batch_tokens),
+        options.max_new_tokens,
+        options.uncertain_below,
+        options.leave_out,
     )
     with shown_progress(quiet=True) as progress:
         found = predict_file(
@@ -149,6 +153,8 @@ def predict(options: argparse.Namespace) -> None:
         )
     counts = ", ".join(f"{name} {count}" for name, count in found["experts"].items())
     counts += f", left to the shared expert {found['fallback']}" if found["fallback"] else ""
+    if found["uncertain"] is not None:
+        counts += f"; {found['uncertain']} uncertain" + (", left out" if options.leave_out else "")
     resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
     sentence = f"{found['rows']} rows{resumed}: {counts}"
     result = {"output": str(options.output), **found}

@@ -110,6 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=PredictSettings.max_new_tokens,
         help="of a causal LM's continuation (default: %(default)s)",
     )
+    predict.add_argument(
+        "--uncertain-below",
+        type=float,
+        metavar="P",
+        help='mark answers of which the router is less sure than this probability as "uncertain"',
+    )
+    predict.add_argument("--leave-out", action="store_true", help="give uncertain rows no answer at all")
     predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
     evaluate = _command(

@@ -204,8 +204,8 @@ def label_of(config: PretrainedConfig, index: int) -> str:
 
 def fields_of(kinds: Iterable[Answers]) -> tuple[str, ...]:
     """The fields that answers of several kinds have besides those of their rows."""
-    fields = ("expert", "gate", "fallback", *(name for answers in kinds for name in answers.fields))
-    return tuple(dict.fromkeys(fields))
+    of_routing = "expert", "gate", "fallback", "confidence", "second", "uncertain"
+    return tuple(dict.fromkeys((*of_routing, *(name for answers in kinds for name in answers.fields))))
 
 
 def _rounded(value: Tensor) -> float:

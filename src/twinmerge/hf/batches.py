@@ -25,11 +25,15 @@ class PredictSettings:
         expert: use this expert alone, not the router.
         limits: of a batch.
         max_new_tokens: of a causal LM's continuation.
+        uncertain_below: answers say whether they are `uncertain`: the router's confidence is below this, [0, 1].
+        leave_out: those that are get no answer at all.
     """
 
     expert: str | None = None
     limits: BatchLimits = BatchLimits()
     max_new_tokens: int = 64
+    uncertain_below: float | None = None
+    leave_out: bool = False
 
 
 DEFAULTS = PredictSettings()

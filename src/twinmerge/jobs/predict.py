@@ -30,8 +30,8 @@ from twinmerge.twin.manifest import MANIFEST
 
 WINDOW_ROWS, WINDOW_CHARACTERS = 2048, 1 << 24
 """What is read, sorted by length and answered at a time."""
-_FALLBACK = ""
-"""Counts rows left to the shared expert among those of experts, none of which is named so."""
+_FALLBACK, _UNCERTAIN = "", "?"
+"""Count rows left to the shared expert, and uncertain ones, among those of experts, none of which is named so."""
 
 
 def predict(
@@ -41,6 +41,8 @@ def predict(
     expert: str | None = None,
     limits: BatchLimits = PredictSettings.limits,
     max_new_tokens: int = PredictSettings.max_new_tokens,
+    uncertain_below: float | None = None,
+    leave_out: bool = False,
 ) -> Iterator[Answer]:
     """Answer rows in input order, in bounded memory.
 
@@ -53,18 +55,23 @@ def predict(
         expert: use this expert alone, not the router.
         limits: of a batch.
         max_new_tokens: of a causal LM's continuation.
+        uncertain_below: answers say whether they are "uncertain": the router's confidence is below this, [0, 1].
+        leave_out: rows that are uncertain get no answer at all.
 
     Yields:
-        {"expert", "gate", "fallback", ..., and the row's fields}; between them what the expert's head answers (see
-        hf/answers.py), such as "label" and "score", or for a causal LM "continuation", decoded greedily under the gate
-        of the row's text, and "stop_reason".
+        {"expert", "gate", "fallback", "confidence", "second", ..., and the row's fields}: the probability that the
+        expert is the right one, calibrated on router data, and the next likeliest with its own; neither where the
+        caller names the expert. Between them what the expert's head answers (see hf/answers.py), such as "label" and
+        "score", or for a causal LM "continuation", decoded greedily under the gate of the row's text, and
+        "stop_reason".
 
     Raises:
         GateError: if the expert is unknown.
         DataError: if a row has a field of the answer's, or lacks a text that its head needs.
         MismatchError: if an expert's head answers no rows of text.
     """
-    return chain.from_iterable(predict_windows(model, rows, PredictSettings(expert, limits, max_new_tokens)))
+    settings = PredictSettings(expert, limits, max_new_tokens, uncertain_below, leave_out)
+    return chain.from_iterable(predict_windows(model, rows, settings))
 
 
 def predict_windows(
@@ -78,7 +85,7 @@ def predict_windows(
         settings: who answers, and how much at a time.
         answered: called with the number of rows of every batch, once it is answered.
     """
-    _require_expert(settings.expert, model.expert_names)
+    _require_settings(settings, model.expert_names)
     kinds = answers_by_expert(model)
     asked = [kinds[settings.expert]] if settings.expert is not None else list(dict.fromkeys(kinds.values()))
     taken, seen = fields_of(kinds.values()), 0
@@ -93,7 +100,7 @@ def predict_windows(
                 answers[index] = {**answer, **window[index]}
             answered(len(chosen))
         seen += len(window)
-        yield answers
+        yield [answer for answer in answers if not (settings.leave_out and answer["uncertain"])]
 
 
 def answers_by_expert(model: TwinModel) -> dict[str, Answers]:
@@ -115,9 +122,15 @@ def _answers_in(artifact: TwinArtifact) -> dict[str, Answers]:
     return found
 
 
-def _require_expert(expert: str | None, known: Sequence[str]) -> None:
-    if expert is not None and expert not in known:
-        raise GateError(f"unknown expert {expert!r}; this twin has {', '.join(known)}")
+def _require_settings(settings: PredictSettings, known: Sequence[str]) -> None:
+    if settings.expert is not None and settings.expert not in known:
+        raise GateError(f"unknown expert {settings.expert!r}; this twin has {', '.join(known)}")
+    least = settings.uncertain_below
+    if least is not None and (settings.expert is not None or not 0 <= least <= 1):
+        found = f"{least} beside expert {settings.expert!r}" if settings.expert is not None else least
+        raise GateError(f"uncertain_below is of the router's confidence, from 0 to 1, found {found}")
+    if settings.leave_out and least is None:
+        raise GateError("to leave out uncertain rows, say below which confidence they are (uncertain_below)")
 
 
 def predict_file(
@@ -147,14 +160,15 @@ def predict_file(
         progress: called with the rows answered so far and their number, None if that is not known.
 
     Returns:
-        `rows`, how many of them were `resumed`, how many each of `experts` answered, and how many were left to the
-        shared expert, as unlike every expert's inputs (`fallback`).
+        `rows`, how many of them were `resumed`, how many each of `experts` answered, how many were left to the
+        shared expert, as unlike every expert's inputs (`fallback`), and how many were `uncertain` (None if nobody
+        asked).
 
     Raises:
         InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
     """
     artifact = TwinArtifact.open(twin)
-    _require_expert(settings.expert, artifact.expert_names)
+    _require_settings(settings, artifact.expert_names)
     taken = fields_of(_answers_in(artifact).values())
     if resume and target == STANDARD:
         raise InputError("standard output keeps nothing to go on with; name a file to resume")
@@ -180,8 +194,16 @@ def predict_file(
                 _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
             note = output.last or before
     experts = dict(sorted(note["experts"].items()))
-    fallback = experts.pop(_FALLBACK, 0)
-    return {"rows": note["rows"], "resumed": before["rows"], "experts": experts, "fallback": fallback}
+    fallback, uncertain = experts.pop(_FALLBACK, 0), experts.pop(_UNCERTAIN, 0)
+    if settings.leave_out:
+        uncertain = note["rows"] - sum(experts.values()) - fallback
+    return {
+        "rows": note["rows"],
+        "resumed": before["rows"],
+        "experts": experts,
+        "fallback": fallback,
+        "uncertain": None if settings.uncertain_below is None else uncertain,
+    }
 
 
 class _StandardOutput:
@@ -230,6 +252,7 @@ def _answer_all(
 
     for answers in predict_windows(model, rows, settings, answered):
         experts.update(_FALLBACK if answer["fallback"] else answer["expert"] for answer in answers)
+        experts.update(_UNCERTAIN for answer in answers if answer.get("uncertain"))
         content = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         note = {"rows": reader.rows, "bytes": reader.bytes, "sha256": reader.sha256, "experts": dict(experts)}
         output.append(content.encode(), note, f"the answers of {reader.rows:,} rows are")
@@ -258,6 +281,8 @@ class _Group:
     experts: Sequence[str] = ()
     gate: Tensor = field(default_factory=lambda: torch.empty(0))
     fallback: Sequence[bool] = ()
+    probability: Tensor | None = None
+    """(row, expert) of the router, None where it was not asked."""
 
     def take(self, chosen: Sequence[int]) -> "_Group":
         """Some of them."""
@@ -265,7 +290,8 @@ class _Group:
         if not self.experts:
             return _Group(rows, self.reader)
         experts, fallback = [self.experts[place] for place in chosen], [self.fallback[place] for place in chosen]
-        return _Group(rows, self.reader, experts, self.gate[list(chosen)], fallback)
+        probability = None if self.probability is None else self.probability[list(chosen)]
+        return _Group(rows, self.reader, experts, self.gate[list(chosen)], fallback, probability)
 
 
 def _answer(
@@ -300,13 +326,14 @@ def _groups(model: TwinModel, rows: Sequence[Row], settings: PredictSettings, ge
         return [_Group(every)]
     encoded = encode(model, rows)
     gate = torch.zeros(len(rows), len(model.expert_names), device=model.device)
+    probability = torch.zeros_like(gate)
     names, fallback = [""] * len(rows), [False] * len(rows)
     for chosen in batches_of(model, encoded, settings.limits):
         routing = model.routing(**pad(model, [encoded[index] for index in chosen]))
-        gate[chosen] = routing.gate.to(gate)
+        gate[chosen], probability[chosen] = routing.gate.to(gate), routing.probability.to(gate)
         for index, expert, alone in zip(chosen, routing.expert.tolist(), routing.fallback.tolist(), strict=True):
             names[index], fallback[index] = model.expert_names[expert], alone
-    whole, members = _Group(every, None, names, gate, fallback), dict[str | None, list[int]]()
+    whole, members = _Group(every, None, names, gate, fallback, probability), dict[str | None, list[int]]()
     for index, name in enumerate(names):
         own = model.own_of(name)
         members.setdefault(name if own.reads or own.generation else None, []).append(index)
@@ -337,7 +364,11 @@ def _labelled(
     given: dict[str, Any] = {"gate": part.gate, "expert": part.experts} if part.experts else {}
     out = model(**pad(model, encoded), mode=mode, **given)
     outputs = out.logits if model.heads else out.last_hidden_state
-    return _routed(model, out.expert, out.gate, part.fallback or out.fallback.tolist()), list(outputs)
+    if not part.experts:
+        part = replace(
+            part, experts=out.expert, gate=out.gate, fallback=out.fallback.tolist(), probability=out.probability
+        )
+    return _routed(model, part, settings), list(outputs)
 
 
 def _continued(
@@ -355,18 +386,26 @@ def _continued(
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=padding_id(model),
     )
-    answers = _routed(model, part.experts, part.gate, part.fallback)
+    answers = _routed(model, part, settings)
     prompt = 1 if model.backbone.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return answers, list(written[:, prompt:])
 
 
-def _routed(model: TwinModel, names: Sequence[str], gate: torch.Tensor, fallback: Sequence[bool]) -> list[Answer]:
+def _routed(model: TwinModel, part: _Group, settings: PredictSettings) -> list[Answer]:
     """What every answer says of its way."""
-    return [
+    answers: list[Answer] = [
         {
             "expert": name,
             "gate": {expert: round(weight, 6) for expert, weight in zip(model.expert_names, row, strict=True)},
             "fallback": alone,
         }
-        for name, row, alone in zip(names, gate.tolist(), fallback, strict=True)
+        for name, row, alone in zip(part.experts, part.gate.tolist(), part.fallback, strict=True)
     ]
+    if part.probability is not None:
+        values, columns = (found.tolist() for found in part.probability.topk(2, dim=1))
+        for answer, (first, second), (_, column) in zip(answers, values, columns, strict=True):
+            answer["confidence"] = round(first, 6)
+            answer["second"] = {"expert": model.expert_names[column], "probability": round(second, 6)}
+            if settings.uncertain_below is not None:
+                answer["uncertain"] = first < settings.uncertain_below
+    return answers
