@@ -187,6 +187,18 @@ def test_stack_of_nothing_is_a_map_without_an_adapter(twin: Twins, tmp_path: Pat
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"export.json", "stacked.json", "vectors.safetensors"}
 
 
+def test_stack_of_what_has_no_vectors_is_the_adapter_alone(tmp_path: Path) -> None:
+    """LoRA experts: no norm and no bias was trained."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+    tiny.tokenizer("left").save_pretrained(tmp_path / "base")
+    for name in ("ag", "sms"):
+        tiny.make_adapter(tmp_path, name, tiny.llama(), tiny.text_rows(name), target_modules=["q_proj"], r=2)
+    build(Family(tmp_path, ("ag", "sms")).recipe(exclusive={"rank": 8}), tmp_path / "twin")
+    export(tmp_path / "twin", tmp_path / "out", to="stacked-lora")
+    assert not (tmp_path / "out" / "vectors.safetensors").exists()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 # ---- what is refused
 
 

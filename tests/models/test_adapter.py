@@ -135,6 +135,21 @@ def test_what_is_not_understood_is_named(
         opened(changed(classifier, tmp_path, change), classifier[0])
 
 
+def test_pooler_that_the_base_lacks_is_named(classifier: tuple[Path, Path, PreTrainedModel], tmp_path: Path) -> None:
+    transformers.BertModel(
+        transformers.BertConfig.from_pretrained(classifier[0]), add_pooling_layer=False
+    ).save_pretrained(tmp_path / "base")
+    pooler = {
+        f"base_model.model.pooler.dense.{leaf}": torch.zeros(size)
+        for leaf, size in (("weight", (16, 16)), ("bias", 16))
+    }
+    folder = changed(classifier, tmp_path, lambda _: pooler)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "task_type": None}))
+    with pytest.raises(MismatchError, match="adapter 'a' trains 'pooler.dense.bias', which the base lacks"):
+        opened(folder, tmp_path / "base")
+
+
 def test_embeddings_that_were_saved_as_they_were_change_nothing(family: Get, tmp_path: Path) -> None:
     base = family("llama").base
     model: Any = transformers.LlamaForCausalLM.from_pretrained(base)

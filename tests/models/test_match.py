@@ -104,6 +104,15 @@ def test_integer_buffers_may_be_there_or_not(family: Get, tmp_path: Path) -> Non
 # ---- what does not fit
 
 
+def test_expert_of_more_layers_is_refused(family: Get, tmp_path: Path) -> None:
+    config = transformers.BertConfig.from_pretrained(family("bert").base, num_hidden_layers=3)
+    tiny.seeded(transformers.BertForSequenceClassification, config).save_pretrained(tmp_path / "deep")
+    with pytest.raises(
+        MismatchError, match=r"'deep' has 16 tensors that the base lacks, first 'bert\.encoder\.layer\.2\."
+    ):
+        opened(tmp_path / "deep", family("bert").base)
+
+
 def test_class_whose_head_no_name_tells_is_refused(tmp_path: Path) -> None:
     """T5 answers questions in a class that holds encoder, decoder and head side by side."""
     config = transformers.T5Config(

@@ -243,9 +243,15 @@ def test_sources_are_recorded_as_another_machine_may_read_them(tmp_path: Path) -
         "b": {"model": "../models/b", **rows},
         "c": {"model": "/usr", **rows},
     }
-    recipe = Recipe.model_validate({"base": str(tmp_path / "models" / "base"), "experts": experts, "root": root})
+    shared = {
+        "method": "regmean",
+        "calibration_data": {name: str(tmp_path / "data" / f"{name}.jsonl") for name in experts},
+    }
+    content = {"base": str(tmp_path / "models" / "base"), "experts": experts, "shared": shared, "root": root}
+    recipe = Recipe.model_validate(content)
     record = record_recipe(recipe)
     assert record.base == "../models/base"
+    assert record.shared["calibration_data"] == {name: f"../data/{name}.jsonl" for name in experts}
     assert {n: (s.model, s.router_data) for n, s in record.experts.items()} == {
         "a": ("someone/a", "../data/x.jsonl"),
         "b": ("../models/b", "../data/x.jsonl"),

@@ -28,7 +28,9 @@ def describe(plan: MergePlan, memory_bytes: int, executor: Executor, folder: Pat
 
     Raises:
         RecipeError: if the memory does not suffice.
+        MismatchError: if a model is no fine-tune of the base.
     """
+    plan.require_related()
     calibration = for_merge(plan)
     return {
         **plan.merge.record(),

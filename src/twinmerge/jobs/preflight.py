@@ -12,8 +12,10 @@ from twinmerge.hf.heads import load_head
 from twinmerge.hf.inputs import limit_of, position_table
 from twinmerge.hf.loading import load_tokenizer, without_weights
 from twinmerge.hf.own import OWN, files_of, trained_length
+from twinmerge.merging.executor import one_thread
 from twinmerge.models.source import Expert
 from twinmerge.twin.plan import Plan
+from twinmerge.twin.shared import require_fine_tunes
 
 _ROWS_LOOKED_AT = 200
 """Of each expert's router data, whether the tokenizer knows their words."""
@@ -49,7 +51,8 @@ def checked(plan: Plan) -> Checked:
     """Look at everything that an input or an answer will need: tokenizers, heads, lengths, layers, rows.
 
     Raises:
-        MismatchError: if an expert answers no rows of text, or has something of its own that it cannot have alone.
+        MismatchError: if an expert answers no rows of text, has something of its own that it cannot have alone, or is
+            no fine-tune of the base.
         RecipeError: if the recipe asks for more positions than there are.
         DataError: if router data are missing, too few, or unknown to the tokenizer.
         CheckpointError: if a head holds NaN or Inf.
@@ -75,6 +78,8 @@ def checked(plan: Plan) -> Checked:
             f"expert {with_head[0]!r} has a head of its own, expert {without[0]!r} has none; give all or none"
         )
     rows = router_rows(plan)
+    with one_thread():
+        require_fine_tunes(plan)
     notes = [note for name, part in rows.items() for note in _unknown_words(name, part, tokenizer)]
     longest, more = _length(plan, model, tokenizer)
     recipe = plan.recipe.model_copy(update={"max_length": longest})

@@ -60,11 +60,6 @@ class Layout:
     speaks: bool
     answers: bool = False
 
-    @property
-    def has_head(self) -> bool:
-        """Whether its experts answer with heads of their own."""
-        return bool(self.root) and not self.speaks
-
 
 @runtime_checkable
 class Library(Protocol):
@@ -98,11 +93,6 @@ class Model:
     layout: Layout
     left_out: tuple[str, ...]
     """Stored floats for which the class has no place, and which it therefore does not use."""
-
-    @property
-    def lacking(self) -> list[str]:
-        """Tensors that the class needs and the folder does not have."""
-        return sorted(self.layout.required - set(self.checkpoint.specs))
 
 
 def open_model(path: Path, library: Library, like: Path | None = None, cls: str | None = None) -> Model:

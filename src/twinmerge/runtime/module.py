@@ -98,7 +98,7 @@ class TwinModule(nn.Module):
             GateError: if the gate has another shape, or is not finite.
         """
         rows = next((len(v) for v in inputs.values() if isinstance(v, Tensor)), 1)
-        gate = None if gate is None else self.checked(gate, rows)
+        gate = None if gate is None else self.checked(gate, len(gate))
         return self.run(lambda module, own: module(**own), gate, inputs, tokens=rows, mode=mode)
 
     def run(

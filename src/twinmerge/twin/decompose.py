@@ -25,7 +25,7 @@ from twinmerge.tensors.parts import LEAVES, Dense, Part, unpack
 from twinmerge.twin.artifact import write_exclusive
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import Key, choose_ranks, compress
-from twinmerge.twin.shared import bound_of, chunks_of, merge_parameter, prepare, require_fine_tune
+from twinmerge.twin.shared import bound_of, chunks_of, merge_parameter, prepare
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,6 @@ def add_expert(
         record: as for `write_weights`.
     """
     (name,) = plan.experts
-    require_fine_tune(plan, name)
     tasks = [task for task in plan.tasks if task.experts]
     records = _decompose_all(_Decompose(plan, Statistics(), work, shared), tasks, progress, None, finished, record)
     ranks = _ranks(plan, records)

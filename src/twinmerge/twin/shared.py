@@ -19,14 +19,12 @@ _CHUNK_ENTRIES = 1 << 16
 
 
 def prepare(plan: Plan, measured: Mapping[str, Checkpoint] = {}) -> Statistics:
-    """Check that experts are fine-tunes of the base and run the merge method's pass over all tensors, if it has one.
+    """Run the merge method's pass over all tensors, if it has one.
 
     Args:
         plan: of the twin.
         measured: what was measured of each expert on calibration data.
     """
-    for name in () if plan.allow.unrelated else plan.expert_names:
-        require_fine_tune(plan, name)
 
     def model() -> Iterator[Chunk]:
         for task in [task for task in plan.tasks if task.experts]:
@@ -61,16 +59,14 @@ def bound_of(plan: Plan, task: TensorTask, base: Tensor, start: int = 0) -> floa
     return None if plan.allow.unrelated else plausible_bound(largest)
 
 
-def require_fine_tune(plan: Plan, name: str) -> None:
-    """Refuse an expert whose matrices do not resemble the base's: it is no fine-tune of it."""
-    expert = plan.experts[name]
-    linear = [
-        t
-        for t in plan.tasks
-        if t.kind not in ("vector", *EMBEDDINGS) and len(t.spec.shape) > 1 and t.name in expert.stored
-    ]
-    pairs = [(task.name, expert.stored[task.name]) for task in linear]
-    require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
+def require_fine_tunes(plan: Plan) -> None:
+    """Refuse experts whose matrices do not resemble the base's: they are no fine-tunes of it."""
+    kinds = ("vector", *EMBEDDINGS)
+    linear = [task.name for task in plan.tasks if task.kind not in kinds and len(task.spec.shape) > 1]
+    for name in () if plan.allow.unrelated else sorted(plan.experts):
+        expert = plan.experts[name]
+        pairs = [(own, expert.stored[own]) for own in linear if own in expert.stored]
+        require_related(plan.base, name, expert.checkpoint, pairs, ", or --allow-unrelated")
 
 
 def chunks_of(plan: Plan, task: TensorTask, whole: bool = False) -> Iterator[Chunk]:
