@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tests import reference, tiny
-from tests.tiny import EXPERTS, GATE_ORDER, Family, rewrite
-from twinmerge.errors import CheckpointError, InputError, MismatchError
+from tests.tiny import EXPERTS, Family, rewrite
+from twinmerge.errors import CheckpointError
 from twinmerge.files import writer
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of
@@ -28,7 +27,7 @@ from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import WeightsReport, decompose_tensor, write_weights
 from twinmerge.twin.manifest import write_manifest
 from twinmerge.twin.plan import Plan
-from twinmerge.twin.shared import merge_parameter, prepare, require_fine_tunes
+from twinmerge.twin.shared import merge_parameter, prepare
 
 Get = Callable[[str], Family]
 WHOLE = {"rank": 64, "embeddings": "exclusive"}
@@ -376,105 +375,6 @@ def test_progress_is_told_after_every_step(family: Get, tmp_path: Path) -> None:
     assert told == expected
 
 
-# ---- LoRA experts
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Family]:
-    """LoRA experts, and the same as full fine-tunes."""
-    found, merged = tiny.adapter_family(tmp_path_factory.mktemp("adapters"))
-    root = tmp_path_factory.mktemp("full")
-    shutil.copytree(found.base, root / "base")
-    for name, model in merged.items():
-        _save(model, root / name)
-        shutil.copy(found.root / f"{name}.jsonl", root)
-    return found, Family(root)
-
-
-def _save(model: PreTrainedModel, folder: Path) -> None:
-    model.save_pretrained(folder)
-
-
-@pytest.mark.parametrize("rank", [2, 5, 64])
-@pytest.mark.parametrize("shared", [{"method": "average"}, {"method": "task_arithmetic", "scaling": "auto"}])
-def test_lora_through_qr_is_the_dense_svd(
-    adapters: tuple[Family, Family], tmp_path: Path, shared: dict[str, Any], rank: int
-) -> None:
-    exclusive = {"rank": rank, "embeddings": "exclusive"}
-    plans = [found.plan(shared=shared, exclusive=exclusive) for found in adapters]
-    assert [plan.experts["sms"].is_adapter for plan in plans] == [True, False]
-    (lora, lora_report), (full, full_report) = (written(plan, tmp_path / str(i)) for i, plan in enumerate(plans))
-    for expert in EXPERTS:
-        ours, theirs = lora.exclusive(expert), full.exclusive(expert)
-        for task in plans[0].tasks:
-            base = plans[0].base.read(task.name)
-            assert torch.allclose(lora.shared.read(task.name), full.shared.read(task.name), atol=1e-6)
-            found, expected = (
-                dense(parts[task.name], base) if task.name in parts else torch.zeros_like(base)
-                for parts in (ours, theirs)
-            )
-            # two ways to the same truncation in float32; PEFT's merge has rounded the full ones once more
-            assert torch.allclose(found, expected, atol=3e-6), task.name
-        kept = [report.experts[expert]["energy_kept"] for report in (lora_report, full_report)]
-        assert kept[0] == pytest.approx(kept[1], abs=1e-4)
-
-
-def test_rank_of_a_lora_difference_is_at_most_that_of_all_factors(
-    adapters: tuple[Family, Family], tmp_path: Path
-) -> None:
-    plan = adapters[0].plan(shared={"method": "average"})
-    artifact, _ = written(plan, tmp_path)
-    part = artifact.exclusive("trec")["encoder.layer.0.attention.self.query.weight"]
-    assert isinstance(part, LowRank)
-    assert part.rank == 8  # trec 4, sms 4; ag trains the keys
-
-
-def test_matrix_that_no_adapter_trains_has_no_exclusive_part(adapters: tuple[Family, Family], tmp_path: Path) -> None:
-    artifact, report = written(adapters[0].plan(shared={"method": "average"}), tmp_path)
-    assert "embeddings.position_embeddings.weight" not in artifact.exclusive("trec")
-    assert report.tensors["embeddings.position_embeddings.weight"]["ranks"] == dict.fromkeys(GATE_ORDER, 0)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"shared": {"method": "ties", "density": 1.0}},
-        {
-            "shared": {"method": "average"},
-            "exclusive": {"compression": "magnitude", "density": 1.0, "embeddings": "exclusive"},
-        },
-    ],
-)
-def test_lora_experts_go_through_the_dense_difference_where_factors_do_not_serve(
-    adapters: tuple[Family, Family], tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    plan = adapters[0].plan(**settings)
-    artifact, _ = written(plan, tmp_path)
-    for expert in EXPERTS:
-        parts = artifact.exclusive(expert)
-        for name, tensor in expert_state(plan, expert).items():
-            exclusive = dense(parts[name], tensor) if name in parts else 0.0
-            assert torch.allclose(artifact.shared.read(name) + exclusive, tensor, atol=1e-6)
-
-
-def test_matrix_that_one_adapter_saves_whole_goes_through_the_dense_difference(tmp_path: Path) -> None:
-    import transformers
-
-    family, _ = tiny.adapter_family(tmp_path / "family")
-    model = transformers.BertForSequenceClassification.from_pretrained(family.base)
-    saved = ["pooler", "classifier"]
-    tiny.make_adapter(
-        family.root, "sms", model, r=2, target_modules=["key"], modules_to_save=saved, task_type="SEQ_CLS"
-    )
-    plan = family.plan(shared={"method": "average"})
-    artifact, _ = written(plan, tmp_path)
-    for expert in EXPERTS:
-        name = "pooler.dense.weight"
-        tensor = expert_state(plan, expert)[name]
-        rebuilt = artifact.shared.read(name) + dense(artifact.exclusive(expert)[name], tensor)
-        assert torch.allclose(rebuilt, tensor, atol=1e-6)
-
-
 # ---- heads
 
 
@@ -499,66 +399,3 @@ def test_heads_are_kept_whole_with_their_labels(family: Get, tmp_path: Path) -> 
 def test_experts_that_share_the_output_layer_have_no_head(family: Get, tmp_path: Path) -> None:
     artifact, _ = written(family("llama").plan(exclusive={"rank": 1}), tmp_path)
     assert artifact.head("sms") is None
-
-
-# ---- what is refused
-
-
-@pytest.fixture
-def bert(family: Get, tmp_path: Path) -> Family:
-    return Family(shutil.copytree(family("bert").root, tmp_path / "bert"))
-
-
-def refused(plan: Plan, folder: Path) -> InputError:
-    with pytest.raises(InputError) as caught:
-        written(plan, folder)
-    assert "\n" not in str(caught.value)
-    return caught.value
-
-
-def test_expert_with_unrelated_weights_is_refused_with_the_distance(bert: Family) -> None:
-    rewrite(bert.root / "sms" / "model.safetensors", lambda t: {k: torch.randn_like(v) for k, v in t.items()})
-    words = r"'sms' is no fine-tune of this base: .* must be at least 0\.5, found \S+ \(relative distance \d"
-    with pytest.raises(MismatchError, match=words):
-        require_fine_tunes(bert.plan())
-    require_fine_tunes(replace(bert.plan(), allow=Allow(unrelated=True)))
-
-
-def test_expert_far_from_the_base_is_still_a_fine_tune(bert: Family, tmp_path: Path) -> None:
-    def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v + 0.7 * v.std() * torch.randn_like(v) if v.numel() > 1 else v for k, v in tensors.items()}
-
-    rewrite(bert.root / "sms" / "model.safetensors", move)
-    require_fine_tunes(bert.plan())
-    written(bert.plan(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "bert.encoder.layer.0.attention.self.query.weight",  # the check of relatedness reads it
-        "bert.embeddings.LayerNorm.bias",  # it does not
-        "bert.embeddings.word_embeddings.weight",
-        "classifier.weight",
-    ],
-)
-def test_value_that_is_no_number_is_refused_wherever_it_is(bert: Family, tmp_path: Path, name: str) -> None:
-    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors[name].view(-1)[-1] = float("nan")
-        return tensors
-
-    rewrite(bert.root / "sms" / "model.safetensors", damage)
-    error = refused(bert.plan(), tmp_path)
-    assert isinstance(error, CheckpointError)
-    assert f"expert 'sms': {name!r} in " in str(error)
-    assert "has 1 NaN or Inf values, first at index" in str(error)
-
-
-@pytest.mark.parametrize("name", ["encoder.layer.0.attention.self.query.weight", "pooler.dense.bias"])
-def test_base_with_a_value_that_is_no_number_is_refused(bert: Family, tmp_path: Path, name: str) -> None:
-    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors[name].view(-1)[0] = float("inf")
-        return tensors
-
-    rewrite(bert.base / "model.safetensors", damage)
-    assert f"base: {name!r} in " in str(refused(bert.plan(), tmp_path))

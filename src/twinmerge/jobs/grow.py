@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from pydantic import ValidationError
 
@@ -34,18 +34,28 @@ from twinmerge.twin.recipe import ExpertSource, Recipe
 Change = Literal["add", "remove", "replace"]
 
 
+class Options(TypedDict, total=False):
+    """What `add`, `replace` and `remove` take besides.
+
+    Attributes:
+        out: write the new twin there and leave the old one as it is.
+        overwrite: replace `out` if it exists.
+        resume: go on with what an interrupted run of the same change left.
+        root: where relative paths of the twin's recipe start now; None is where they did when it was built.
+        check: try the new twin before it takes the old one's place (`jobs.check`); the default.
+        progress: called with (stage, done, total).
+    """
+
+    out: Path | str | None
+    overwrite: bool
+    resume: bool
+    root: Path | str | None
+    check: bool
+    progress: Progress
+
+
 def add(
-    twin: Path | str,
-    name: str,
-    *,
-    model: Path | str,
-    router_data: Path | str,
-    out: Path | str | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    root: Path | str | None = None,
-    check: bool = True,
-    progress: Progress = silent,
+    twin: Path | str, name: str, *, model: Path | str, router_data: Path | str, **options: Unpack[Options]
 ) -> TwinArtifact:
     """Add an expert to a twin: its exclusive part and the router are computed, every other file keeps its bits.
 
@@ -57,12 +67,7 @@ def add(
         name: of the new expert.
         model: a folder or hub id, fine-tuned from the twin's base.
         router_data: JSON lines of inputs that belong to it.
-        out: write the new twin there and leave `twin` as it is.
-        overwrite: replace `out` if it exists.
-        resume: go on with what an interrupted run of the same change left.
-        root: where relative paths of the twin's recipe start now; None is where they did when it was built.
-        check: try the new twin before it takes the old one's place (`jobs.check`).
-        progress: called with (stage, done, total).
+        **options: see `Options`.
 
     Returns:
         The new twin.
@@ -70,59 +75,29 @@ def add(
     Raises:
         InputError: whatever is wrong with the twin, the expert or the data, in one line; nothing is changed.
     """
-    return _change(twin, "add", name, _source(model, router_data), out, overwrite, resume, root, check, progress)
+    return _change(twin, "add", name, _source(model, router_data), options)
 
 
 def replace(
-    twin: Path | str,
-    name: str,
-    *,
-    model: Path | str,
-    router_data: Path | str,
-    out: Path | str | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    root: Path | str | None = None,
-    check: bool = True,
-    progress: Progress = silent,
+    twin: Path | str, name: str, *, model: Path | str, router_data: Path | str, **options: Unpack[Options]
 ) -> TwinArtifact:
     """Exchange an expert of a twin for another of the same name; see `add`."""
-    return _change(twin, "replace", name, _source(model, router_data), out, overwrite, resume, root, check, progress)
+    return _change(twin, "replace", name, _source(model, router_data), options)
 
 
-def remove(
-    twin: Path | str,
-    name: str,
-    *,
-    out: Path | str | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    root: Path | str | None = None,
-    check: bool = True,
-    progress: Progress = silent,
-) -> TwinArtifact:
+def remove(twin: Path | str, name: str, **options: Unpack[Options]) -> TwinArtifact:
     """Take an expert out of a twin; the shared expert, which was merged with it, stays. See `add`."""
-    return _change(twin, "remove", name, None, out, overwrite, resume, root, check, progress)
+    return _change(twin, "remove", name, None, options)
 
 
-def _change(
-    twin: Path | str,
-    change: Change,
-    name: str,
-    source: ExpertSource | None,
-    out: Path | str | None,
-    overwrite: bool,
-    resume: bool,
-    root: Path | str | None,
-    check: bool,
-    progress: Progress,
-) -> TwinArtifact:
+def _change(twin: Path | str, change: Change, name: str, source: ExpertSource | None, options: Options) -> TwinArtifact:
     folder = TwinArtifact.open(twin).path.resolve()
-    out = folder if out is None else Path(out).resolve()
+    out = Path(options.get("out") or folder).resolve()
+    overwrite, resume = options.get("overwrite", False), options.get("resume", False)
     fingerprint = _fingerprint(folder, change, name, source)
     with durable_folder(out, fingerprint, overwrite=overwrite, resume=resume, in_place=out == folder) as target:
         if not target.complete:
-            _fill(target, TwinArtifact.open(folder), out, change, name, source, root, check, progress)
+            _fill(target, TwinArtifact.open(folder), out, change, name, source, options)
     return TwinArtifact.open(out)
 
 
@@ -133,33 +108,25 @@ def _fill(
     change: Change,
     name: str,
     source: ExpertSource | None,
-    root: Path | str | None,
-    check: bool,
-    progress: Progress,
+    options: Options,
 ) -> None:
     """Write the new twin, which will lie in `out`."""
-    recipe = _changed_recipe(_recipe(artifact, root), change, name, source)
+    progress = options.get("progress", silent)
+    recipe = _changed_recipe(_recipe(artifact, options.get("root")), change, name, source)
     plan = Plan(recipe, artifact.shared, {}, ()) if source is None else _plan(artifact, recipe, name)
     found = checked(plan)
     plan = found.plan
     artifact.verify()
     target.clear()
-    folder = target.folder
+    folder, new = target.folder, target.folder / "experts" / name
     known = _take_over(artifact, folder, name, link=out == artifact.path)
     report = None
     if source is not None:
-        report = add_expert(
-            plan,
-            artifact.shared,
-            folder / "experts" / name,
-            target.work,
-            progress,
-            finished=dict(target.finished),
-            record=target.record,
-        )
+        done = dict(target.finished)
+        report = add_expert(plan, artifact.shared, new, target.work, progress, finished=done, record=target.record)
     found.write_own(folder)
     manifest = _manifest(artifact, out, plan, change, name, report, progress)
-    finish(TwinArtifact(folder, manifest), found, known, check=check, progress=progress)
+    finish(TwinArtifact(folder, manifest), found, known, check=options.get("check", True), progress=progress)
 
 
 def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:
