@@ -10,7 +10,7 @@ PEFT's, which cannot mix. Contestants take turns; figures are medians of ratios 
 a machine that others use, one thread and `--clock cpu` time the work alone. `plot_inference.py` draws the curves.
 
     python -m benchmarks.bench_inference --base MINILM [--suite text/seed0] [--threads 2] [--clock wall] [--repeats 11]
-        [--cases single mixed ways soft routed decode generate curves] [--json FILE]
+        [--cases single mixed fallback ways soft routed decode generate curves] [--json FILE]
 """
 
 import argparse
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ from benchmarks.contestants import (
     untrained_router,
 )
 from twinmerge.files.rows import read_rows
-from twinmerge.hf.loading import load_tokenizer
+from twinmerge.hf.loading import load_backbone, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.routing.fit import fit_router
@@ -61,6 +62,8 @@ from twinmerge.runtime.gate import keep_large
 from twinmerge.twin.recipe import RouterSettings
 
 Contestants = Mapping[str, Callable[[], Any]]
+SLOW = "encoder.layer.0.attention.self.query.bias"
+"""The parameter that goes by the fall-back in its case."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,26 @@ def mixed_case(options: Options) -> dict[str, Any]:
     memory = ours.memory_ratio()
     print(f"mixed          memory of the loaded twin x{memory:.3f} of one model")
     return {**found, "largest_difference": max(error, other_error), "memory_ratio": memory}
+
+
+def fallback_case(options: Options) -> dict[str, Any]:
+    """32 rows of 64 tokens under 1 to 8 hard gates, where one parameter has no fast layer: a pass a distinct gate."""
+    ours, inputs = Encoder(options.base), random_inputs(32, 64)
+    slow = TwinModel(load_backbone(options.base), ours.exclusive, fallback=[SLOW])
+    runs: dict[str, Callable[[], Any]] = {}
+    error = 0.0
+    for count in (1, 2, 4, 8):
+        gates = torch.eye(EXPERTS)[torch.arange(32) % count]
+        runs[f"all fast, {count} gates"] = ours.in_mode("auto", gates, inputs)
+        runs[f"fall-back, {count} gates"] = run = partial(_states, slow, gates, inputs)
+        error = max(error, ours.check(run(), gates, inputs))
+    found = summary("fallback", {"static": lambda: ours.static(**inputs), **runs}, options)
+    return {**found, "largest_difference": error}
+
+
+def _states(twin: TwinModel, gates: Tensor, inputs: Inputs) -> Tensor:
+    states: Tensor = twin.encode(gates, **inputs)[0]
+    return states
 
 
 def ways_case(options: Options) -> dict[str, Any]:
@@ -382,6 +405,7 @@ def total_work(ours: Encoder, twin: bool, sizes: Mapping[str, int]) -> list[tupl
 CASES: Mapping[str, Callable[[Options], dict[str, Any]]] = {
     "single": single_case,
     "mixed": mixed_case,
+    "fallback": fallback_case,
     "ways": ways_case,
     "soft": soft_case,
     "routed": routed_case,

@@ -66,6 +66,30 @@ def test_the_pass_that_checks_a_guess_is_the_answer(model: TwinModel) -> None:
     assert seen[1:] == [sum(name != GATE_ORDER[0] for name in model(**x).expert)]
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_prefill_under_a_right_guess_is_gone_on_with(twin: Twins, name: str) -> None:
+    model = TwinModel.from_pretrained(twin(name, router=ROUTER), dtype=torch.float64)
+    x, settings = batch(*ROWS, side="left"), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    seen: list[tuple[int, int]] = []
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+
+    model.layers[-1].register_forward_pre_hook(watch, with_kwargs=True)
+    for misled in (False, True):
+        if misled:  # every guess is the first expert
+            model.router.scorer.tokens.ngrams.bias.add_(torch.tensor([1e4, 0.0, 0.0]))
+            model.router.scorer.share.zero_()
+        names = model(**x).expert
+        expected = model.generate(**x, expert=names, **settings)
+        seen.clear()
+        assert torch.equal(model.generate(**x, **settings), expected)
+        passes = [shape for shape in seen if shape[1] > 1]
+        wrong = sum(name != GATE_ORDER[0] for name in names) if misled else 0
+        assert passes == [(9, x["input_ids"].shape[1]), *([(wrong, x["input_ids"].shape[1])] if wrong else [])]
+    assert wrong > 1
+
+
 def test_rows_unlike_all_others_are_the_shared_experts(model: TwinModel) -> None:
     model.router.fallback_distance.fill_(-float("inf"))
     x = batch(*ROWS)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from twinmerge.errors import GateError
 from twinmerge.hf.features import reader
@@ -43,6 +44,22 @@ def prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, An
     if "attention_mask" in own and "position_ids" in inspect.signature(reader(backbone).forward).parameters:
         own["position_ids"] = (own["attention_mask"].long().cumsum(dim=1) - 1).clamp_min(0)
     return own
+
+
+def keeps_cache(backbone: PreTrainedModel) -> bool:
+    """Whether a model's cache is keys and values of every token, in every layer, which can be cut anywhere."""
+    if backbone.config.is_encoder_decoder:
+        return False
+    layers = DynamicCache(config=backbone.config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def cache_of(outputs: Any, rows: Sequence[int]) -> Cache:
+    """The cache of some rows of a pass over prompts, without their last tokens, of which generate wants the logits."""
+    cache: Cache = copy.deepcopy(outputs["past_key_values"])
+    cache.batch_select_indices(torch.tensor(rows))
+    cache.crop(-1)
+    return cache
 
 
 def join(parts: Sequence[tuple[Sequence[int], Any]], padding: int) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,28 @@ _SHIFTS = "_shift_right", "prepare_decoder_input_ids_from_labels"
 """Methods by which classifiers of models with a decoder make what it reads from the input."""
 _NO_TOKEN = -1
 """Stands for padding where a config names no id: no token of a text has it."""
+
+
+@dataclass
+class TwinOutput(ModelOutput):
+    """What a twin says of a batch.
+
+    Attributes:
+        logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors,
+            one a row, each by the head of its row's expert; None for a plain encoder.
+        gate: (batch, expert), what was mixed.
+        expert: the expert of every row, whose head answered.
+        probability: (batch, expert), calibrated: how likely each expert is the right one; None if the gate was given.
+        fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
+        last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
+    """
+
+    logits: Any = None
+    gate: Tensor = None  # type: ignore[assignment]  # always given; ModelOutput allows one field without default
+    expert: Any = None
+    probability: Tensor | None = None
+    fallback: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
 
 def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from transformers.utils.generic import ModelOutput
 from twinmerge.errors import GateError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.example import example_inputs
-from twinmerge.hf.features import EnoughError, Looked, Probe, hidden_layers, pooled, read, show
-from twinmerge.hf.generate import join, prompt, writer
-from twinmerge.hf.heads import answered, encode, load_head, overlaid, take, with_backbone
+from twinmerge.hf.features import EnoughError, Looked, Probe, Run, hidden_layers, pooled, read, show
+from twinmerge.hf.generate import cache_of, join, keeps_cache, prompt, writer
+from twinmerge.hf.heads import TwinOutput, answered, encode, load_head, overlaid, take, with_backbone
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
 from twinmerge.routing.router import Router, Routing
@@ -34,28 +34,6 @@ from twinmerge.twin.features import Layers
 __all__ = ["Mode", "TwinModel", "TwinOutput"]
 _NEW_TOKENS = 20
 """What transformers' generate makes when nobody says how many."""
-
-
-@dataclass
-class TwinOutput(ModelOutput):
-    """What a twin says of a batch.
-
-    Attributes:
-        logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors,
-            one a row, each by the head of its row's expert; None for a plain encoder.
-        gate: (batch, expert), what was mixed.
-        expert: the expert of every row, whose head answered.
-        probability: (batch, expert), calibrated: how likely each expert is the right one; None if the gate was given.
-        fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
-        last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
-    """
-
-    logits: Any = None
-    gate: Tensor = None  # type: ignore[assignment]  # always given; ModelOutput allows one field without default
-    expert: Any = None
-    probability: Tensor | None = None
-    fallback: Tensor | None = None
-    last_hidden_state: Tensor | None = None
 
 
 class TwinModel(nn.Module):
@@ -309,18 +287,24 @@ class TwinModel(nn.Module):
             mode: how gated layers compute (`module.TwinModule.run`), the same result each way.
             **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
         """
-        rows = _rows(inputs)
+        rows, looked = _rows(inputs), None
         if gate is None and expert is None:
-            routing = self._routing(prompt(self.backbone, inputs))
+            looked = Looked(self.features_as, prompt(self.backbone, inputs), self._prefill(inputs, mode))
+            routing = self._ask(looked)
             gate, names = routing.gate, self._named(routing.router_logits)
         else:
             gate, names = self._given(gate, expert, rows)
         settings = [self.own_of(name).generation for name in names]
+        ready = [False] * rows  # whether the pass that routed is the row's prefill
+        if looked is not None and looked.gate is not None:
+            ready = (gate == looked.gate).all(dim=1).tolist()
         padding = inputs.get("pad_token_id") or self.backbone.generation_config.pad_token_id or 0
         parts = []
-        for one in dict.fromkeys(map(id, settings)):
-            members = [row for row in range(rows) if id(settings[row]) == one]
+        for one in dict.fromkeys(zip(map(id, settings), ready, strict=True)):
+            members = [row for row in range(rows) if (id(settings[row]), ready[row]) == one]
             asked, picked = settings[members[0]], take(inputs, members, rows)
+            if looked is not None and ready[members[0]]:
+                picked = {**picked, "past_key_values": cache_of(looked.outputs, members)}
             config = writer(self.backbone, asked, inputs).generation_config
             if config.stop_strings or inputs.get("stop_strings"):
                 picked = {"tokenizer": self.own_of(names[members[0]]).tokenizer or self.tokenizer, **picked}
@@ -333,6 +317,19 @@ class TwinModel(nn.Module):
             written = self.twin.run(write, gate[members], picked, tokens=tokens, calls=1 + new, mode=mode, pad=padding)
             parts.append((members, written))
         return join(parts, padding)
+
+    def _prefill(self, inputs: Mapping[str, Any], mode: Mode) -> Run | None:
+        """A pass over prompts that keeps a cache to write on from; None where that is another pass than generate's."""
+        plain = inputs.keys() <= {"input_ids", "attention_mask", "max_new_tokens", "do_sample", "pad_token_id"}
+        if not plain or self.twin.fallback.names or not keeps_cache(self.backbone):
+            return None
+
+        def run(gate: Tensor, own: Mapping[str, Any]) -> ModelOutput:
+            kept = {**own, "use_cache": True}
+            outputs: ModelOutput = self.twin.run(_call, gate, kept, tokens=_tokens(own), mode=mode)
+            return outputs
+
+        return run
 
     def own_of(self, expert: str | None) -> Own:
         """What an expert has of its own beside weights."""
