@@ -28,19 +28,19 @@ _MISSING = "–"
 
 
 def terminal_table(result: SuiteResult) -> RichTable:
-    """The main table for the terminal: normalized scores x100 with intervals, bytes and time."""
+    """The main table for the terminal: normalized scores x100, with half of their intervals, bytes and time."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    title = f"{result.suite}: normalized score x100, {100 * CONFIDENCE:.0f} % intervals"
+    title = f"{result.suite}: normalized score x100, ± half of the {100 * CONFIDENCE:.0f} % interval"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("contestant")
-    for heading in MAIN_HEADINGS[2:]:  # the kind is left out: at 80 columns titles have 12
+    table.add_column("contestant", overflow="fold")
+    for heading in MAIN_HEADINGS[2:]:  # the kind and the ends of intervals are left out, for titles at 80 columns
         table.add_column(heading, justify="right", no_wrap=True)
     best = headline(result)
     for one in result.summaries:
-        title, _, *figures = main_cells(one)
-        table.add_row(title, *figures, style="bold" if one is best else None)
+        scores = [_with_half(one.normalized_routed), _with_half(one.normalized_oracle_head)]
+        table.add_row(one.title, *scores, *main_cells(one)[4:], style="bold" if one is best else None)
     return table
 
 
@@ -186,6 +186,10 @@ def points(value: float | None) -> str:
 def with_interval(one: Interval) -> str:
     """A score and its interval, all times 100."""
     return f"{points(one.value)} [{points(one.low)}, {points(one.high)}]"
+
+
+def _with_half(one: Interval | None) -> str:
+    return _MISSING if one is None else f"{points(one.value)} ±{points((one.high - one.low) / 2)}"
 
 
 def percent(value: float | None) -> str:
