@@ -185,11 +185,6 @@ def _orthonormal(block: Float[Tensor, "short width"], basis: Float[Tensor, "shor
     return block
 
 
-def singular_values(difference: Float[Tensor, "out in"]) -> Float[Tensor, " directions"]:
-    """All `min(out, in)` singular values in falling order, as `decompose` gives them."""
-    return _spectrum(torch.linalg.eigvalsh(_gram(_tall(difference))), difference.dtype)
-
-
 def compress_product(
     ups: Sequence[Float[Tensor, "out _"]], downs: Sequence[Float[Tensor, "_ in"]], rank: int | None = None
 ) -> tuple[LowRank, Float[Tensor, " directions"]]:
