@@ -1,4 +1,4 @@
-"""A disk that fills up while a model is written, for real where this process may mount one: nothing half-made stays."""
+"""A disk that fills up while a model is written, for real where this process may mount one: nothing half-made stays, and what was finished is gone on with."""
 
 import shutil
 import subprocess
@@ -11,6 +11,7 @@ import pytest
 from tests import tiny
 from tests.tiny import EXPERTS, Family
 from twinmerge.cli import main
+from twinmerge.files.hashes import sha256_of
 from twinmerge.jobs.build import open_plan
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.budget import Needs
@@ -68,6 +69,17 @@ def test_a_full_disk_leaves_nothing_half_made(
     assert ("No space left on device" in line) if believed else ("GB are needed" in line)
     assert not (disk / "new" / "out").exists()
     assert believed or list(disk.iterdir()) == []  # what is finished is kept where work had begun
+    if believed:
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        again = [command, str(family.root / f"{command}.yaml"), "--out"]
+        assert main([*again, str(disk / "new" / "out"), "--resume"]) == 0
+        assert main([*again, str(disk / "calm")]) == 0
+        assert weights(disk / "new" / "out") == weights(disk / "calm")
+        assert [path.name for path in (disk / "new").iterdir()] == ["out"]
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in folder.rglob("*.safetensors")}
 
 
 @pytest.mark.parametrize("disk", [200], indirect=True)
