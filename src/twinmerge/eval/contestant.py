@@ -100,7 +100,7 @@ class _Contestant:
         oracle = at.answers(merged.model, self.rows, None, self.truth, self.stage)
 
         def answer(rows: Sequence[Row]) -> None:
-            at.answers(merged.model, rows, None, self.truth[: len(rows)], self.stage)
+            at.answers(merged.model, rows, None, self.truth[: len(rows)], "")
 
         return _Run(
             oracle,

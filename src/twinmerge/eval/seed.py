@@ -152,7 +152,7 @@ class SeedRun:
             rows: inputs.
             gate: (row, expert); None is the shared expert alone.
             heads: by row, whose head.
-            stage: for the progress.
+            stage: for the progress, of which there is none if it is empty.
             body: a full expert's encoder to be used in the place of the gated one.
         """
         labels, done = [""] * len(rows), 0
@@ -167,7 +167,8 @@ class SeedRun:
                 config: Any = model.heads[heads[index]].config
                 labels[index] = config.id2label[int(logits.argmax())]
             done += len(chosen)
-            self.progress(stage, done, len(rows))
+            if stage:
+                self.progress(stage, done, len(rows))
         return labels
 
     def body(self, name: str) -> Any:
