@@ -1,4 +1,4 @@
-"""A disk that fills up while a model is written, for real where this process may mount one: nothing half-made stays, and what was finished is gone on with."""
+"""A disk that fills up, for real where one may be mounted: nothing half-made stays, what was finished is gone on with."""
 
 import shutil
 import subprocess

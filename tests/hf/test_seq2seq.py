@@ -10,9 +10,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from tests import tiny
+from twinmerge.errors import MismatchError
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
 from twinmerge.jobs.predict import predict
+from twinmerge.models.compatible import Allow
 
 ROWS = [row for name in tiny.EXPERTS for row in tiny.text_rows(name, 3)]
 EXPERTS = [name for name in tiny.EXPERTS for _ in range(3)]
@@ -66,6 +68,30 @@ def test_texts_are_those_of_the_experts(built: tuple[tiny.Family, Path]) -> None
         assert answer["continuation"] == tokenizer.decode(written, skip_special_tokens=True)
         assert answer["stop_reason"] == ("stop" if 3 in written.tolist() else "length")
     assert len({answer["continuation"] for answer in answers}) > 3
+
+
+def longformer() -> transformers.LongformerConfig:
+    return tiny.text_config(transformers.LongformerConfig, attention_window=[4, 4], pad_token_id=0, sep_token_id=3)
+
+
+def test_what_a_class_adds_for_its_backbone_is_added(tmp_path: Path) -> None:
+    """Longformer's classifiers let the first token see all others; other classes of its do otherwise."""
+    base = tiny.seeded(transformers.LongformerModel, longformer())
+    made = tiny.make_family(tmp_path / "family", base, transformers.LongformerForSequenceClassification, scale=0.2)
+    settings = {"exclusive": {"rank": 64, "embeddings": "exclusive"}}
+    twin = build(made.recipe(**settings, router={"features": "tokens", "gate": "hard"}), tmp_path / "twin")
+    for row, answer in zip(ROWS, predict(TwinModel.from_pretrained(twin.path), ROWS), strict=True):
+        expert = transformers.LongformerForSequenceClassification.from_pretrained(made.root / answer["expert"]).eval()
+        with torch.inference_mode():
+            logits = expert(**tiny.tokenizer()([row["text"]], return_tensors="pt")).logits[0]
+        assert answer["score"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-4)
+    config = transformers.LongformerConfig.from_pretrained(made.base, num_labels=3)
+    tiny.seeded(transformers.LongformerForTokenClassification, config).save_pretrained(made.root / "sms")
+    words = (
+        "LongformerForSequenceClassification, which gives its backbone global_attention_mask, expert 'sms' is a Long"
+    )
+    with pytest.raises(MismatchError, match=words):
+        build(made.recipe(**settings), tmp_path / "mixed", allow=Allow(unrelated=True))
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])

@@ -159,7 +159,7 @@ class SeedRun:
         for chosen, inputs in tokenized_batches(model, rows):
             with self.autocast(), torch.inference_mode():
                 if body is not None:
-                    outputs = body(**inputs, return_dict=True)
+                    outputs = body(**model.asked(inputs), return_dict=True)
                 else:
                     outputs = model.encode(None if gate is None else gate[chosen], **inputs)
                 answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)

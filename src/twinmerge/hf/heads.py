@@ -15,8 +15,6 @@ from twinmerge.errors import MismatchError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.loading import model_class, model_from
 
-_SHIFTS = "_shift_right", "prepare_decoder_input_ids_from_labels"
-"""Methods by which classifiers of models with a decoder make what it reads from the input."""
 _NO_TOKEN = -1
 """Stands for padding where a config names no id: no token of a text has it."""
 
@@ -60,7 +58,6 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
     place, names = backbone_name(model), set(model.state_dict())
     if not place:
         raise MismatchError(f"an expert: a {cls.__name__} has no head apart from its backbone")
-    _require_reading(model.get_submodule(place), settings)
     computed = _Computed(None, model.get_submodule(place) if any(_is_pooler(n, place) for n in tensors) else None)
     expected = {name for name in names if not name.startswith(f"{place}.")}
     expected |= {f"{place}.{name}" for name in computed.state_dict()}
@@ -77,33 +74,53 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
             f"the head of {cls.__name__} does not fit its config: {str(error).splitlines()[-1].strip()}"
         ) from error
     model.meta_names, model.place = names, place
+    model.asks = _asks(model)
     head: PreTrainedModel = model.eval()
     return head
 
 
 def encode(model: Any, inputs: Mapping[str, Any]) -> ModelOutput:
-    """The outputs of a model without its head; a decoder that must be told what to read reads the input once more."""
-    body = model.base_model
-    shift = next((found for name in _SHIFTS if (found := getattr(body, name, None)) is not None), None)
-    if shift is not None and "input_ids" in inputs and "decoder_input_ids" not in inputs:
-        inputs = {**inputs, "decoder_input_ids": shift(inputs["input_ids"])}
-    outputs: ModelOutput = body(**inputs, return_dict=True)
+    """The outputs of a model without its head."""
+    outputs: ModelOutput = model.base_model(**inputs, return_dict=True)
     return outputs
 
 
-def _require_reading(backbone: nn.Module, settings: Any) -> None:
-    """Refuse a backbone with a decoder that reads nothing unless its head says what."""
-    for device in ("meta", "cpu") if settings.is_encoder_decoder else ():
-        try:
-            encode(backbone.to_empty(device=device), {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device)})
-        except RuntimeError:  # it looks at values, of which there are none on meta
-            continue
-        except (ValueError, AttributeError) as error:
-            raise MismatchError(
-                f"an expert: {type(backbone).__name__} answers no row without its decoder's ids, so that its "
-                f"classifiers make no twin ({error})"
-            ) from error
-        return
+def asked(head: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a head makes of inputs for its backbone: some add a decoder's ids, or which tokens see all others."""
+    shallow = copy.copy(head)
+    shallow._modules = {**head._modules, head.place: _Asked()}
+    try:
+        shallow(**inputs)
+    except _AskedError as found:
+        return {**inputs, **{name: value for name, value in found.given.items() if isinstance(value, Tensor)}}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MismatchError(
+            f"an expert: a {type(head).__name__} asks more of its backbone than outputs, and makes no twin ({error})"
+        ) from error
+    raise MismatchError(f"an expert: a {type(head).__name__} answers without its backbone, and makes no twin")
+
+
+class _AskedError(Exception):
+    """Ends a head's forward at its backbone."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.given = given
+
+
+class _Asked(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _AskedError({**({"input_ids": args[0]} if args else {}), **kwargs})
+
+
+def _asks(head: Any) -> frozenset[str]:
+    """What a head gives its backbone otherwise than it was given."""
+    if head.main_input_name != "input_ids":
+        return frozenset()
+    ids = torch.tensor([[5, 6, head.config.get_text_config().eos_token_id or 0]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = asked(head, inputs)
+    return frozenset(k for k, v in found.items() if k not in inputs or not torch.equal(v, inputs[k]))
 
 
 def _is_pooler(name: str, place: str) -> bool:

@@ -140,9 +140,11 @@ def model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapp
     like = next(v for v in state.values() if v.is_floating_point())
     make: Any = cls._from_config  # what from_pretrained calls: buffers keep the dtype they need
     model = make(copy.deepcopy(config), dtype=like.dtype, **options(cls, config, state)).to(like.device)
-    missing, unexpected = model.load_state_dict(dict(state), strict=False, assign=True)
+    tied = dict(getattr(model, "all_tied_weights_keys", {}))
+    other = {name: tied[name] for name in state if tied.get(name, name) not in state}  # the class ties the other way
+    state = {other.get(name, name): value for name, value in state.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     lost = [name for name in missing if name not in tied]
     odd = lost + [name for name in unexpected if state[name].is_floating_point()]  # integers are buffers of older files
     if odd:
@@ -161,8 +163,11 @@ def without_weights(folder: Path, cls: str | None = None, names: Iterable[str] |
     """
     config = load_config(folder)
     made: Any = model_class(config, folder, cls)
-    with torch.device("meta"):
-        model: PreTrainedModel = made(config, **options(made, config, names))
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = made(config, **options(made, config, names))
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise MismatchError(f"{folder}: no {made.__name__} can be made of its config.json: {error}") from error
     return model
 
 

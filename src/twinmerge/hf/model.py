@@ -18,7 +18,7 @@ from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.example import example_inputs
 from twinmerge.hf.features import EnoughError, Looked, Probe, Run, hidden_layers, pooled, read, show
 from twinmerge.hf.generate import cache_of, join, keeps_cache, prompt, writer
-from twinmerge.hf.heads import TwinOutput, answered, encode, load_head, overlaid, take, with_backbone
+from twinmerge.hf.heads import TwinOutput, answered, asked, encode, load_head, overlaid, take, with_backbone
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
 from twinmerge.routing.router import Router, Routing
@@ -94,6 +94,7 @@ class TwinModel(nn.Module):
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(show, self.twin.slot, index), with_kwargs=True)
         self.heads = nn.ModuleDict(dict(heads or {}))
+        self.asking = next((name for name, head in self.heads.items() if head.asks), None)
         self.router = router
         self.eval()
         self.requires_grad_(False)
@@ -190,7 +191,7 @@ class TwinModel(nn.Module):
             gate, names = routing.gate, self._named(routing.router_logits)
         else:
             gate, names = self._given(gate, expert, _rows(inputs))
-            outputs = self.twin.run(call, gate, inputs, tokens=_tokens(inputs), mode=mode)
+            outputs = self.twin.run(call, gate, self.asked(inputs), tokens=_tokens(inputs), mode=mode)
         return TwinOutput(
             logits=self.answer(outputs, names, **inputs) if self.heads else outputs.get("logits"),
             gate=gate,
@@ -212,8 +213,12 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def encode(self, gate: Tensor | None, *, mode: Mode = "auto", **inputs: Any) -> ModelOutput:
         """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
-        outputs: ModelOutput = self.twin.run(encode, gate, inputs, tokens=_tokens(inputs), mode=mode)
+        outputs: ModelOutput = self.twin.run(encode, gate, self.asked(inputs), tokens=_tokens(inputs), mode=mode)
         return outputs
+
+    def asked(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Inputs as the experts' class gives them to its backbone (`heads.asked`)."""
+        return inputs if self.asking is None else asked(self.heads[self.asking], inputs)
 
     @torch.inference_mode()
     def answer(self, outputs: ModelOutput, experts: Sequence[str], **inputs: Any) -> list[Tensor]:
@@ -370,10 +375,10 @@ class TwinModel(nn.Module):
         """Route and answer; where the router looked at a pass under its own guess, only rows of wrong guesses run."""
 
         def run(gate: Tensor, own: Mapping[str, Any]) -> ModelOutput:
-            outputs: ModelOutput = self.twin.run(call, gate, own, tokens=_tokens(own), mode=mode)
+            outputs: ModelOutput = self.twin.run(call, gate, self.asked(own), tokens=_tokens(own), mode=mode)
             return outputs
 
-        looked = Looked(self.features_as, inputs, run)
+        looked = Looked(self.features_as, inputs, run if self.asking is None else None)
         routing = self._ask(looked)
         if looked.gate is None:
             return routing, run(routing.gate, inputs)

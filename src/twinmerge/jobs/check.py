@@ -151,7 +151,8 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
     for index in range(len(inputs["input_ids"])):  # each alone: an expert may know padding by another id
         row = _row(inputs, index)
         with torch.inference_mode():
-            outputs = (plain.base_model if expert.is_adapter and model.heads else plain)(**row, return_dict=True)
+            body = expert.is_adapter and bool(model.heads)
+            outputs = plain.base_model(**model.asked(row)) if body else plain(**row, return_dict=True)
         if expert.is_adapter and model.heads:
             found += [logits.float() for logits in model.answer(outputs, [name], **row)]
         else:

@@ -62,7 +62,7 @@ class Subject:
     def logits(self, inputs: Inputs) -> Tensor:
         """What the expert says of a batch; see `heads.answered`."""
         if self.name in self.model.heads:
-            outputs = self.model.backbone.base_model(**inputs, return_dict=True)
+            outputs = self.model.backbone.base_model(**self.model.asked(inputs), return_dict=True)
             return answered(self.model.heads[self.name], outputs, inputs)
         found: Any = self.model.backbone(**inputs)
         logits: Tensor = found.logits if "logits" in found else torch.stack([found.start_logits, found.end_logits], -1)

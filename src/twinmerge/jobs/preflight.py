@@ -65,13 +65,14 @@ def checked(plan: Plan) -> Checked:
         )
     if tokenizer is None:
         raise MismatchError(f"base {base} has no tokenizer, and router data are rows of text; put its files there")
-    answers, own = {}, {}
+    answers, own, heads = {}, {}, {}
     for name, expert in plan.experts.items():
         answers[name] = answers_of(_config(expert, plan), f"expert {name!r}")
         other = plan.allow.vocabulary
         own[name] = files_of(name, _folder(expert), base, tokenizer, answers[name], other_vocabulary=other)
         if head := expert.read_head():
-            load_head(expert.config, head)
+            heads[name] = load_head(expert.config, head)
+    _require_one_way(heads)
     with_head = [name for name, expert in plan.experts.items() if expert.head]
     if without := [name for name in plan.experts if with_head and name not in with_head]:
         raise MismatchError(
@@ -84,6 +85,18 @@ def checked(plan: Plan) -> Checked:
     longest, more = _length(plan, model, tokenizer)
     recipe = plan.recipe.model_copy(update={"max_length": longest})
     return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more)), rows, answers, own)
+
+
+def _require_one_way(heads: Mapping[str, Any]) -> None:
+    """Refuse classes of which one makes inputs for the backbone that another does not: they share the pass."""
+    for asking, first in heads.items():
+        other = next((name for name, head in heads.items() if type(head) is not type(first)), None)
+        if first.asks and other is not None:
+            raise MismatchError(
+                f"expert {asking!r} is a {type(first).__name__}, which gives its backbone "
+                f"{', '.join(sorted(first.asks))}, expert {other!r} is a {type(heads[other]).__name__}; experts of one "
+                "twin share the backbone's pass"
+            )
 
 
 def _config(expert: Expert, plan: Plan) -> Mapping[str, Any]:
