@@ -1,4 +1,4 @@
-"""A disk that fills up, for real where one may be mounted: nothing half-made stays, what was finished is gone on with."""
+"""A disk that fills up, for real where one may be mounted: nothing half-made stays, what is finished is used."""
 
 import shutil
 import subprocess
