@@ -10,9 +10,7 @@ from twinmerge.report.tables import (
     MAIN_HEADINGS,
     PROTOCOL_NAMES,
     ROUTER_HEADINGS,
-    cell,
     main_cells,
-    mean_routers,
     percent,
     points,
     protocols,
@@ -61,18 +59,12 @@ def markdown_tables(result: SuiteResult) -> str:
         headings = ["contestant", "against", "difference in points"]
         parts += ["### Paired differences", _markdown(headings, _comparison_rows(result))]
     if result.routers:
-        parts += ["### Routers", _markdown(ROUTER_HEADINGS, map(_router_cells, mean_routers(result.routers)))]
+        parts += ["### Routers", _markdown(ROUTER_HEADINGS, map(_router_cells, result.routers))]
     unseen = [one for one in result.summaries if one.unseen]
     if unseen:
         tasks = list(dict.fromkeys(task for one in unseen for task in one.unseen))
         rows = ([one.title, *(points(one.unseen.get(task)) for task in tasks)] for one in unseen)
         parts += ["### Unseen tasks, raw score", _markdown(["contestant", *tasks], rows)]
-    for table in result.ablations.values():
-        parts += [
-            f"### {table.title}",
-            _markdown(table.columns, ([cell(value) for value in row] for row in table.rows)),
-        ]
-        parts += [table.note] if table.note else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,15 +79,9 @@ def _task_rows(result: SuiteResult, protocol: Protocol) -> Iterable[list[str]]:
 def _comparison_rows(result: SuiteResult) -> Iterable[list[str]]:
     titles = {one.name: one.title for one in result.summaries}
 
-    def named(name: str, protocol: Protocol) -> str:
-        return f"{titles[name]} ({PROTOCOL_NAMES[protocol]})"
-
     for pair in result.comparisons:
-        yield [
-            named(pair.contestant, pair.protocol),
-            named(pair.reference, pair.reference_protocol),
-            with_interval(pair.difference),
-        ]
+        contestant = f"{titles[pair.contestant]} ({PROTOCOL_NAMES[pair.protocol]})"
+        yield [contestant, titles[pair.reference], with_interval(pair.difference)]
 
 
 def _router_cells(router: RouterResult) -> list[str]:

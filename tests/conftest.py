@@ -34,6 +34,14 @@ def no_fsync() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def made() -> Any:
+    """A made-up result of a suite, and the predictions it came from."""
+    from tests.eval.make_result import make_result
+
+    return make_result(seeds=(0, 1), rows=60, tasks=("trec", "sms", "reuters"), resamples=60)
+
+
+@pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
     return families(tmp_path_factory.mktemp("families"))
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twinmerge.errors import InputError, TwinMergeError
-    from twinmerge.hf.model import TwinModel, TwinOutput
+    from twinmerge.hf.heads import TwinOutput
+    from twinmerge.hf.model import TwinModel
     from twinmerge.jobs.build import build
     from twinmerge.jobs.export import export
     from twinmerge.jobs.grow import add, remove, replace
@@ -23,7 +24,7 @@ _HOMES = {
     "TwinMergeError": "twinmerge.errors",
     "TwinModel": "twinmerge.hf.model",
     "TwinModule": "twinmerge.runtime.module",
-    "TwinOutput": "twinmerge.hf.model",
+    "TwinOutput": "twinmerge.hf.heads",
     "add": "twinmerge.jobs.grow",
     "build": "twinmerge.jobs.build",
     "export": "twinmerge.jobs.export",

@@ -1,14 +1,16 @@
 """A suite runs on tiny models: scores, resumption, choice on validation rows, and what the router must not see."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from tests import tiny
-from twinmerge.errors import DataError, RecipeError
+from twinmerge.errors import DataError, InputError, RecipeError
 from twinmerge.eval import harness
 from twinmerge.eval.ablation import sliced
 from twinmerge.eval.harness import run_suite
@@ -22,6 +24,7 @@ from twinmerge.jobs.build import build
 from twinmerge.jobs.predict import predict
 from twinmerge.routing.router import Stored
 from twinmerge.twin.features import Layers
+from twinmerge.twin.recipe import RouterSettings
 
 SUITE = """
 name: tiny
@@ -146,6 +149,18 @@ def test_experts_that_are_adapters_answer_as_peft_merges_them(suite: Suite, tmp_
         assert torch.allclose(found, expected, atol=1e-5), name  # float32 sums in another order
 
 
+def test_experts_read_rows_by_their_own_tokenizers(suite: Suite, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(suite.root_of(0), tmp_path / "suite"))
+    made = tiny.tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.Replace("w", "w4")  # w7 is read as w47
+    made.save_pretrained(root / "sms")
+    at = SeedRun(suite.model_copy(update={"root": str(root), "unseen": {}}), 0, silent)
+    rows = at.tasks["sms"].test
+    assert at.expert_answers["sms"] == _answers(root / "sms", root / "sms", rows)
+    assert at.expert_answers["sms"] != _answers(root / "sms", root / "base", rows)
+    assert at.reference.model.own_of("sms").reads
+
+
 def test_the_suites_own_router_is_that_of_its_first_such_twin(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it is not built twice."""
     at, built = SeedRun(suite.model_copy(update={"test_rows": 1, "unseen": {}}), 0, silent), []
@@ -215,19 +230,14 @@ def test_a_run_without_git_loses_no_results(
     assert run_suite(suite, run[0], contestants=["whole"]).environment.commit == "unknown", "no git"
 
 
-def test_other_settings_are_run_again(run: Any, suite: Suite) -> None:
-    out, result = run
-    spec = suite.contestants["auto"].model_copy(update={"exclusive": suite.contestants["groups"].exclusive})
-    changed = suite.model_copy(update={"contestants": {"auto": spec}, "router_ablation": False})
-    again = run_suite(changed, out, contestants=["auto"])
-    first = next(one for one in result.contestants if one.name == "auto")
-    assert again.contestants[0].bytes["exclusive"] != first.bytes["exclusive"]
-
-
-def test_another_precision_is_run_again(run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_and_another_precision_are_run_again(
+    run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("twinmerge.eval.harness.run_contestant", lambda *_: pytest.fail("ran again"))
-    with pytest.raises(pytest.fail.Exception, match="ran again"):
-        run_suite(suite.model_copy(update={"precision": "bfloat16"}), run[0])
+    spec = suite.contestants["auto"].model_copy(update={"exclusive": suite.contestants["groups"].exclusive})
+    for changed in ({"contestants": {"auto": spec}}, {"precision": "bfloat16"}, {"max_length": 7}):
+        with pytest.raises(pytest.fail.Exception, match="ran again"):
+            run_suite(suite.model_copy(update=changed), run[0], contestants=["auto"])
 
 
 def test_routers_of_other_settings_are_compared_again(
@@ -272,6 +282,54 @@ def test_unseen_tasks_are_scored_by_head_and_by_probe(run: Any) -> None:
     whole = next(one for one in result.contestants if one.name == "whole")
     assert set(whole.unseen) == {"far", "probe"}
     assert all(0 <= value <= 1 for value in whole.unseen.values())
+
+
+def _other_head(suite: Suite, root: Path, cls: str, **settings: Any) -> Suite:
+    """The suite in another place, where one expert has another head."""
+    shutil.copytree(suite.root_of(0), root / "suite")
+    config = tiny.transformers.BertConfig.from_pretrained(root / "suite" / "sms", **settings)
+    torch.manual_seed(0)
+    model = getattr(tiny.transformers, cls)(config)
+    own = tiny.transformers.BertModel.from_pretrained(root / "suite" / "sms").state_dict()
+    model.base_model.load_state_dict({name: own[name] for name in model.base_model.state_dict()})
+    model.save_pretrained(root / "suite" / "sms")
+    return suite.model_copy(update={"root": str(root / "suite")})
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "message"),
+    [
+        ("BertForMaskedLM", {}, "expert 'sms' is a BertForMaskedLM, whose output layer all experts share"),
+        ("BertForTokenClassification", {}, "'sms': a suite compares labels .* found entities .BertForTokenClassif"),
+        ("BertForQuestionAnswering", {"num_labels": 2}, "'sms': a suite compares labels of texts, .* found span"),
+        ("BertForSequenceClassification", {"num_labels": 1}, "'sms': a suite compares labels of texts, .* found value"),
+        ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "'sms': .* found labels"),
+        ("BertModel", {}, "'sms'"),
+        (
+            "BertForSequenceClassification",
+            {"id2label": {0: "ham", 1: "spam"}},
+            "expert 'sms' can give none of the labels of its test rows: it knows ham, spam, they have LABEL_0",
+        ),
+    ],
+)
+def test_experts_whose_heads_give_no_label_of_their_rows_are_refused_before_any_work(
+    suite: Suite, tmp_path: Path, cls: str, settings: dict[str, Any], message: str
+) -> None:
+    other, stages = _other_head(suite, tmp_path, cls, **settings), []
+    with pytest.raises(InputError, match=message) as refused:
+        run_suite(other, tmp_path / "out", progress=lambda stage, *_: stages.append(stage))
+    assert "\n" not in str(refused.value)
+    assert stages == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_contestant_that_cannot_be_built_is_refused_before_any_work(suite: Suite, tmp_path: Path) -> None:
+    router = RouterSettings.model_validate({"features": "layer:50"})
+    last = suite.contestants["auto"].model_copy(update={"router": router})
+    wrong = suite.model_copy(update={"contestants": {**suite.contestants, "auto": last}})
+    with pytest.raises(InputError, match="layer:50|layer 50"):
+        run_suite(wrong, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_contestant_is_named(suite: Suite, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.eval.make_result import make_result, named, run, task
@@ -24,30 +24,28 @@ from twinmerge.eval.results import (
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_result_loads_to_the_bit(suite: tuple[SuiteResult, list[Predictions]], tmp_path: Path) -> None:
-    write_result(suite[0], tmp_path / "results.json")
+def test_result_loads_to_the_bit(made: tuple[SuiteResult, list[Predictions]], tmp_path: Path) -> None:
+    write_result(made[0], tmp_path / "results.json")
     loaded = read_result(tmp_path / "results.json")
-    assert loaded == suite[0]
+    assert loaded == made[0]
     write_result(loaded, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "results.json").read_bytes()
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(), st.text())
-def test_numbers_of_an_interval_and_a_table_load_to_the_bit(value: float, count: int, text: str) -> None:
+@settings(max_examples=25)
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_numbers_of_an_interval_load_to_the_bit(value: float) -> None:
     interval = Interval(value=value, low=-value, high=value)
     assert Interval.model_validate_json(interval.model_dump_json()) == interval
-    result, _ = _TINY
-    table = result.ablations["scaling"].model_copy(update={"rows": [[value, count, text, None]]})
-    assert type(table).model_validate_json(table.model_dump_json()).rows == table.rows
 
 
 _TINY = make_result(seeds=(0,), rows=10, tasks=("trec",), resamples=2)
 
 
 def test_predictions_load_to_the_bit_and_write_the_same_bytes(
-    suite: tuple[SuiteResult, list[Predictions]], tmp_path: Path
+    made: tuple[SuiteResult, list[Predictions]], tmp_path: Path
 ) -> None:
-    one = named(suite[1], "twin-0.06")[1]
+    one = named(made[1], "twin-0.06")[1]
     path = write_predictions(one, tmp_path)
     first = path.read_bytes()
     assert path.name == "twin-0.06.seed-1.predictions.json.gz"
@@ -73,9 +71,9 @@ def test_damaged_predictions_are_named(tmp_path: Path, content: bytes) -> None:
 def test_result_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write_result(_TINY[0], path)
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(
-        DataError, match=r"results\.json holds no SuiteResult of this version: format: Input should be 1"
+        DataError, match=r"results\.json holds no SuiteResult of this version: format: Input should be 2"
     ):
         read_result(path)
 
@@ -120,8 +118,6 @@ def test_result_has_a_score_for_every_task() -> None:
 
 def test_result_compares_contestants_of_its_own() -> None:
     nothing = Interval(value=0, low=0, high=0)
-    pair = Comparison(
-        contestant="ties", protocol="routed", reference="adamerging", reference_protocol="routed", difference=nothing
-    )
+    pair = Comparison(contestant="ties", protocol="routed", reference="adamerging", difference=nothing)
     with pytest.raises(ValueError, match="a comparison names 'ties' and 'adamerging', not both contestants"):
         rebuilt(comparisons=[pair])

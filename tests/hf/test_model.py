@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS, Family, random_gate
 from twinmerge.errors import MismatchError
-from twinmerge.hf.heads import load_head
+from twinmerge.hf.heads import TwinOutput, load_head
 from twinmerge.hf.loading import backbone_from, load_backbone
-from twinmerge.hf.model import TwinModel, TwinOutput
+from twinmerge.hf.model import TwinModel
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Features, Layers
 

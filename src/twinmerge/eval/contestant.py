@@ -13,7 +13,7 @@ from torch import Tensor
 from twinmerge.eval.metrics import mask_misrouted
 from twinmerge.eval.results import ContestantResult, Kind, Predictions, TaskPredictions
 from twinmerge.eval.scores import normalized_interval, score_tasks
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, Built, SeedRun, Twin, texts
+from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, Twin, texts
 from twinmerge.eval.suite import ContestantSpec, Task
 from twinmerge.files.rows import Row
 from twinmerge.hf.features import pool
@@ -27,36 +27,21 @@ _TIMED_ROWS, _TIMED_BATCH = 256, 32
 
 
 def run_contestant(at: SeedRun, name: str, spec: ContestantSpec) -> tuple[ContestantResult, Predictions]:
-    """Run one contestant on all test rows of a seed.
-
-    Args:
-        at: the seed.
-        name: the contestant's key.
-        spec: what it is.
-
-    Returns:
-        Its result, and its predictions for paired intervals.
-    """
+    """Run one contestant on all test rows of a seed: its result, and its predictions for paired intervals."""
     return _Contestant(at, name, spec).run()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What running a contestant gave.
-
-    Attributes:
-        oracle: by test row, the label that the head of its task gives.
-        bytes: on disk, by part.
-        expert: by test row, whose head the router picked.
-        gate: (row, expert), what was mixed.
-        unseen: accuracy by task without an expert.
-        milliseconds: an input takes.
-    """
+    """What running a contestant gave; lists are by test row."""
 
     oracle: list[str]
+    """The label that the head of its task gives."""
     bytes: dict[str, int]
     expert: list[str] | None = None
+    """Whose head the router picked."""
     gate: Tensor | None = None
+    """(row, expert), what was mixed."""
     unseen: dict[str, float] = field(default_factory=dict)
     milliseconds: float | None = None
 
@@ -95,12 +80,12 @@ class _Contestant:
 
     def _static(self) -> _Run:
         """The shared expert of a twin without its exclusive parts; the reference's router picks the heads."""
-        at, merged = self.at, self._merged(self._chosen_shared())
+        at, merged = self.at, self.at.build(self._chosen_shared(), NEXT_TO_NOTHING, ANY_ROUTER)
         heads = at.reference.expert[: len(self.rows)]
         oracle = at.answers(merged.model, self.rows, None, self.truth, self.stage)
 
         def answer(rows: Sequence[Row]) -> None:
-            at.answers(merged.model, rows, None, self.truth[: len(rows)], "")
+            at.answers(merged.model, rows, None, self.truth[: len(rows)], None)
 
         return _Run(
             oracle,
@@ -128,10 +113,6 @@ class _Contestant:
         unseen = self._unseen(twin.model, twin.gate[count:])
         return _Run(oracle, nbytes, twin.expert[:count], twin.gate[:count], unseen, milliseconds)
 
-    def _merged(self, shared: Method) -> Built:
-        """A twin that is asked for its shared expert only."""
-        return self.at.build(shared, NEXT_TO_NOTHING, ANY_ROUTER)
-
     def _chosen_shared(self) -> Method:
         """The merge, its scaling the best on validation rows if the suite gives several (the first, if equal)."""
         shared: Method = self.spec.shared
@@ -139,7 +120,8 @@ class _Contestant:
             return shared
         scores = {}
         for scaling in self.spec.scalings:
-            model = self._merged(shared.model_copy(update={"scaling": scaling})).model
+            scaled = shared.model_copy(update={"scaling": scaling})
+            model = self.at.build(scaled, NEXT_TO_NOTHING, ANY_ROUTER).model
             scores[scaling] = float(
                 np.mean([self._validation_accuracy(model, task) for task in self.at.tasks.values()])
             )

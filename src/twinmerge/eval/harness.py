@@ -27,10 +27,10 @@ from twinmerge.eval.results import (
     write_predictions,
 )
 from twinmerge.eval.scores import compare, summarize
-from twinmerge.eval.seed import SeedRun
+from twinmerge.eval.seed import NEXT_TO_NOTHING, SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
 from twinmerge.files.progress import Progress, silent
-from twinmerge.jobs.build import versions
+from twinmerge.jobs.build import open_plan, versions
 from twinmerge.runtime.precision import resolve
 
 
@@ -55,34 +55,53 @@ def run_suite(
         All results, ready for the report.
 
     Raises:
-        DataError: if a name in `contestants` is unknown, or rows cannot be read.
+        InputError: whatever is wrong with names, rows, experts or a contestant's recipe, before any work.
     """
     names = list(contestants or suite.contestants)
     unknown = [name for name in names if name not in suite.contestants]
     if unknown:
         raise DataError(f"unknown contestant {unknown[0]!r}; the suite has {', '.join(suite.contestants)}")
-    runs = out / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
     seeds = list(seeds or suite.seeds)
     suite = suite.model_copy(update={"precision": resolve(suite.precision)})
+    ready = [SeedRun(suite, seed, progress) for seed in seeds]
+    for at in ready:
+        at.require_labels()
+    plan = ready[0].plan
+    for spec in (suite.contestants[name] for name in names):
+        open_plan(suite.recipe(spec.shared, spec.exclusive or NEXT_TO_NOTHING, spec.router, seeds[0]))
+    runs = out / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
     results: list[ContestantResult] = []
     predictions: list[Predictions] = []
     routers: list[RouterResult] = []
-    for seed in seeds:
-        at = SeedRun(suite, seed, progress)
+    while ready:  # what a finished seed keeps in memory is let go
+        at = ready.pop(0)
         for name in names:
             spec = suite.contestants[name]
-            if spec.seeds is not None and seed not in spec.seeds:
+            if spec.seeds is not None and at.seed not in spec.seeds:
                 continue
             result, answers = _run(runs, at, name, spec)
             results.append(result)
             predictions.append(answers)
-        if suite.router_ablation and seed == suite.seeds[0]:
+        if suite.router_ablation and at.seed == suite.seeds[0]:
             routers = _routers(runs, at)
     order = {name: index for index, name in enumerate(names)}
     results.sort(key=lambda one: (order[one.name], one.seed))
     predictions.sort(key=lambda one: (order[one.contestant], one.seed))
-    return _assemble(suite, seeds, results, predictions, routers)
+    return SuiteResult(
+        suite=suite.name,
+        base=suite.base_title or plan.base.path.name,
+        base_bytes=plan.base.nbytes,
+        expert_bytes=sum(weights_bytes(expert.checkpoint.path) for expert in plan.experts.values()),
+        tasks=sorted(suite.tasks),
+        seeds=seeds,
+        contestants=results,
+        summaries=summarize(results, predictions),
+        comparisons=_comparisons(results, predictions),
+        routers=routers,
+        environment=_environment(),
+        sources=suite.sources,
+    )
 
 
 def _fingerprint(at: SeedRun, *specs: ContestantSpec) -> str:
@@ -131,30 +150,6 @@ def _keep(path: Path, mark: str, result: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps({"fingerprint": mark, "result": result}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def _assemble(
-    suite: Suite,
-    seeds: Sequence[int],
-    results: list[ContestantResult],
-    predictions: list[Predictions],
-    routers: list[RouterResult],
-) -> SuiteResult:
-    plan = SeedRun(suite, seeds[0], silent).plan
-    return SuiteResult(
-        suite=suite.name,
-        base=suite.base_title or plan.base.path.name,
-        base_bytes=plan.base.nbytes,
-        expert_bytes=sum(weights_bytes(expert.checkpoint.path) for expert in plan.experts.values()),
-        tasks=sorted(suite.tasks),
-        seeds=list(seeds),
-        contestants=results,
-        summaries=summarize(results, predictions),
-        comparisons=_comparisons(results, predictions),
-        routers=routers,
-        environment=_environment(),
-        sources=suite.sources,
-    )
 
 
 def _comparisons(results: Sequence[ContestantResult], predictions: Sequence[Predictions]) -> list[Comparison]:

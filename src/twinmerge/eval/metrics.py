@@ -24,29 +24,21 @@ CONFIDENCE: Final = 0.95
 RESAMPLES: Final = 1000
 """Bootstrap resamples, unless the caller says otherwise."""
 
+_Codes = Int64[np.ndarray, " cell"]
+_Weights = Float64[np.ndarray, "resample cell"]
+_Values = Float64[np.ndarray, " resample"]
+
 
 class ReliabilityBin(NamedTuple):
-    """Inputs whose confidence falls in one bin."""
+    """Inputs whose confidence falls in one bin: their mean confidence, the share answered right, how many they are."""
 
     confidence: float
-    """Mean confidence of these inputs, 0 to 1."""
     accuracy: float
-    """Share of them answered right."""
     rows: int
-    """How many they are."""
 
 
 def score(metric: str, labels: Sequence[str], predicted: Sequence[str], positive_label: str | None = None) -> float:
-    """A metric of predictions.
-
-    Args:
-        metric: a name in `METRICS`.
-        labels: true labels.
-        predicted: predictions in the same order; `MISROUTED` is always wrong.
-        positive_label: the class that `f1` is about.
-
-    Returns:
-        The score, 0 to 1.
+    """A metric in `METRICS` of predictions, 0 to 1; `MISROUTED` is always wrong, `f1` is about `positive_label`.
 
     Raises:
         DataError: if the metric is unknown, `f1` has no positive label, there are no rows, or the lengths differ.
@@ -64,21 +56,15 @@ def bootstrap(
     resamples: int = RESAMPLES,
     seed: Sequence[int] = (0,),
 ) -> Float64[np.ndarray, "predictor resample"]:
-    """Scores of several predictors on the same resamples of one task's rows.
+    """Scores of several predictors, 0 to 1; column r scores all of them on the same resample of one task's rows.
 
     Args:
-        metric: a name in `METRICS`.
-        labels: true labels.
+        metric: as for `score`, with `labels` and `positive_label`; so are the errors.
+        labels: of the rows.
         predictors: for each predictor its predictions, in the order of `labels`.
-        positive_label: the class that `f1` is about.
+        positive_label: of `f1`.
         resamples: how often as many rows as there are get drawn, with replacement.
         seed: what the draws depend on; rows in another order give the same scores.
-
-    Returns:
-        Scores, 0 to 1; column r scores all predictors on the same rows.
-
-    Raises:
-        DataError: as `score`.
     """
     table = _tabulate(labels, predictors)
     rows = int(table.counts.sum())
@@ -87,14 +73,7 @@ def bootstrap(
 
 
 def normalized_score(scores: Mapping[str, float], expert_scores: Mapping[str, float]) -> float:
-    """Mean over tasks of a score as a share of the expert's own (METHOD §6).
-
-    Args:
-        scores: a contestant's score by task.
-        expert_scores: each task's expert, same rows and metric.
-
-    Returns:
-        1.0 where the contestant is as good as the experts; tables show it times 100.
+    """Mean over tasks of a score as a share of the expert's own, on the same rows by the same metric (METHOD §6).
 
     Raises:
         DataError: if the tasks differ, there are none, or an expert's score is not above 0.
@@ -108,14 +87,9 @@ def normalized_score(scores: Mapping[str, float], expert_scores: Mapping[str, fl
 
 
 def percentile_interval(samples: Float64[np.ndarray, " resample"]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap samples.
+    """The two ends of the middle 95 % of bootstrap samples.
 
-    Args:
-        samples: one value a resample; NaN where a resample gives none (an expert without a
-            right answer in it), which is left out.
-
-    Returns:
-        The interval's two ends.
+    NaN, of a resample in which an expert has no right answer, is left out.
 
     Raises:
         DataError: if no resample gives a value.
@@ -128,32 +102,15 @@ def percentile_interval(samples: Float64[np.ndarray, " resample"]) -> tuple[floa
     return float(low), float(high)
 
 
-def mask_misrouted(predicted: Sequence[str], chosen: Sequence[str | None], expert: str) -> list[str]:
-    """Predictions of the routed protocol: a row whose head was another expert's has no valid answer.
-
-    Args:
-        predicted: predictions of the task's own head.
-        chosen: the expert whose head the router picked, None for the fall-back.
-        expert: the task's own expert.
-
-    Returns:
-        The predictions, `MISROUTED` where another head was picked.
-    """
+def mask_misrouted(predicted: Sequence[str], chosen: Sequence[str], expert: str) -> list[str]:
+    """Predictions of a task's own head, `MISROUTED` where the router chose another expert's."""
     return [label if name == expert else MISROUTED for label, name in zip(predicted, chosen, strict=True)]
 
 
 def reliability(
     confidence: Float64[np.ndarray, " row"], correct: Bool[np.ndarray, " row"], bins: int = 15
 ) -> list[ReliabilityBin]:
-    """Mean confidence against accuracy, in bins of equal width over [0, 1].
-
-    Args:
-        confidence: probability given to the answer, 0 to 1.
-        correct: whether the answer was right.
-        bins: how many there are; only those with rows are returned.
-
-    Returns:
-        The bins in ascending order of confidence.
+    """Mean confidence against accuracy, in bins of equal width over [0, 1]; of those that have rows, in their order.
 
     Raises:
         DataError: if there are no rows or a confidence is outside [0, 1].
@@ -173,9 +130,9 @@ class _Table(NamedTuple):
     """Distinct (label, predictions) tuples and how many rows have each."""
 
     classes: list[str]
-    labels: Int64[np.ndarray, " cell"]
+    labels: _Codes
     predictors: Int64[np.ndarray, "predictor cell"]
-    counts: Int64[np.ndarray, " cell"]
+    counts: _Codes
 
 
 def _tabulate(labels: Sequence[str], predictors: Sequence[Sequence[str]]) -> _Table:
@@ -192,7 +149,7 @@ def _tabulate(labels: Sequence[str], predictors: Sequence[Sequence[str]]) -> _Ta
 
 
 def _scores(
-    metric: str, table: _Table, weights: Float64[np.ndarray, "resample cell"], positive_label: str | None
+    metric: str, table: _Table, weights: _Weights, positive_label: str | None
 ) -> Float64[np.ndarray, "predictor resample"]:
     if metric not in METRICS:
         raise DataError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
@@ -203,23 +160,13 @@ def _scores(
     return np.stack([function(table.labels, predicted, weights, positive) for predicted in table.predictors])
 
 
-def _accuracy(
-    labels: Int64[np.ndarray, " cell"],
-    predicted: Int64[np.ndarray, " cell"],
-    weights: Float64[np.ndarray, "resample cell"],
-    positive: int,
-) -> Float64[np.ndarray, " resample"]:
+def _accuracy(labels: _Codes, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
     """Share of the rows answered right."""
     right = weights @ (labels == predicted).astype(np.float64)
     return np.asarray(right / weights.sum(axis=1))
 
 
-def _f1(
-    labels: Int64[np.ndarray, " cell"],
-    predicted: Int64[np.ndarray, " cell"],
-    weights: Float64[np.ndarray, "resample cell"],
-    positive: int,
-) -> Float64[np.ndarray, " resample"]:
+def _f1(labels: _Codes, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
     """F1 of the positive class; 0 where it is neither there nor predicted."""
     is_label, is_predicted = labels == positive, predicted == positive
     hits = weights @ (is_label & is_predicted).astype(np.float64)
@@ -227,12 +174,7 @@ def _f1(
     return _ratio(2 * hits, total, otherwise=0.0)
 
 
-def _macro_f1(
-    labels: Int64[np.ndarray, " cell"],
-    predicted: Int64[np.ndarray, " cell"],
-    weights: Float64[np.ndarray, "resample cell"],
-    positive: int,
-) -> Float64[np.ndarray, " resample"]:
+def _macro_f1(labels: _Codes, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
     """Mean F1 of the classes that occur among the labels of the resample."""
     classes = np.unique(labels)
     is_label, is_predicted = labels[:, None] == classes, predicted[:, None] == classes
@@ -249,15 +191,7 @@ def _ratio(
     return np.asarray(np.divide(numerator, denominator, out=filled, where=denominator > 0))
 
 
-_Metric = Callable[
-    [
-        Int64[np.ndarray, " cell"],
-        Int64[np.ndarray, " cell"],
-        Float64[np.ndarray, "resample cell"],
-        int,
-    ],
-    Float64[np.ndarray, " resample"],
-]
-
-METRICS: Final[Mapping[str, _Metric]] = MappingProxyType({"accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1})
+METRICS: Final[Mapping[str, Callable[[_Codes, _Codes, _Weights, int], _Values]]] = MappingProxyType(
+    {"accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1}
+)
 """Metric functions by name; each takes labels, predictions and weights of distinct pairs."""

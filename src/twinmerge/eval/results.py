@@ -25,19 +25,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-# --- what one contestant predicted -------------------------------------------------------------------------------
-
-
 class TaskPredictions(_Record):
-    """Test rows of one task: true labels and what the expert and the contestant answered.
+    """Test rows of one task: true labels and, in their order, what its expert and the contestant answered.
 
     Attributes:
-        metric: a name in `METRICS`.
         positive_label: the class that `f1` is about, else None.
-        labels: true labels.
-        expert: predictions of the task's own expert, same order.
-        oracle_head: the contestant's, by the head of the task.
-        routed: the contestant's, `MISROUTED` where the router picked another head; None if it has no router.
+        oracle_head: by the head of the task.
+        routed: `MISROUTED` where the router picked another head; None without a router.
     """
 
     metric: str
@@ -54,9 +48,6 @@ class Predictions(_Record):
     contestant: Slug
     seed: int
     tasks: dict[str, TaskPredictions]
-
-
-# --- results.json ------------------------------------------------------------------------------------------------
 
 
 class Interval(_Record):
@@ -81,17 +72,11 @@ class ContestantResult(_Record):
     """One contestant at one seed.
 
     Attributes:
-        name: its key, the same at every seed.
-        title: for people.
-        kind: what sort of contestant.
-        seed: seed of experts, router and draws.
         settings: whatever made it so, for the record.
         bytes: on disk, by part: shared, exclusive, heads, router.
         exclusive_ratio: exclusive bytes / bytes of the base.
         ms_per_input: milliseconds an input takes, routing included; None if not measured.
-        tasks: raw scores.
-        normalized_routed: normalized score, 1.0 = the experts; None without a router.
-        normalized_oracle_head: the same with the head given.
+        normalized_routed: 1.0 = the experts; None without a router.
         gate_mean: by task, the mean gate of each expert; None without a gate.
         confusion: by task, how many test rows were routed to each expert.
         unseen: raw score by task that no expert was trained on; empty at seeds where it was not taken.
@@ -114,18 +99,14 @@ class ContestantResult(_Record):
 
 
 class RouterResult(_Record):
-    """A router on its own: which expert does an input belong to.
+    """A router on its own, as the recipe words it: which expert does an input belong to.
 
     Attributes:
-        features: what it sees, as in the recipe.
-        method: mlp, centroid, knn, ...
         inputs_per_expert: router rows of each expert it was fitted on.
-        accuracy: on test rows, 0 to 1.
+        accuracy: on test rows, 0 to 1; so are calibration error and reliability.
         held_out_accuracy: on held-out router rows, that selection saw; None if nothing was held out.
-        calibration_error: expected calibration error on test rows, 0 to 1.
-        nbytes: on disk.
         seconds: time to fit it, features included.
-        reliability: confidence against accuracy on test rows; empty if not recorded.
+        reliability: empty if not recorded.
     """
 
     features: str
@@ -153,15 +134,10 @@ class TaskSummary(_Record):
 
 
 class Summary(_Record):
-    """One contestant over all seeds: means, intervals over seeds, and each seed's value in `contestants`.
+    """One contestant over the seeds it ran at: means, the sum of `confusion`, and intervals.
 
     Attributes:
-        name: as in its `ContestantResult`s; likewise `title` and `kind`.
-        seeds: the seeds it ran at, in their order.
         routed_by_seed: normalized score of each seed; empty without a router.
-        oracle_head_by_seed: the same with the head given.
-        bytes: mean on disk by part.
-        confusion: test rows routed to each expert, summed over seeds.
     """
 
     name: str
@@ -185,19 +161,9 @@ class Comparison(_Record):
     """Normalized score of one contestant minus another's, on the same resamples."""
 
     contestant: str
-    protocol: Protocol
     reference: str
-    reference_protocol: Protocol
+    protocol: Protocol
     difference: Interval
-
-
-class Table(_Record):
-    """An ablation as it is shown; fractions as they are to be read."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str | int | float | None]]
-    note: str = ""
 
 
 class Environment(_Record):
@@ -214,23 +180,17 @@ class SuiteResult(_Record):
     """Everything a run of a suite found; results.json is this record.
 
     Attributes:
-        suite: its name.
         base: name of the base model.
         base_bytes: its size on disk.
         expert_bytes: size on disk of all experts as full models.
         tasks: names, in the order they are shown.
-        seeds: seeds run.
         resamples: bootstrap resamples behind each interval.
         contestants: one entry for each contestant and seed.
         summaries: one for each contestant, in the order they are shown.
-        comparisons: paired differences worth showing.
-        routers: routers on their own.
-        ablations: further tables by key.
-        environment: versions, machine, commit, date.
         sources: citations of data, models and methods.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     suite: str
     base: str
     base_bytes: int
@@ -242,7 +202,6 @@ class SuiteResult(_Record):
     summaries: list[Summary]
     comparisons: list[Comparison] = []
     routers: list[RouterResult] = []
-    ablations: dict[str, Table] = {}
     environment: Environment
     sources: list[str] = []
 
@@ -259,8 +218,6 @@ class SuiteResult(_Record):
                 raise ValueError(f"a comparison names {pair.contestant!r} and {pair.reference!r}, not both contestants")
         return self
 
-
-# --- files -------------------------------------------------------------------------------------------------------
 
 _R = TypeVar("_R", bound=_Record)
 
@@ -280,11 +237,7 @@ def read_result(path: Path) -> SuiteResult:
 
 
 def write_predictions(predictions: Predictions, folder: Path) -> Path:
-    """Write `CONTESTANT.seed-N.predictions.json.gz` into a folder; the same predictions give the same bytes.
-
-    Returns:
-        The file's path.
-    """
+    """Write `CONTESTANT.seed-N.predictions.json.gz` into a folder; the same predictions give the same bytes."""
     path = folder / f"{predictions.contestant}.seed-{predictions.seed}.predictions.json.gz"
     path.write_bytes(gzip.compress(predictions.model_dump_json().encode(), mtime=0))
     return path

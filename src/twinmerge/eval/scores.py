@@ -28,10 +28,8 @@ def score_tasks(predictions: Predictions) -> dict[str, TaskScore]:
     return {name: _score_task(task) for name, task in predictions.tasks.items()}
 
 
-def normalized_interval(
-    runs: Sequence[Predictions], protocol: Protocol, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """Normalized score of one contestant, mean over its seeds, with its 95 % interval.
+def normalized_interval(runs: Sequence[Predictions], protocol: Protocol, resamples: int = RESAMPLES) -> Interval:
+    """Normalized score of one contestant, mean over its seeds, with its 95 % interval; 1.0 = as good as the experts.
 
     A resample draws each task's rows once and scores contestant and expert of every seed on them; where seeds
     have test rows of their own (other labels), each such set is drawn by itself. The seeds' scores are averaged
@@ -41,77 +39,42 @@ def normalized_interval(
         runs: the contestant's predictions, one for each seed.
         protocol: who picks the head.
         resamples: number of resamples.
-        seed: seed of the draws.
-
-    Returns:
-        1.0 = as good as the experts.
 
     Raises:
         DataError: if tasks differ between runs, an expert scores 0, or `routed` is asked of a contestant
             without a router.
     """
-    _check_same_rows([runs])
+    _check_same_rows([runs], protocol)
     value = _value(runs, protocol)
-    low, high = percentile_interval(_resampled([runs], [protocol], resamples, seed)[0])
+    low, high = percentile_interval(_resampled([runs], protocol, resamples)[0])
     return Interval(value=value, low=low, high=high)
 
 
 def compare(
-    runs: Sequence[Predictions],
-    reference: Sequence[Predictions],
-    protocol: Protocol,
-    reference_protocol: Protocol | None = None,
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    runs: Sequence[Predictions], reference: Sequence[Predictions], protocol: Protocol, resamples: int = RESAMPLES
 ) -> Comparison:
-    """Normalized score of one contestant minus another's; both are scored on the same resamples.
+    """Normalized score of one contestant minus another's, at the same seeds in the same order, on the same resamples.
 
-    Args:
-        runs: predictions of the first, one for each seed.
-        reference: predictions of the second, same seeds in the same order.
-        protocol: who picks the first one's head.
-        reference_protocol: who picks the second one's; None = as the first's.
-        resamples: number of resamples.
-        seed: seed of the draws.
-
-    Returns:
-        The difference, 0.01 = one point; the first is better by more than the interval if `low > 0`.
+    0.01 is one point; the first is better by more than the interval if `low > 0`.
 
     Raises:
         DataError: as `normalized_interval`, or if the two were not scored on the same rows and experts.
     """
-    _check_same_rows([runs, reference])
-    protocols: list[Protocol] = [protocol, reference_protocol or protocol]
-    value = _value(runs, protocols[0]) - _value(reference, protocols[1])
-    first, second = _resampled([runs, reference], protocols, resamples, seed)
+    _check_same_rows([runs, reference], protocol)
+    first, second = _resampled([runs, reference], protocol, resamples)
     low, high = percentile_interval(first - second)
     return Comparison(
         contestant=runs[0].contestant,
-        protocol=protocols[0],
         reference=reference[0].contestant,
-        reference_protocol=protocols[1],
-        difference=Interval(value=value, low=low, high=high),
+        protocol=protocol,
+        difference=Interval(value=_value(runs, protocol) - _value(reference, protocol), low=low, high=high),
     )
 
 
 def summarize(
-    contestants: Sequence[ContestantResult],
-    predictions: Sequence[Predictions],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    contestants: Sequence[ContestantResult], predictions: Sequence[Predictions], resamples: int = RESAMPLES
 ) -> list[Summary]:
-    """Every contestant over its seeds, in the order of first appearance.
-
-    Args:
-        contestants: results of all contestants at all seeds.
-        predictions: their predictions, matched by name and seed.
-        resamples: number of resamples.
-        seed: seed of the draws.
-
-    Returns:
-        One summary for each name.
+    """Every contestant over its seeds, in the order of first appearance; predictions are matched by name and seed.
 
     Raises:
         DataError: if a contestant's predictions are missing, or as `normalized_interval`.
@@ -123,8 +86,7 @@ def summarize(
             raise DataError(f"no predictions of contestant {one.name!r} at seed {one.seed}")
         groups[one.name].append(one)
     return [
-        _summarize_one(group, [runs_of[one.name, one.seed] for one in group], resamples, seed)
-        for group in groups.values()
+        _summarize_one(group, [runs_of[one.name, one.seed] for one in group], resamples) for group in groups.values()
     ]
 
 
@@ -143,25 +105,18 @@ def _score_task(task: TaskPredictions) -> TaskScore:
 
 def _value(runs: Sequence[Predictions], protocol: Protocol) -> float:
     """Normalized score, mean over seeds."""
-    by_seed = []
-    for run in runs:
-        scores = {
-            name: score(task.metric, task.labels, _answers(run, name, protocol), task.positive_label)
-            for name, task in run.tasks.items()
-        }
-        by_seed.append(normalized_score(scores, {name: one.expert for name, one in score_tasks(run).items()}))
-    return fmean(by_seed)
-
-
-def _answers(run: Predictions, task: str, protocol: Protocol) -> list[str]:
-    answers = run.tasks[task].routed if protocol == "routed" else run.tasks[task].oracle_head
-    if answers is None:
-        raise DataError(f"contestant {run.contestant!r} has no routed predictions of task {task!r}")
-    return answers
+    tables = [score_tasks(run) for run in runs]
+    return fmean(
+        normalized_score(
+            {name: getattr(one, protocol) for name, one in scores.items()},
+            {name: one.expert for name, one in scores.items()},
+        )
+        for scores in tables
+    )
 
 
 def _resampled(
-    contestants: Sequence[Sequence[Predictions]], protocols: Sequence[Protocol], resamples: int, seed: int
+    contestants: Sequence[Sequence[Predictions]], protocol: Protocol, resamples: int
 ) -> Float64[np.ndarray, "contestant resample"]:
     """Normalized scores of contestants, averaged over tasks and seeds within each resample."""
     runs_at = list(zip(*contestants, strict=True))  # for each seed, the run of each contestant
@@ -172,7 +127,7 @@ def _resampled(
             predictors = [
                 answers
                 for runs in group
-                for answers in (runs[0].tasks[task].expert, *map(_answers, runs, [task] * len(runs), protocols))
+                for answers in (runs[0].tasks[task].expert, *(getattr(run.tasks[task], protocol) for run in runs))
             ]
             scores = bootstrap(
                 first.metric,
@@ -180,14 +135,14 @@ def _resampled(
                 predictors,
                 positive_label=first.positive_label,
                 resamples=resamples,
-                seed=(seed, zlib.crc32(task.encode()), index),
+                seed=(0, zlib.crc32(task.encode()), index),
             ).reshape(len(group), 1 + len(contestants), resamples)
             expert = np.where(scores[:, :1] > 0, scores[:, :1], np.nan)
             total += (scores[:, 1:] / expert).sum(axis=0)
     return np.asarray(total / (len(runs_at) * len(runs_at[0][0].tasks)))
 
 
-def _check_same_rows(contestants: Sequence[Sequence[Predictions]]) -> None:
+def _check_same_rows(contestants: Sequence[Sequence[Predictions]], protocol: Protocol) -> None:
     first = contestants[0]
     tasks = set(first[0].tasks) if first else set()
     if not tasks:
@@ -201,6 +156,8 @@ def _check_same_rows(contestants: Sequence[Sequence[Predictions]]) -> None:
                     f"{run.contestant!r} at seed {run.seed} has tasks {sorted(run.tasks)}, not {sorted(tasks)}"
                 )
             for name, task in run.tasks.items():
+                if getattr(task, protocol) is None:
+                    raise DataError(f"contestant {run.contestant!r} has no routed predictions of task {name!r}")
                 if (task.labels, task.expert) != (other.tasks[name].labels, other.tasks[name].expert):
                     raise DataError(
                         f"{run.contestant!r} and {other.contestant!r} were not scored on the same rows and expert "
@@ -216,9 +173,7 @@ def _group_by_rows(runs_at: Sequence[tuple[Predictions, ...]], task: str) -> Ite
     return groups.values()
 
 
-def _summarize_one(
-    group: Sequence[ContestantResult], runs: Sequence[Predictions], resamples: int, seed: int
-) -> Summary:
+def _summarize_one(group: Sequence[ContestantResult], runs: Sequence[Predictions], resamples: int) -> Summary:
     first = group[0]
     routed = [one.normalized_routed.value for one in group if one.normalized_routed is not None]
     times = [one.ms_per_input for one in group if one.ms_per_input is not None]
@@ -228,8 +183,8 @@ def _summarize_one(
         title=first.title,
         kind=first.kind,
         seeds=[one.seed for one in group],
-        normalized_routed=normalized_interval(runs, "routed", resamples=resamples, seed=seed) if routed else None,
-        normalized_oracle_head=normalized_interval(runs, "oracle_head", resamples=resamples, seed=seed),
+        normalized_routed=normalized_interval(runs, "routed", resamples) if routed else None,
+        normalized_oracle_head=normalized_interval(runs, "oracle_head", resamples),
         routed_by_seed=routed,
         oracle_head_by_seed=[one.normalized_oracle_head.value for one in group],
         exclusive_ratio=fmean(one.exclusive_ratio for one in group),

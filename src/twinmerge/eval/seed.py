@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twinmerge.errors import DataError, MismatchError
 from twinmerge.eval.suite import Suite, Task
 from twinmerge.files.progress import Progress
 from twinmerge.files.rows import Row
+from twinmerge.hf.answers import LABEL, label_of
 from twinmerge.hf.inputs import tokenized_batches
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build, open_plan
 from twinmerge.jobs.predict import predict
+from twinmerge.jobs.preflight import checked
 from twinmerge.merging.method import Method
 from twinmerge.runtime.precision import autocast, resolve
 from twinmerge.twin.features import Features
@@ -33,13 +36,7 @@ ANY_ROUTER = RouterSettings(method="centroid", features=Features.parse("embeddin
 
 @dataclass(frozen=True)
 class Built:
-    """A twin as a user has it.
-
-    Attributes:
-        model: the built folder, loaded.
-        manifest: the folder's.
-        bytes: of the folder, by part.
-    """
+    """A twin as a user has it: the built folder, loaded, its manifest, and its bytes by part."""
 
     model: TwinModel
     manifest: Manifest
@@ -62,11 +59,39 @@ class Twin(Built):
 
 
 class SeedRun:
-    """One seed of a suite: rows, experts, twins, and what contestants share, computed once."""
+    """One seed of a suite: rows, experts, twins, and what contestants share, computed once, when it is needed."""
 
     def __init__(self, suite: Suite, seed: int, progress: Progress) -> None:
-        """Nothing is read before it is needed."""
+        """Nothing is read yet."""
         self.suite, self.seed, self.progress = suite, seed, progress
+
+    def require_labels(self) -> None:
+        """Refuse, before any work, what a build would refuse, and experts that cannot give their rows a label.
+
+        Raises:
+            InputError: as `build` does; or naming the expert, what its head gives and what its rows ask for.
+        """
+        found = checked(self.plan)
+        asked = {name: [task.test] for name, task in self.tasks.items()}
+        for name, (_, test) in self.unseen.items():
+            if head := self.suite.unseen[name].head:
+                asked[head].append(test)
+        for name, expert in self.plan.experts.items():
+            kind = found.answers[name]
+            if kind is not LABEL or not expert.head:
+                gives = kind.kind if expert.head else "none of its own"
+                raise MismatchError(
+                    f"expert {name!r}: a suite compares labels of texts, so every expert needs a head for sequence "
+                    f"classification; found {gives} ({', '.join(expert.config.get('architectures') or ['no class'])})"
+                )
+            known = set((expert.config.get("id2label") or {}).values())
+            for rows in asked[name]:
+                labels = {row["label"] for row in rows}
+                if known and not known & labels:
+                    raise DataError(
+                        f"expert {name!r} can give none of the labels of its test rows: it knows "
+                        f"{', '.join(sorted(known)[:5])}, they have {', '.join(sorted(labels)[:5])}"
+                    )
 
     @cached_property
     def tasks(self) -> dict[str, Task]:
@@ -96,10 +121,10 @@ class SeedRun:
     # --- twins
 
     def build(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None) -> Built:
-        """Build a twin and load it."""
-        recipe = self.suite.recipe(shared, exclusive, router, self.seed)
+        """Build a twin, which proves itself if it is asked for more than its shared expert, and load it."""
+        recipe, check = self.suite.recipe(shared, exclusive, router, self.seed), exclusive != NEXT_TO_NOTHING
         with tempfile.TemporaryDirectory() as folder:
-            artifact = build(recipe, Path(folder) / "twin", progress=self.progress)
+            artifact = build(recipe, Path(folder) / "twin", check=check, progress=self.progress)
             return Built(TwinModel.from_pretrained(artifact.path), artifact.manifest, artifact.bytes_per_part())
 
     def twin(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None) -> Twin:
@@ -142,33 +167,38 @@ class SeedRun:
         rows: Sequence[Row],
         gate: Tensor | None,
         heads: Sequence[str],
-        stage: str,
+        stage: str | None,
         body: Any = None,
     ) -> list[str]:
-        """The label that each row's head gives, in the order of the rows.
+        """The label that each row's head gives, in the order of the rows, read as its expert reads them.
 
         Args:
             model: whose heads answer.
             rows: inputs.
             gate: (row, expert); None is the shared expert alone.
             heads: by row, whose head.
-            stage: for the progress, of which there is none if it is empty.
+            stage: for the progress; None tells nothing.
             body: a full expert's encoder to be used in the place of the gated one.
         """
         labels, done = [""] * len(rows), 0
-        for chosen, inputs in tokenized_batches(model, rows):
-            with self.autocast(), torch.inference_mode():
-                if body is not None:
-                    outputs = body(**model.asked(inputs), return_dict=True)
-                else:
-                    outputs = model.encode(None if gate is None else gate[chosen], **inputs)
-                answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)
-            for index, logits in zip(chosen, answered, strict=True):
-                config: Any = model.heads[heads[index]].config
-                labels[index] = config.id2label[int(logits.argmax())]
-            done += len(chosen)
-            if stage:
-                self.progress(stage, done, len(rows))
+        readers: dict[str | None, list[int]] = {}
+        for index, head in enumerate(heads):
+            readers.setdefault(head if model.own_of(head).reads else None, []).append(index)
+        for reader, members in readers.items():
+            for places, inputs in tokenized_batches(model, [rows[i] for i in members], expert=reader):
+                chosen = [members[place] for place in places]
+                with self.autocast(), torch.inference_mode():
+                    if body is not None:
+                        outputs = body(**model.asked(inputs), return_dict=True)
+                    else:
+                        outputs = model.encode(None if gate is None else gate[chosen], **inputs)
+                    answered = model.answer(outputs, [heads[i] for i in chosen], **inputs)
+                for index, logits in zip(chosen, answered, strict=True):
+                    config: Any = model.heads[heads[index]].config
+                    labels[index] = label_of(config, int(logits.argmax()))
+                done += len(chosen)
+                if stage is not None:
+                    self.progress(stage, done, len(rows))
         return labels
 
     def body(self, name: str) -> Any:

@@ -147,10 +147,10 @@ def tokenize(model: TwinModel, rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def tokenized_batches(
-    model: TwinModel, rows: Sequence[Row], limits: BatchLimits = DEFAULTS.limits
+    model: TwinModel, rows: Sequence[Row], limits: BatchLimits = DEFAULTS.limits, expert: str | None = None
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """All rows in batches of like length: (indices of rows, padded batch)."""
-    encoded = encode(model, rows)
+    """All rows, as an expert reads them, in batches of like length: (indices of rows, padded batch)."""
+    encoded = encode(model, rows, expert=expert)
     for chosen in batches_of(model, encoded, limits):
         yield chosen, pad(model, [encoded[index] for index in chosen])
 

@@ -31,7 +31,7 @@ from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Layers
 
-__all__ = ["Mode", "TwinModel", "TwinOutput"]
+__all__ = ["Mode", "TwinModel"]
 _NEW_TOKENS = 20
 """What transformers' generate makes when nobody says how many."""
 

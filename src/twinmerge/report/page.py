@@ -1,6 +1,5 @@
 """Writes results.json and report.html, one page that loads nothing from anywhere."""
 
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,15 +10,7 @@ from twinmerge.report.plots import plot_bytes, plot_reliability, plot_tasks, sco
 
 
 def write_report(result: SuiteResult, folder: Path) -> Path:
-    """Write results.json and report.html, a page that loads nothing from anywhere.
-
-    Args:
-        result: what the suite found.
-        folder: where to; made if it is not there.
-
-    Returns:
-        The path of report.html.
-    """
+    """Write results.json and report.html into a folder, made if it is not there; returns the path of report.html."""
     page = render_html(result)
     folder.mkdir(parents=True, exist_ok=True)
     write_result(result, folder / "results.json")
@@ -39,8 +30,6 @@ def render_html(result: SuiteResult) -> str:
         size=tables.size,
         milliseconds=tables.milliseconds,
         percent=tables.percent,
-        cell=tables.cell,
-        columns=_columns,
     )
     template = files("twinmerge.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     chosen = tables.headline(result)
@@ -56,7 +45,7 @@ def render_html(result: SuiteResult) -> str:
         titles={one.name: one.title for one in result.summaries},
         axis=score_axis(result.summaries),
         router_accuracy=None if chosen is None else tables.routing_accuracy(chosen),
-        routers=tables.mean_routers(result.routers),
+        routers=result.routers,
         seed_rows=list(tables.seed_rows(result)),
         router_headings=tables.ROUTER_HEADINGS,
         unseen=list(dict.fromkeys(task for one in result.summaries for task in one.unseen)),
@@ -64,8 +53,3 @@ def render_html(result: SuiteResult) -> str:
         plot_bytes=plot_bytes(result),
         plot_reliability=plot_reliability(result),
     )
-
-
-def _columns(rows: Mapping[str, Mapping[str, float] | Mapping[str, int]]) -> list[str]:
-    """Every column that some row has, in order of appearance: a fall-back that few tasks see is one."""
-    return list(dict.fromkeys(name for row in rows.values() for name in row))

@@ -5,13 +5,12 @@ Every figure comes from the `SuiteResult`; normalized scores are shown times 100
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
 
 from twinmerge.eval.metrics import CONFIDENCE
-from twinmerge.eval.results import Interval, Kind, Protocol, RouterResult, SuiteResult, Summary
+from twinmerge.eval.results import Interval, Kind, Protocol, SuiteResult, Summary
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -70,12 +69,9 @@ def summary_sentences(result: SuiteResult) -> list[str]:
 
 
 def _against_static(result: SuiteResult, best: Summary, protocol: Protocol, static: Summary) -> str:
-    static_protocol, kept = best_protocol(static)
-    told = " although it is told the task" if protocol == "routed" and static_protocol == "oracle_head" else ""
-    sentence = f"The best static merge, {static.title}, keeps {points(kept.value)} %{told}"
-    wanted = (best.name, protocol, static.name, static_protocol)
+    sentence = f"The best static merge, {static.title}, keeps {points(best_value(static))} %"
     for pair in result.comparisons:
-        if (pair.contestant, pair.protocol, pair.reference, pair.reference_protocol) == wanted:
+        if (pair.contestant, pair.reference, pair.protocol) == (best.name, static.name, protocol):
             return f"{sentence}: a difference of {with_interval(pair.difference)} points."
     return f"{sentence}."
 
@@ -115,27 +111,6 @@ def routing_accuracy(summary: Summary) -> float | None:
     if not summary.confusion:
         return None
     return fmean(row.get(task, 0) / sum(row.values()) for task, row in summary.confusion.items())
-
-
-def mean_routers(routers: Sequence[RouterResult]) -> list[RouterResult]:
-    """Routers with equal settings, averaged over seeds; the reliability shown is the first seed's."""
-    groups: dict[tuple[str, str, int], list[RouterResult]] = defaultdict(list)
-    for one in routers:
-        groups[one.features, one.method, one.inputs_per_expert].append(one)
-    return [_mean_router(group) for group in groups.values()]
-
-
-def _mean_router(group: Sequence[RouterResult]) -> RouterResult:
-    held_out = [one.held_out_accuracy for one in group if one.held_out_accuracy is not None]
-    return group[0].model_copy(
-        update={
-            "accuracy": fmean(one.accuracy for one in group),
-            "held_out_accuracy": fmean(held_out) if held_out else None,
-            "calibration_error": fmean(one.calibration_error for one in group),
-            "nbytes": round(fmean(one.nbytes for one in group)),
-            "seconds": fmean(one.seconds for one in group),
-        }
-    )
 
 
 # --- rows of tables ----------------------------------------------------------------------------------------------
@@ -210,10 +185,3 @@ def size(nbytes: int) -> str:
 def milliseconds(value: float | None) -> str:
     """To a hundredth."""
     return _MISSING if value is None else f"{value:.2f}"
-
-
-def cell(value: str | int | float | None) -> str:
-    """A value of a table of ablations."""
-    if value is None:
-        return _MISSING
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
