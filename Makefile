@@ -39,7 +39,7 @@ test: lint ## lint, then all tests and the coverage gates
 	@gaps=$$($(BIN)/coverage report --include='$(EXACT)' --fail-under=100) || \
 	  { echo "$$gaps"; echo 'tensors, files, models, merging, twin and routing must be covered whole'; exit 1; }
 
-walk: $(STAMP) ## every class of transformers' auto mappings, tiny, as a twin: half an hour
+walk: $(STAMP) ## every class of transformers' auto mappings, tiny, as a twin: two minutes
 	$(BIN)/python -m tests.walk --out walk.jsonl
 
 docs: $(STAMP) ## the documentation, in site/
