@@ -19,6 +19,9 @@ from twinmerge.cli import main
 from twinmerge.files.cache import cache_folder
 from twinmerge.files.rows import read_rows
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 TASKS = ("sms", "trec")
 TRAINED_ROWS, ROUTER_ROWS, TEST_ROWS = 192, 120, 80
 

@@ -21,6 +21,9 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Features, Layers
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 Get = Callable[[str], Family]
 Twins = Callable[..., Path]
 FAMILIES = sorted(tiny.BASES)

@@ -19,6 +19,9 @@ from twinmerge.hf.batches import BatchLimits
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.predict import predict
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 Twins = Callable[..., Path]
 THREADS, CALLS = 8, 250
 ROWS = [row for expert in tiny.EXPERTS for row in tiny.text_rows(expert, 6)]

@@ -16,6 +16,9 @@ from twinmerge.jobs.build import build
 from twinmerge.jobs.predict import predict
 from twinmerge.models.compatible import Allow
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 ROWS = [row for name in tiny.EXPERTS for row in tiny.text_rows(name, 3)]
 EXPERTS = [name for name in tiny.EXPERTS for _ in range(3)]
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}

@@ -25,6 +25,9 @@ from twinmerge.twin.export import export_peft, export_stacked
 from twinmerge.twin.features import Layers
 from twinmerge.twin.manifest import write_manifest
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 TRANSFORMER: Mapping[str, int] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,

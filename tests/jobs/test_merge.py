@@ -94,6 +94,15 @@ def floats(state: State) -> State:
     return {name: tensor.double() for name, tensor in state.items() if tensor.dtype.is_floating_point}
 
 
+def change(folder: Path, edit: Callable[[State], object], config: dict[str, object] | None = None) -> None:
+    state = tensors(1)
+    edit(state)
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    write(folder, state, config)
+
+
 # ---- results
 
 

@@ -8,22 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.jobs.test_merge import CONFIG, State, kit, ours, read, recipe, rewrite, tensors, write
+from tests.jobs.test_merge import CONFIG, State, change, kit, ours, read, recipe, rewrite, tensors
+from tests.jobs.test_merge import models as models
 from twinmerge.cli import main
 from twinmerge.errors import CheckpointError, InputError, MismatchError, RecipeError
 from twinmerge.jobs.merge import merge_models
 from twinmerge.models.compatible import Allow
 
 # ---- refusals: one line, exit 2, nothing written
-
-
-def change(folder: Path, edit: Callable[[State], object], config: dict[str, object] | None = None) -> None:
-    state = tensors(1)
-    edit(state)
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    write(folder, state, config)
 
 
 def with_value(value: float) -> Callable[[State], object]:

@@ -21,6 +21,9 @@ from twinmerge.jobs.build import build
 from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 Get = Callable[[str], Family]
 Twins = Callable[..., Path]
 FAMILIES = sorted(tiny.BASES)

@@ -6,6 +6,9 @@ import pytest
 
 from tests.walk.laws import TOLERANCE, walk_class
 
+pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
+
+
 SAMPLE = {
     "BertForSequenceClassification": ("classifier", "fast"),
     "LlamaForCausalLM": ("causal", "fast"),
