@@ -73,6 +73,29 @@ def test_texts_are_those_of_the_experts(built: tuple[tiny.Family, Path]) -> None
     assert len({answer["continuation"] for answer in answers}) > 3
 
 
+def test_prompts_are_not_padded_where_positions_would_count_it(tmp_path: Path) -> None:
+    """BART's decoder alone takes no positions: they count from the first column."""
+    settings = {"is_decoder": True, "is_encoder_decoder": False, "decoder_layers": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        vocab_size=tiny.VOCABULARY, d_model=16, decoder_ffn_dim=32, max_position_embeddings=tiny.POSITIONS,
+        init_std=0.5, forced_eos_token_id=None, bos_token_id=2, **settings, **SPECIAL,
+    )  # fmt: skip
+    made = tiny.make_family(
+        tmp_path / "family",
+        tiny.seeded(transformers.BartForCausalLM, config),
+        transformers.BartForCausalLM,
+        scale=0.2,
+        padding_side="left",
+    )
+    whole = {"exclusive": {"rank": 64, "embeddings": "exclusive"}}
+    twin = build(made.recipe(**whole, router={"features": "tokens", "gate": "hard"}), tmp_path / "twin")
+    for row, answer in zip(ROWS, predict(TwinModel.from_pretrained(twin.path), ROWS, max_new_tokens=5), strict=True):
+        expert = transformers.BartForCausalLM.from_pretrained(made.root / answer["expert"]).eval()
+        x = tiny.tokenizer()([row["text"]], return_tensors="pt")
+        written = expert.generate(**x, max_new_tokens=5, do_sample=False)[0, x["input_ids"].shape[1] :]
+        assert answer["continuation"] == tiny.tokenizer().decode(written, skip_special_tokens=True)
+
+
 def longformer() -> transformers.LongformerConfig:
     return tiny.text_config(transformers.LongformerConfig, attention_window=[4, 4], pad_token_id=0, sep_token_id=3)
 

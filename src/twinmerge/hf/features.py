@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from twinmerge.errors import MismatchError
 from twinmerge.hf.heads import take
 from twinmerge.hf.loading import without_weights
 from twinmerge.routing.router import Batch
@@ -124,11 +125,19 @@ def pooled(outputs: Any, layers: Layers, mask: Tensor | None) -> Tensor:
 
 def pool(states: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the real tokens of (batch, seq, hidden), the positions of (batch, hidden, h, w), in float32."""
+    if not isinstance(states, Tensor):
+        raise MismatchError("a model without one hidden state a token cannot route by them; route by tokens")
     states = states.float()
     if states.ndim == 4:
         return states.flatten(2).mean(dim=2)
     if mask is None:
         return states.mean(dim=1)
+    if len(states) != len(mask) or states.shape[1] < mask.shape[1]:
+        raise MismatchError(
+            f"hidden states of {tuple(states.shape[:2])} are not those of {tuple(mask.shape)} tokens; route by tokens "
+            "(router: {features: tokens})"
+        )
+    states = states[:, : mask.shape[1]]  # some classes fill up to a whole number of blocks
     weights = mask.to(states).unsqueeze(-1)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp_min(1)
 

@@ -183,7 +183,10 @@ def answered(head: Any, outputs: ModelOutput, inputs: Mapping[str, Any]) -> Tens
             padding, shallow.config = _NO_TOKEN, copy.deepcopy(head.config)
             shallow.config.get_text_config().pad_token_id = padding
         inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(mask == 0, padding)}
-    logits: Tensor = said(shallow(**inputs))
+    try:
+        logits: Tensor = said(shallow(**inputs))
+    except ValueError as error:  # such as a row without the end token at which some classes read
+        raise MismatchError(f"a {type(head).__name__} does not answer these rows: {error}") from error
     return logits
 
 

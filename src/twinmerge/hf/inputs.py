@@ -86,6 +86,8 @@ def _tokens(model: TwinModel, rows: Sequence[Row], expert: str | None, room: int
 def _taken_by(model: TwinModel) -> set[str]:
     """What of a tokenizer's output a model reads."""
     names = {"input_ids", *inspect.signature(model.backbone.base_model.forward).parameters}
+    if len(names) < 4 and "kwargs" in names:  # a wrapper, which hands on what it is given
+        names = {"input_ids", *inspect.signature(model.backbone.forward).parameters}
     if getattr(model.backbone.config, "type_vocab_size", 2) < 2:
         names.discard("token_type_ids")  # there is one type, which stands for all
     return names
@@ -137,7 +139,8 @@ def pad(model: TwinModel, encoded: Sequence[Encoded], *, side: Literal["left", "
 def padding_id(model: TwinModel) -> int:
     """What fills a batch: the id by which the model itself knows padding, else the tokenizer's, else any."""
     config = model.backbone.config.get_text_config()
-    known = (config.pad_token_id, model.tokenizer.pad_token_id, model.tokenizer.unk_token_id)
+    of_model = getattr(config, "pad_token_id", None)  # which not every class knows
+    known = (of_model, model.tokenizer.pad_token_id, model.tokenizer.unk_token_id)
     return next((token for token in known if token is not None and 0 <= token < config.vocab_size), 0)
 
 
@@ -186,6 +189,13 @@ def position_table(backbone: PreTrainedModel) -> int | None:
                 first = rows - said if said <= rows <= said + _MOST_OFFSET else 0
             served.append(rows - first)
     return min(served, default=None)
+
+
+def counts_padding(backbone: PreTrainedModel) -> bool:
+    """Whether a model's positions count from a batch's first column: prompts padded on the left are then others."""
+    takes = inspect.signature(backbone.forward).parameters
+    decoder = not backbone.config.is_encoder_decoder
+    return decoder and "position_ids" not in takes and position_table(backbone) is not None
 
 
 def _start(tokenizer: Any, empty: Encoded) -> Encoded:

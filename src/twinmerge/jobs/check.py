@@ -17,7 +17,7 @@ from twinmerge.errors import CheckError
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
 from twinmerge.hf.heads import said
-from twinmerge.hf.inputs import encode, pad
+from twinmerge.hf.inputs import counts_padding, encode, pad
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.twin.plan import Plan
@@ -117,9 +117,9 @@ def _precision(plan: Plan) -> torch.dtype | None:
 def _agreement(model: TwinModel, plan: Plan, name: str, rows: Sequence[Row], kept: float) -> Agreement:
     """The expert's own output on its rows beside the twin's and the shared expert's."""
     inputs = _encoded(model, rows)
-    own = _expert_outputs(model, plan, name, inputs)
-    count = len(own)
+    count = len(inputs["input_ids"])
     ours = _outputs(model, model.one_hot([name] * count), inputs, name)
+    own = _expert_outputs(model, plan, name, inputs)
     shared = _outputs(model, torch.zeros(count, len(model.expert_names), device=model.device), inputs, name)
     apart = sum(float((a - b).square().sum()) for a, b in zip(shared, own, strict=True)) ** 0.5
     off = sum(float((a - b).square().sum()) for a, b in zip(ours, own, strict=True)) ** 0.5
@@ -183,8 +183,11 @@ def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None
     if model.heads or not model.backbone.can_generate():
         return None
     decodes = model.backbone.config.is_encoder_decoder
+    rows = [rows[0]] * len(rows) if counts_padding(model.backbone) else rows
     inputs: dict[str, Any] = _encoded(model, rows, side="right" if decodes else "left")
     inputs.pop("decoder_input_ids", None)
+    if "attention_mask" not in inputs:  # nothing says what is padding: prompts of one length share a batch
+        return None
     prompt = 1 if decodes else inputs["input_ids"].shape[1]
     written = model.generate(
         **inputs, gate=gate, do_sample=False, min_new_tokens=_NEW_TOKENS, max_new_tokens=_NEW_TOKENS
@@ -225,7 +228,7 @@ def _encoded(model: TwinModel, rows: Sequence[Row], *, side: Any = "right") -> d
     short = [{key: values[:TOKENS] for key, values in one.items()} for one in encode(model, rows)]
     inputs, config = pad(model, short, side=side), model.backbone.config
     if config.is_encoder_decoder and not model.heads:  # what the decoder has written so far: the input, begun anew
-        ids, first = inputs["input_ids"], config.get_text_config().decoder_start_token_id or 0
+        ids, first = inputs["input_ids"], getattr(config.get_text_config(), "decoder_start_token_id", None) or 0
         inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], first), ids[:, :-1]], dim=1)
     return inputs
 
