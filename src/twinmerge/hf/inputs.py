@@ -192,10 +192,8 @@ def position_table(backbone: PreTrainedModel) -> int | None:
 
 
 def counts_padding(backbone: PreTrainedModel) -> bool:
-    """Whether a model's positions count from a batch's first column: prompts padded on the left are then others."""
-    takes = inspect.signature(backbone.forward).parameters
-    decoder = not backbone.config.is_encoder_decoder
-    return decoder and "position_ids" not in takes and position_table(backbone) is not None
+    """Whether a decoder looks positions up in a table: not every class leaves padding on the left out of its count."""
+    return not backbone.config.is_encoder_decoder and position_table(backbone) is not None
 
 
 def _start(tokenizer: Any, empty: Encoded) -> Encoded:
