@@ -329,3 +329,22 @@ def test_plan_of_a_twin_says_what_the_build_needs(
     capsys.readouterr()
     assert main(["plan", str(family.root / "recipe.yaml"), "--memory", "1MB"]) == 2
     assert "--memory must be at least" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["abc", "+-5", "0", "-1", "1.5", ""])
+@pytest.mark.parametrize("option", ["--batch-size", "--batch-tokens", "--max-new-tokens"])
+def test_number_that_is_none_is_refused_in_plain_words(
+    option: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "twin", "--input", "x", "--output", "y", f"{option}={text}"])
+    assert caught.value.code == 2
+    assert f"argument {option}: must be a whole number, 1 or more, found {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["abc", "-0.1", "1.01", "nan", ""])
+def test_confidence_that_is_none_is_refused_in_plain_words(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "twin", "--input", "x", "--output", "y", f"--uncertain-below={text}"])
+    assert caught.value.code == 2
+    assert f"--uncertain-below: must be a number from 0 to 1, found {text!r}" in capsys.readouterr().err

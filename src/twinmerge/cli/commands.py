@@ -17,11 +17,7 @@ def build(options: argparse.Namespace) -> None:
         artifact = build(
             options.recipe,
             options.out,
-            allow=_allowed(options),
-            overwrite=options.overwrite,
-            resume=options.resume,
-            memory_bytes=options.memory,
-            executor=_executor(options),
+            **_work(options),
             check=not options.no_check,
             fast_only=options.fast_only,
             progress=progress,
@@ -39,11 +35,7 @@ def merge(options: argparse.Namespace) -> None:
         manifest = merge_models(
             load_merge(options.recipe, options.seed),
             options.out,
-            allow=_allowed(options),
-            overwrite=options.overwrite,
-            resume=options.resume,
-            memory_bytes=options.memory,
-            executor=_executor(options),
+            **_work(options),
             hash_inputs=options.hash_inputs,
             progress=progress,
         )
@@ -179,6 +171,17 @@ def evaluate(options: argparse.Namespace) -> None:
 
     Console().print(terminal_table(result))
     sys.stdout.write(f"report: {page}\n")
+
+
+def _work(options: argparse.Namespace) -> dict[str, Any]:
+    """How `build` and `merge` do their work."""
+    return {
+        "allow": _allowed(options),
+        "overwrite": options.overwrite,
+        "resume": options.resume,
+        "memory_bytes": options.memory,
+        "executor": _executor(options),
+    }
 
 
 def _allowed(options: argparse.Namespace) -> Any:

@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument(
         "--uncertain-below",
-        type=float,
+        type=_share,
         metavar="P",
         help='mark answers of which the router is less sure than this probability as "uncertain"',
     )
@@ -245,6 +245,20 @@ def _positive(text: str) -> int:
 
 
 def _integer(text: str, least: int) -> int:
-    if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
         raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, found {text!r}")
-    return int(text)
+    return number
+
+
+def _share(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, found {text!r}")
+    return number

@@ -191,8 +191,11 @@ def position_table(backbone: PreTrainedModel) -> int | None:
     return min(served, default=None)
 
 
-def counts_padding(backbone: PreTrainedModel) -> bool:
-    """Whether a decoder looks positions up in a table: not every class leaves padding on the left out of its count."""
+def reads_position_table(backbone: PreTrainedModel) -> bool:
+    """Whether a decoder looks its positions up in a table.
+
+    Not every such class leaves padding on the left out of its count: its prompts share a batch of one length only.
+    """
     return not backbone.config.is_encoder_decoder and position_table(backbone) is not None
 
 

@@ -17,7 +17,7 @@ from twinmerge.errors import CheckError
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
 from twinmerge.hf.heads import said
-from twinmerge.hf.inputs import counts_padding, encode, pad
+from twinmerge.hf.inputs import encode, pad, reads_position_table
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.twin.plan import Plan
@@ -183,7 +183,8 @@ def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None
     if model.heads or not model.backbone.can_generate():
         return None
     decodes = model.backbone.config.is_encoder_decoder
-    rows = [rows[0]] * len(rows) if counts_padding(model.backbone) else rows
+    # under padding on the left such a model may say something else, which `predict` does not do either
+    rows = [rows[0]] * len(rows) if reads_position_table(model.backbone) else rows
     inputs: dict[str, Any] = _encoded(model, rows, side="right" if decodes else "left")
     inputs.pop("decoder_input_ids", None)
     if "attention_mask" not in inputs:  # nothing says what is padding: prompts of one length share a batch

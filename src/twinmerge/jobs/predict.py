@@ -22,7 +22,16 @@ from twinmerge.files.target import GrowingFile, growing_file
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings
 from twinmerge.hf.generate import end_ids, sees_padding
-from twinmerge.hf.inputs import Encoded, batches_of, counts_padding, encode, pad, padding_id, spans_of, tokenizer_of
+from twinmerge.hf.inputs import (
+    Encoded,
+    batches_of,
+    encode,
+    pad,
+    padding_id,
+    reads_position_table,
+    spans_of,
+    tokenizer_of,
+)
 from twinmerge.hf.model import Mode, TwinModel
 from twinmerge.jobs.build import versions
 from twinmerge.twin.artifact import TwinArtifact
@@ -305,7 +314,7 @@ def _answer(
     mode: Mode = "merge" if kept else "auto"
     for group in _groups(model, rows, settings, generates):
         encoded = encode(model, [rows[index] for index in group.rows], expert=group.reader, room=new)
-        alike = generates and (sees_padding(_generation(model, group.reader)) or counts_padding(model.backbone))
+        alike = generates and (sees_padding(_generation(model, group.reader)) or reads_position_table(model.backbone))
         for chosen in batches_of(model, encoded, settings.limits, new=new, alike=alike):
             part, picked = group.take(chosen), [encoded[place] for place in chosen]
             answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings, mode)
