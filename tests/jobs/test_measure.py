@@ -18,9 +18,10 @@ from twinmerge.cli import main
 from twinmerge.errors import DataError, InputError, MismatchError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.hf.inputs import tokenize
+from twinmerge.hf.measurements import Subject, fisher, grams
 from twinmerge.jobs import measure as module
 from twinmerge.jobs.build import build
-from twinmerge.jobs.measure import Calibration, Subject, fisher, for_merge, for_twin, grams
+from twinmerge.jobs.measure import Calibration, for_merge, for_twin
 from twinmerge.jobs.merge import merge_models
 from twinmerge.jobs.preflight import checked
 from twinmerge.merging import method as registry

@@ -113,7 +113,7 @@ def test_header_bytes_are_an_upper_bound_of_what_a_file_takes(family: Get, tmp_p
 
 
 def test_budget_is_what_is_left_after_vectors_and_headers(bert: Family) -> None:
-    plan = bert.plan(exclusive={"budget": 3.0})
+    plan = bert.plan(exclusive={"budget": 3.0, "dtype": None})
     vectors = [task for task in plan.tasks if task.kind == "vector"]
     assert plan.vector_bytes == sum((task.spec.nbytes + task.header_bytes) * 3 for task in vectors)
     assert plan.budget_bytes is not None

@@ -85,12 +85,11 @@ SPECTRA = st.dictionaries(
     st.lists(st.floats(0, 4), min_size=1, max_size=5).map(lambda v: torch.tensor(sorted(v, reverse=True))),
     min_size=1,
 )
-SHAPES = {"wide": (5, 40), "small": (5, 6), "tall": (30, 5)}
-BYTES = {"wide": 4, "small": 2, "tall": 4}
+COST = {"wide": 180, "small": 22, "tall": 140}
 
 
 def chosen(spectra: dict[Key, Tensor], budget_bytes: int | None = None, **settings: float) -> dict[Key, int]:
-    return choose_ranks(spectra, SHAPES, ExclusiveSettings(**settings), budget_bytes=budget_bytes, element_bytes=BYTES)
+    return choose_ranks(spectra, ExclusiveSettings(**settings), budget_bytes=budget_bytes, cost=COST)
 
 
 @given(SPECTRA, st.integers(0, 8))
@@ -114,7 +113,7 @@ def test_all_the_energy_is_all_directions_that_are_not_zero() -> None:
 @given(SPECTRA, st.integers(0, 3000))
 def test_budget_is_respected_and_nothing_more_would_fit(spectra: dict[Key, Tensor], budget: int) -> None:
     ranks = chosen(spectra, budget, budget=0.1)
-    cost = {key: sum(SHAPES[key[0]]) * BYTES[key[0]] for key in spectra}
+    cost = {key: COST[key[0]] for key in spectra}
     left = budget - sum(ranks[key] * cost[key] for key in spectra)
     assert left >= 0
     for key, values in spectra.items():

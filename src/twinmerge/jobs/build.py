@@ -19,7 +19,7 @@ from twinmerge.hf.loading import load_backbone, load_tokenizer, skeleton
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.check import check_twin
-from twinmerge.jobs.measure import for_twin
+from twinmerge.jobs.measure import for_twin, for_weighting
 from twinmerge.jobs.preflight import Checked, checked
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
@@ -45,6 +45,7 @@ from twinmerge.twin.manifest import (
 )
 from twinmerge.twin.plan import Kind, Plan, make_plan
 from twinmerge.twin.recipe import Recipe, RouterSettings
+from twinmerge.twin.weighting import Weighting
 
 _WORTH_A_NOTE = 1e-3
 
@@ -91,7 +92,7 @@ def build(
     out = Path(out)
     require_free(out, overwrite=overwrite, resume=resume)
     found = checked(open_plan(recipe, allow, fast_only=fast_only))
-    plan, calibration = found.plan, for_twin(found)
+    plan, calibration, weighting = found.plan, for_twin(found), for_weighting(found, memory_bytes)
     needs = Needs.of(plan)
     executor = needs.within(executor or make_executor("threads"), memory_bytes)
     settings = sha256_of_json(recipe.model_dump(mode="json", exclude={"root"}))
@@ -109,6 +110,7 @@ def build(
                 finished=dict(target.finished),
                 record=target.record,
                 measured=calibration.measure(target, progress) if calibration else {},
+                weighting=Weighting(weighting.measure(target, progress)) if weighting else None,
             )
             found.write_own(target.folder)
             manifest = new_manifest(plan, report, out, left_out(found.rows, recipe.router), progress)

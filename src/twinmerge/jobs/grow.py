@@ -15,7 +15,9 @@ from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.loading import skeleton
 from twinmerge.jobs.build import finish, left_to_shared, now, versions, with_fallback, with_provenance
+from twinmerge.jobs.measure import for_weighting
 from twinmerge.jobs.preflight import checked
+from twinmerge.merging.executor import MEMORY_BYTES
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
 from twinmerge.twin.artifact import TwinArtifact
@@ -30,6 +32,7 @@ from twinmerge.twin.manifest import (
 )
 from twinmerge.twin.plan import Plan, make_plan
 from twinmerge.twin.recipe import ExpertSource, Recipe
+from twinmerge.twin.weighting import Weighting
 
 Change = Literal["add", "remove", "replace"]
 
@@ -122,8 +125,17 @@ def _fill(
     known = _take_over(artifact, folder, name, link=out == artifact.path)
     report = None
     if source is not None:
-        done = dict(target.finished)
-        report = add_expert(plan, artifact.shared, new, target.work, progress, finished=done, record=target.record)
+        weighting = for_weighting(found, MEMORY_BYTES)
+        report = add_expert(
+            plan,
+            artifact.shared,
+            new,
+            target.work,
+            progress,
+            finished=dict(target.finished),
+            record=target.record,
+            weighting=Weighting(weighting.measure(target, progress)) if weighting else None,
+        )
     found.write_own(folder)
     manifest = _manifest(artifact, out, plan, change, name, report, progress)
     finish(TwinArtifact(folder, manifest), found, known, check=options.get("check", True), progress=progress)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.rows import Row, read_rows
@@ -20,6 +20,8 @@ from twinmerge.twin.shared import require_fine_tunes
 _ROWS_LOOKED_AT = 200
 """Of each expert's router data, whether the tokenizer knows their words."""
 _MOSTLY_UNKNOWN = 0.5
+_WEIGHED_BYTES = 10**9
+"""Of an expert in float32: what is measured of a larger one takes memory and disk of which nobody was told."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Checked:
     """A plan that was found good, and what was read to find it so.
 
     Attributes:
-        plan: with `max_length` of its recipe where the experts' tokenizers say one, and with more notes.
+        plan: with `max_length` of its recipe where the experts' tokenizers say one, weighting settled, and more notes.
         rows: the router data of every expert, in the gate's order.
         answers: how each expert answers.
         own: what is kept of each expert beside weights: file -> content.
@@ -83,7 +85,8 @@ def checked(plan: Plan) -> Checked:
         require_fine_tunes(plan)
     notes = [note for name, part in rows.items() for note in _unknown_words(name, part, tokenizer)]
     longest, more = _length(plan, model, tokenizer)
-    recipe = plan.recipe.model_copy(update={"max_length": longest})
+    exclusive = plan.recipe.exclusive.model_copy(update={"weighting": _weighting(plan)})
+    recipe = plan.recipe.model_copy(update={"max_length": longest, "exclusive": exclusive})
     return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more)), rows, answers, own)
 
 
@@ -97,6 +100,25 @@ def _require_one_way(heads: Mapping[str, Any]) -> None:
                 f"{', '.join(sorted(first.asks))}, expert {other!r} is a {type(heads[other]).__name__}; experts of one "
                 "twin share the backbone's pass"
             )
+
+
+def _weighting(plan: Plan) -> Literal["none", "inputs", "two_sided"]:
+    """What directions are weighed by, settled.
+
+    Raises:
+        MismatchError: if it is asked for and cannot be measured.
+    """
+    settings, stacks = plan.recipe.exclusive, plan.base.config.get("is_encoder_decoder")
+    if settings.weighting != "auto":
+        if settings.weighting != "none" and stacks:
+            raise MismatchError(
+                f"exclusive.weighting: {settings.weighting} is measured on models of one stack, and base "
+                f"{plan.base.path} is an encoder-decoder; use none"
+            )
+        return settings.weighting
+    size = sum(spec.numel for spec in plan.base.specs.values() if spec.dtype.is_floating_point) * 4
+    fits = settings.budget is not None and not stacks and size <= _WEIGHED_BYTES
+    return "two_sided" if fits else "none"
 
 
 def _config(expert: Expert, plan: Plan) -> Mapping[str, Any]:

@@ -218,6 +218,28 @@ def compress_product(
     return _pair(up, down, ups[0].dtype), values.to(_factor_dtype(ups[0].dtype))
 
 
+def kept_energy(pair: LowRank, difference: Float[Tensor, "out in"] | LowRank) -> Float64[Tensor, " counts"]:
+    """How much of a matrix's squared norm the first 0, 1, ... directions of a pair keep: ||D||^2 - ||D - P_r||^2.
+
+    The directions need not be orthogonal, as those that were rounded or weighed are not; then more of them may keep
+    less.
+
+    Args:
+        pair: rounded as it is stored.
+        difference: the matrix, or an exact pair of it.
+
+    Returns:
+        (rank + 1,).
+    """
+    up, down = pair.up.double(), pair.down.double()
+    if isinstance(difference, LowRank):
+        inner = ((up.T @ difference.up.double()) * (down @ difference.down.double().T)).sum(dim=1)
+    else:
+        inner = ((difference @ pair.down.T.to(difference.dtype)).double() * up).sum(dim=0)
+    among = ((up.T @ up) * (down @ down.T)).cumsum(0).cumsum(1).diagonal()
+    return torch.cat([inner.new_zeros(1), 2 * inner.cumsum(0) - among])
+
+
 def as_matrix(tensor: Shaped[Tensor, "out *rest"]) -> Shaped[Tensor, "out in"]:
     """View a parameter as `(out, in)`: a convolution becomes `(out, in * kh * kw)`.
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twinmerge.tensors.float8 import EIGHT_BITS, Quantised
+from twinmerge.tensors.int4 import FourBits
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse
 
@@ -93,12 +94,15 @@ class Dense:
 
 AnyForm = TypeVar("AnyForm", LowRank, Sparse, Dense)
 Key = TypeVar("Key")
-FORMS: Mapping[frozenset[str], type[LowRank | Sparse | Dense]] = {
+FORMS: Mapping[frozenset[str], type[LowRank | FourBits | Sparse | Dense]] = {
     frozenset({"up", "down"}): LowRank,
+    frozenset({"four_bits"}): FourBits,
     frozenset({"indices", "values"}): Sparse,
     frozenset({"dense"}): Dense,
 }
 """Names of a form's tensors -> the form."""
+STORED_ONLY = (Quantised, FourBits)
+"""Forms for the disk, which `to` a float dtype turns into the pairs that are computed with."""
 LEAVES = tuple(sorted(leaf for leaves in FORMS for leaf in leaves))
 
 

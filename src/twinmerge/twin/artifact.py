@@ -16,7 +16,7 @@ from twinmerge.files.hashes import sha256_of
 from twinmerge.files.writer import save_tensors
 from twinmerge.tensors.float8 import EIGHT_BITS, SCALE
 from twinmerge.tensors.low_rank import LowRank
-from twinmerge.tensors.parts import Part, unpack
+from twinmerge.tensors.parts import STORED_ONLY, Part, unpack
 from twinmerge.twin.manifest import MANIFEST, Manifest, files_in, read_manifest
 from twinmerge.twin.plan import TRANSPOSED, Kind
 
@@ -67,7 +67,7 @@ class TwinArtifact:
     def exclusive(self, expert: str) -> dict[str, Part]:
         """One expert's exclusive knowledge, by parameter name; parameters that are not there have none.
 
-        Pairs of 8 bits, which are for the disk only, come in the dtype of their parameter.
+        Pairs of 8 and 4 bits, which are for the disk only, come in the dtype of their parameter.
         """
         folder, specs = self.path / "experts" / expert, self.shared.specs
         parts: dict[str, Part] = {}
@@ -75,7 +75,7 @@ class TwinArtifact:
             parts |= _read_adapter(Checkpoint.open(folder / "adapter_model.safetensors"), self.kinds)
         if (folder / "exclusive.safetensors").exists():
             parts |= _read_exclusive(Checkpoint.open(folder / "exclusive.safetensors"), self.shared)
-        return {n: part.to(specs[n].dtype) if part.dtype == EIGHT_BITS else part for n, part in parts.items()}
+        return {n: part.to(specs[n].dtype) if isinstance(part, STORED_ONLY) else part for n, part in parts.items()}
 
     def head(self, expert: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """An expert's config and head tensors, None if experts share the base's output layer."""

@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 
 from twinmerge.errors import RecipeError
 from twinmerge.merging.executor import OWN_BYTES, Executor, Threads
-from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+from twinmerge.twin.plan import MATRICES, Plan, TensorTask, moment_bytes, weighted
 
 _GRAM_ROWS = 4096
 """Rows of a matrix that are in float64 at a time while it is decomposed."""
+_MOMENT_COPIES = 7
+"""Of a second moment: as it is read, and in float64 with its damped copy and its root."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Needs:
         memory, parameter = max((_memory(plan, task), task.name) for task in plan.tasks)
         heads = sum(e.head_source(n).specs[n].nbytes for e in plan.experts.values() for n in e.head)
         compressed = sum(_stored(plan, task) for task in plan.tasks)
+        measured = sum(moment_bytes(task) * len(task.experts) for task in weighted(plan))
         kept = compressed if plan.budget_bytes is None else min(compressed, plan.budget_bytes + plan.vector_bytes)
-        return cls(memory, parameter, plan.base.nbytes + compressed, plan.base.nbytes + heads + kept)
+        return cls(memory, parameter, plan.base.nbytes + compressed + measured, plan.base.nbytes + heads + kept)
 
     @property
     def disk_bytes(self) -> int:
@@ -75,6 +78,8 @@ def _memory(plan: Plan, task: TensorTask) -> int:
             kept = _rank(plan, task)
             decomposing += 8 * short * (4 * short + _GRAM_ROWS) + 24 * (long + short) * kept
             decomposing += _stored(plan, task)
+            if plan.recipe.exclusive.weighting != "none":
+                decomposing += 24 * entries + _MOMENT_COPIES * moment_bytes(task)
         else:
             decomposing += 24 * entries
     return max(merging, decomposing)
@@ -97,5 +102,5 @@ def _stored(plan: Plan, task: TensorTask) -> int:
     elif density is not None:
         one = round(density * task.spec.numel) * (size + 4)
     else:
-        one = _rank(plan, task) * sum(task.matrix_shape) * size
+        one = _rank(plan, task) * plan.direction_bytes(task)
     return one * len(task.experts)

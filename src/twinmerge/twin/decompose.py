@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,14 @@ from twinmerge.merging.method import Scaled
 from twinmerge.merging.statistics import Statistics
 from twinmerge.tensors.difference import require_finite
 from twinmerge.tensors.float8 import EIGHT_BITS, to_eight_bits
-from twinmerge.tensors.low_rank import LowRank, compress_product
-from twinmerge.tensors.parts import LEAVES, Dense, Part, unpack
+from twinmerge.tensors.int4 import FOUR_BITS, FourBits, to_four_bits
+from twinmerge.tensors.low_rank import LowRank, as_matrix, kept_energy
+from twinmerge.tensors.parts import LEAVES, STORED_ONLY, Dense, Part, unpack
 from twinmerge.twin.artifact import write_exclusive
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
-from twinmerge.twin.ranks import Key, choose_ranks, compress
+from twinmerge.twin.ranks import Key, choose_ranks, compress, compress_factors
 from twinmerge.twin.shared import bound_of, chunks_of, merge_parameter, prepare
+from twinmerge.twin.weighting import Weighting
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class TensorRecord:
     spectra: Mapping[str, Tensor]
     """Singular values, by expert; empty where nothing was decomposed."""
     part: Path
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """How much of the energy the first 0, 1, ... directions keep as they are stored, by expert, where it is not the
+    spectrum's."""
 
     @classmethod
     def load(cls, name: str, part: Path) -> "TensorRecord":
@@ -48,9 +53,16 @@ class TensorRecord:
         def numbers(leaf: str) -> dict[str, Tensor]:
             return {n.removesuffix(leaf): written.read(n) for n in written.specs if n.endswith(leaf)}
 
-        scaling = numbers("/scaling").get("shared")
+        found = numbers("/scaling").get("shared")
         energies = {expert: float(value) for expert, value in numbers("/energy").items()}
-        return cls(name, None if scaling is None else float(scaling), energies, numbers("/spectrum"), part)
+        scaling = None if found is None else float(found)
+        return cls(name, scaling, energies, numbers("/spectrum"), part, numbers("/kept"))
+
+    def energy_of(self, expert: str, rank: int) -> float:
+        """How much of ||expert - shared||_F^2 the first `rank` directions keep."""
+        if expert in self.kept:
+            return float(self.kept[expert][rank])
+        return float(self.spectra[expert][:rank].double().square().sum())
 
     def exclusive(self, expert: str, shape: tuple[int, int]) -> Part | None:
         """What the part file holds of an expert, None for a difference of zero."""
@@ -77,6 +89,7 @@ def write_weights(
     finished: Mapping[str, str] = {},
     record: Callable[[str, str], None] = lambda name, digest: None,
     measured: Mapping[str, Checkpoint] = {},
+    weighting: Weighting | None = None,
 ) -> WeightsReport:
     """Write the shared expert, the exclusive parts and the heads.
 
@@ -89,8 +102,9 @@ def write_weights(
         finished: parameters whose part files an interrupted run left in `work`, and their SHA-256, which is verified.
         record: told the name and the SHA-256 of every part file that is complete.
         measured: what was measured of each expert on calibration data, where the merge method needs it.
+        weighting: what directions are weighed by; None weighs all alike.
     """
-    work_on = _Decompose(plan, prepare(plan, measured), work)
+    work_on = _Decompose(plan, prepare(plan, measured), work, weighting=weighting)
     records = _decompose_all(work_on, plan.tasks, progress, executor, finished, record)
     ranks = _ranks(plan, records)
     _write_shared(plan, records, folder)
@@ -118,6 +132,7 @@ class _Decompose:
     work: Path
     shared: Checkpoint | None = None
     """The shared expert, where it is there already."""
+    weighting: Weighting | None = None
 
     def part(self, name: str) -> Path:
         """The part file of a parameter, whose name may be no file's."""
@@ -126,7 +141,11 @@ class _Decompose:
     def __call__(self, task: TensorTask) -> str:
         """The SHA-256 of the part file."""
         stored = self.shared.read(task.name) if self.shared else None
-        return sha256_of(decompose_tensor(task, self.plan, self.statistics, self.part(task.name), stored).part)
+        return sha256_of(
+            decompose_tensor(
+                task, self.plan, self.statistics, self.part(task.name), stored, weighting=self.weighting
+            ).part
+        )
 
 
 def _decompose_all(
@@ -159,6 +178,7 @@ def add_expert(
     *,
     finished: Mapping[str, str] = {},
     record: Callable[[str, str], None] = lambda name, digest: None,
+    weighting: Weighting | None = None,
 ) -> WeightsReport:
     """Write the exclusive part and the head of the one expert that a plan opened; the shared expert stays as it is.
 
@@ -170,17 +190,24 @@ def add_expert(
         progress: told after every parameter.
         finished: as for `write_weights`.
         record: as for `write_weights`.
+        weighting: as for `write_weights`.
     """
     (name,) = plan.experts
     tasks = [task for task in plan.tasks if task.experts]
-    records = _decompose_all(_Decompose(plan, Statistics(), work, shared), tasks, progress, None, finished, record)
+    work_on = _Decompose(plan, Statistics(), work, shared, weighting)
+    records = _decompose_all(work_on, tasks, progress, None, finished, record)
     ranks = _ranks(plan, records)
     entry = _write_expert(plan, name, records, ranks, folder)
     return WeightsReport({task: {"ranks": {expert: rank}} for (task, expert), rank in ranks.items()}, {name: entry})
 
 
 def decompose_tensor(
-    task: TensorTask, plan: Plan, statistics: Statistics, part: Path, stored: Tensor | None = None
+    task: TensorTask,
+    plan: Plan,
+    statistics: Statistics,
+    part: Path,
+    stored: Tensor | None = None,
+    weighting: Weighting | None = None,
 ) -> TensorRecord:
     """Merge one parameter and compress what each expert loses by it; idempotent, writes only `part`.
 
@@ -191,37 +218,68 @@ def decompose_tensor(
     tensors: dict[str, Tensor] = {"shared": shared} if stored is None else {}
     energies: dict[str, float] = {}
     spectra: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     if task.exclusive:
         base = plan.base.read(task.name)
         bound = bound_of(plan, task, base)
         factored = _factored_differences(task, plan, scaling) if stored is None else None
         for name in task.experts:
-            kept: Part
-            values: Tensor | None = None
+            difference: Tensor | LowRank
             if factored is not None:
-                kept, values = factored[name]
-                energies[name] = float(values.double().square().sum())
+                difference = factored[name]
+                energies[name] = difference.energy()
             else:
                 difference = plan.experts[name].task_vector(task.name, base, bound).add_(base).sub_(shared)
                 energies[name] = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
-                if task.kind in MATRICES:
-                    kept, values = compress(
-                        difference, plan.recipe.exclusive, seed=plan.recipe.seed, expert=name, name=task.name
-                    )
-                else:
-                    kept = Dense(difference)
-            if task.kind in MATRICES or kept.energy():
-                tensors |= _stored(name, kept, plan.stored_dtype(task), task.name)
-            if values is not None:
-                spectra[name] = values
+            found = _compressed(task, plan, name, difference, weighting)
+            tensors |= {f"{name}/{leaf}": tensor for leaf, tensor in found.tensors.items()}
+            spectra |= {} if found.spectrum is None else {name: found.spectrum}
+            kept |= {} if found.kept is None else {name: found.kept}
     elif task.experts:
         energies = _lost(task, plan, shared)
     tensors |= {f"{name}/energy": torch.tensor(energy, dtype=torch.float64) for name, energy in energies.items()}
     tensors |= {f"{name}/spectrum": values for name, values in spectra.items()}
+    tensors |= {f"{name}/kept": values for name, values in kept.items()}
     if scaling is not None:
         tensors["shared/scaling"] = torch.tensor(scaling, dtype=torch.float64)
     save_tensors({k: v.contiguous() for k, v in tensors.items()}, part)
-    return TensorRecord(task.name, scaling, energies, spectra, part)
+    return TensorRecord(task.name, scaling, energies, spectra, part, kept)
+
+
+@dataclass(frozen=True)
+class _Compressed:
+    """One expert's difference in one parameter, as it is stored."""
+
+    tensors: Mapping[str, Tensor]
+    spectrum: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def _compressed(
+    task: TensorTask, plan: Plan, name: str, difference: Tensor | LowRank, weighting: Weighting | None
+) -> _Compressed:
+    settings, where = plan.recipe.exclusive, f"{task.name!r} of expert {name!r}"
+    if task.kind not in MATRICES:
+        dense = Dense(cast(Tensor, difference))
+        return _Compressed(_stored(dense, plan.stored_dtype(task), where) if dense.energy() else {})
+    whitening = None if weighting is None else weighting.of(name, task.name, task.matrix_shape)
+    part: Part
+    values: Tensor | None
+    if isinstance(difference, LowRank):
+        part, values = compress_factors(difference, settings, whitening)
+    else:
+        part, values = compress(
+            difference, settings, seed=plan.recipe.seed, expert=name, name=task.name, whitening=whitening
+        )
+    tensors = _stored(part, plan.stored_dtype(task), where)
+    if values is None:
+        return _Compressed(tensors)
+    stored = unpack(tensors, task.matrix_shape)
+    if whitening is None and not isinstance(stored, STORED_ONLY):
+        return _Compressed(tensors, values)  # orthogonal directions: what they keep is their spectrum
+    if not isinstance(difference, LowRank):
+        difference = as_matrix(difference)
+    return _Compressed(tensors, values, kept_energy(cast(LowRank, stored.to(torch.float32)), difference))
 
 
 def _lost(task: TensorTask, plan: Plan, shared: Tensor) -> dict[str, float]:
@@ -235,10 +293,8 @@ def _lost(task: TensorTask, plan: Plan, shared: Tensor) -> dict[str, float]:
     return lost
 
 
-def _factored_differences(
-    task: TensorTask, plan: Plan, scaling: float | None
-) -> dict[str, tuple[LowRank, Tensor]] | None:
-    """LoRA experts under a linear merge: D_t from stacked factors through QR, no (out, in) matrix is formed."""
+def _factored_differences(task: TensorTask, plan: Plan, scaling: float | None) -> dict[str, LowRank] | None:
+    """LoRA experts under a linear merge: D_t as stacked factors, no (out, in) matrix is formed; None for others."""
     method, svd = plan.recipe.shared, plan.recipe.exclusive.compression == "svd"
     if isinstance(method, Scaled) and scaling is not None:
         method = method.at(scaling)
@@ -250,31 +306,22 @@ def _factored_differences(
     pairs = {name: plan.experts[name].factors(task.name) for name in task.experts}
     if any(pairs[n] is None and task.name in plan.experts[n].stored for n in task.experts):
         return None
-    trained = {name: pair for name, pair in pairs.items() if pair is not None}
+    trained = {name: pair for name, pair in sorted(pairs.items()) if pair is not None}
     out, columns = task.matrix_shape
-    empty = LowRank(torch.zeros(out, 0), torch.zeros(0, columns))
+    if not trained:
+        return dict.fromkeys(task.experts, LowRank(torch.zeros(out, 0), torch.zeros(0, columns)))
+    downs = torch.cat([pair.down for pair in trained.values()])
     result = {}
     for name in task.experts:
-        ups = [pair.up * ((other == name) - coefficients[other]) for other, pair in sorted(trained.items())]
-        downs = [pair.down for _, pair in sorted(trained.items())]
-        if not ups:
-            result[name] = (empty, torch.zeros(0))
-            continue
-        factors, values = compress_product(ups, downs)
-        rank = plan.recipe.exclusive.rank
-        result[name] = (factors if rank is None else factors.truncate(min(rank, factors.rank)), values)
+        ups = [pair.up * ((other == name) - coefficients[other]) for other, pair in trained.items()]
+        result[name] = LowRank(torch.cat(ups, dim=1), downs)
     return result
 
 
 def _ranks(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[Key, int]:
     spectra = {(name, e): values for name, record in records.items() for e, values in record.spectra.items()}
-    shapes = {task.name: task.matrix_shape for task in plan.tasks if task.kind in MATRICES}
-    element_bytes = {task.name: plan.stored_dtype(task).itemsize for task in plan.tasks}
-    if not spectra:
-        return {}
-    return choose_ranks(
-        spectra, shapes, plan.recipe.exclusive, budget_bytes=plan.budget_bytes, element_bytes=element_bytes
-    )
+    cost = {task.name: plan.direction_bytes(task) for task in plan.tasks if task.kind in MATRICES}
+    return choose_ranks(spectra, plan.recipe.exclusive, budget_bytes=plan.budget_bytes, cost=cost) if spectra else {}
 
 
 def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path) -> None:
@@ -292,26 +339,31 @@ def _write_expert(
     plan: Plan, name: str, records: Mapping[str, TensorRecord], ranks: Mapping[Key, int], folder: Path
 ) -> dict[str, Any]:
     parts: dict[str, Part] = {}
+    held = 0.0
+    settings = plan.recipe.exclusive
+    rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
     for task in plan.tasks:
         part = records[task.name].exclusive(name, task.matrix_shape) if task.name in records else None
-        if part is not None and (task.name, name) in ranks:
-            factors = cast(LowRank, part)  # only those have ranks
-            part = factors.truncate(min(ranks[task.name, name], factors.rank))
-        if part is not None:
-            parts[task.name] = part
+        if part is None:
+            continue
+        if (task.name, name) in ranks:
+            factors = cast(LowRank | FourBits, part)  # only those have ranks
+            rank = min(ranks[task.name, name], factors.rank)
+            part = factors.truncate(rank)
+            held += records[task.name].energy_of(name, rank)
+        else:
+            held += part.energy() * (rescaled**2 if task.kind in MATRICES else 1)
+        parts[task.name] = part
     kinds = {task.name: task.kind for task in plan.tasks}
     write_exclusive(folder, parts, kinds, {task.name: task.spec.shape for task in plan.tasks})
     _write_head(plan, name, folder / "head")
     total = sum(record.energies.get(name, 0.0) for record in records.values())
-    settings = plan.recipe.exclusive
-    rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
-    held = sum(part.energy() * (rescaled**2 if kinds[n] in MATRICES else 1) for n, part in parts.items())
     used = [ranks[key] for key in ranks if key[1] == name]
     left_out = sum(records[t.name].energies.get(name, 0.0) for t in plan.tasks if t.experts and not t.exclusive)
     return {
         "adapter": plan.experts[name].is_adapter,
         "energy": total,
-        "energy_kept": min(held / total, 1.0) if total else 1.0,
+        "energy_kept": min(max(held / total, 0.0), 1.0) if total else 1.0,
         "energy_left_out": left_out,
         "rank_mean": sum(used) / len(used) if used else 0.0,
         "rank_max": max(used, default=0),
@@ -327,18 +379,20 @@ def _write_head(plan: Plan, name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
 
 
-def _stored(expert: str, part: Part, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
-    """A part's tensors as the part file names them, in the dtype that they are stored in.
+def _stored(part: Part, dtype: torch.dtype, where: str) -> dict[str, Tensor]:
+    """A part's tensors in the dtype that they are stored in.
 
     Raises:
         CheckpointError: if the dtype does not hold them.
     """
     if dtype == EIGHT_BITS:
-        part = to_eight_bits(cast(LowRank, part), f"{name!r} of expert {expert!r}")  # the recipe allows no other form
+        part = to_eight_bits(cast(LowRank, part), where)  # the recipe allows no other form
+    elif dtype == FOUR_BITS:
+        part = to_four_bits(cast(LowRank, part))
     else:
         part = part.to(dtype)
-    found = {f"{expert}/{leaf}": tensor for leaf, tensor in part.pack().items()}
+    found = part.pack()
     for tensor in found.values():
         if tensor.is_floating_point():
-            require_finite(tensor, f"exclusive.dtype: {name!r} of {expert!r} stored in {dtype}")
+            require_finite(tensor, f"exclusive.dtype: {where} stored in {dtype}")
     return found

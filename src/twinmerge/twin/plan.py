@@ -15,6 +15,7 @@ from twinmerge.models.compatible import Allow, compare_configs, compare_dtypes, 
 from twinmerge.models.expert import open_expert, shared_model
 from twinmerge.models.match import left_out_note, require_whole
 from twinmerge.models.source import Expert, Library, Model, open_model
+from twinmerge.tensors.int4 import FOUR_BITS, direction_bytes
 from twinmerge.twin.recipe import Recipe
 
 Kind = Literal["linear", "conv1d", "conv", "grouped_conv", "embedding", "vector", "table", "matrix", "values", "static"]
@@ -106,11 +107,18 @@ class Plan:
         )
 
     def stored_dtype(self, task: "TensorTask") -> torch.dtype:
-        """What a parameter's exclusive parts are stored in; 8 bits are for factors only."""
+        """What a parameter's exclusive parts are stored in; 8 and 4 bits are for factors only."""
         chosen = self.recipe.exclusive.dtype
-        if chosen == "float8_e4m3fn" and task.kind not in MATRICES:
+        if chosen in ("float8_e4m3fn", "int4") and task.kind not in MATRICES:
             return torch.float16
+        if chosen == "int4":
+            return FOUR_BITS
         return task.spec.dtype if chosen is None else getattr(torch, chosen)
+
+    def direction_bytes(self, task: "TensorTask") -> int:
+        """Bytes of one direction of a matrix, as it is stored."""
+        dtype, (out, columns) = self.stored_dtype(task), task.matrix_shape
+        return direction_bytes(out, columns) if dtype == FOUR_BITS else (out + columns) * dtype.itemsize
 
     @property
     def budget_bytes(self) -> int | None:
@@ -128,6 +136,19 @@ class Plan:
     @property
     def _share(self) -> float:
         return len(self.experts) / len(self.recipe.experts)
+
+
+def weighted(plan: Plan) -> list[TensorTask]:
+    """The matrices whose directions are weighed by what is measured."""
+    if plan.recipe.exclusive.weighting in ("none", "auto"):
+        return []
+    return [task for task in plan.tasks if task.exclusive and task.kind in MATRICES]
+
+
+def moment_bytes(task: TensorTask) -> int:
+    """Of both second moments of a matrix, in float32; an embedding's rows have a diagonal one."""
+    rows, columns = task.matrix_shape
+    return 4 * ((rows if task.kind in EMBEDDINGS else rows * rows) + columns * columns)
 
 
 def make_plan(

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twinmerge.tensors.low_rank import as_matrix, decompose, truncate
+from twinmerge.tensors.low_rank import LowRank, as_matrix, compress_product, decompose, truncate
 from twinmerge.tensors.parts import Part
 from twinmerge.tensors.sparse import keep_largest, keep_random
+from twinmerge.tensors.whitening import Whitening
 from twinmerge.twin.recipe import ExclusiveSettings
 
 Key = tuple[str, str]
@@ -18,7 +19,13 @@ Key = tuple[str, str]
 
 
 def compress(
-    difference: Tensor, settings: ExclusiveSettings, *, seed: int, expert: str, name: str
+    difference: Tensor,
+    settings: ExclusiveSettings,
+    *,
+    seed: int,
+    expert: str,
+    name: str,
+    whitening: Whitening | None = None,
 ) -> tuple[Part, Tensor | None]:
     """Compress one matrix of exclusive knowledge (METHOD §3).
 
@@ -28,16 +35,41 @@ def compress(
         seed: of `random` sparsification, and of the search for the leading directions.
         expert: the expert's name, part of the random key of sparsification.
         name: the parameter's name, part of the random keys.
+        whitening: what directions are weighed by, for `svd`; None weighs all alike.
 
     Returns:
         The compressed matrix (out, in*kh*kw), and its singular values: those kept where a rank is given, else all (an
-        energy or a budget is shared out by the whole spectrum, which is exact); None for the sparse compressions.
+        energy or a budget is shared out by the whole spectrum, which is exact); those of the whitened matrix where
+        there is one; None for the sparse compressions.
     """
     matrix = as_matrix(difference)
     if settings.compression == "magnitude":
         return keep_largest(matrix, settings.density or 0.0), None
     if settings.compression == "random":
         return keep_random(matrix, settings.density or 0.0, seed, expert, name), None
+    if whitening is not None:
+        factors, values = _directions(whitening.apply(matrix), settings, seed, name)
+        return whitening.undo(factors, matrix.dtype), values
+    return _directions(matrix, settings, seed, name)
+
+
+def compress_factors(
+    difference: LowRank, settings: ExclusiveSettings, whitening: Whitening | None = None
+) -> tuple[LowRank, Tensor]:
+    """As `compress`, of a matrix that is given as a pair of any rank; it is not formed."""
+    up, down = difference.up, difference.down
+    if not difference.rank:
+        return difference, torch.zeros(0)
+    if whitening is not None:
+        up, down = whitening.apply_up(up), whitening.apply_down(down)
+    factors, values = compress_product([up], [down])
+    if settings.rank is not None:
+        factors = factors.truncate(min(settings.rank, factors.rank))
+    return factors if whitening is None else whitening.undo(factors, difference.dtype), values
+
+
+def _directions(matrix: Tensor, settings: ExclusiveSettings, seed: int, name: str) -> tuple[LowRank, Tensor]:
+    """The leading singular directions of a matrix, as many as a rank asks for, else all."""
     if settings.rank is None:
         return decompose(matrix)
     drawn = hashlib.sha256(json.dumps([seed, name]).encode()).digest()[:7]
@@ -47,20 +79,18 @@ def compress(
 
 def choose_ranks(
     spectra: Mapping[Key, Tensor],
-    shapes: Mapping[str, tuple[int, int]],
     settings: ExclusiveSettings,
     *,
     budget_bytes: int | None,
-    element_bytes: Mapping[str, int],
+    cost: Mapping[str, int],
 ) -> dict[Key, int]:
     """Map the singular values of all matrices of all experts to ranks (METHOD §3).
 
     Args:
         spectra: singular values (min(out, in),) in descending order.
-        shapes: (out, in) of every parameter.
         settings: rank, energy or budget.
         budget_bytes: what all factors may take together, for a budget.
-        element_bytes: bytes of one stored number of every parameter.
+        cost: bytes of one stored direction of every parameter.
 
     Returns:
         A rank for every key, 0 included.
@@ -69,7 +99,7 @@ def choose_ranks(
         return {key: min(settings.rank, len(values)) for key, values in spectra.items()}
     if settings.energy is not None:
         return {key: _rank_for_energy(values, settings.energy) for key, values in spectra.items()}
-    return _ranks_for_budget(spectra, shapes, budget_bytes or 0, element_bytes)
+    return _ranks_for_budget(spectra, budget_bytes or 0, cost)
 
 
 def _rank_for_energy(values: Tensor, energy: float) -> int:
@@ -80,22 +110,16 @@ def _rank_for_energy(values: Tensor, energy: float) -> int:
     return int(reached.nonzero()[0]) + 1
 
 
-def _ranks_for_budget(
-    spectra: Mapping[Key, Tensor],
-    shapes: Mapping[str, tuple[int, int]],
-    budget_bytes: int,
-    element_bytes: Mapping[str, int],
-) -> dict[Key, int]:
+def _ranks_for_budget(spectra: Mapping[Key, Tensor], budget_bytes: int, cost: Mapping[str, int]) -> dict[Key, int]:
     """Greedy by energy per stored byte: all directions of all matrices of all experts compete.
 
     Within a matrix values descend, so the chosen directions of a matrix are always its first ones. A direction that no
     longer fits ends its matrix; smaller matrices may still use what is left.
     """
     keys = sorted(spectra)
-    cost = {key: sum(shapes[key[0]]) * element_bytes[key[0]] for key in keys}
     owner = np.concatenate([np.full(len(spectra[key]), index) for index, key in enumerate(keys)] or [np.empty(0, int)])
     gain = np.concatenate(
-        [spectra[key].double().square().numpy() / cost[key] for key in keys] or [np.empty(0, dtype=np.float64)]
+        [spectra[key].double().square().numpy() / cost[key[0]] for key in keys] or [np.empty(0, dtype=np.float64)]
     )
     ranks = dict.fromkeys(keys, 0)
     closed: set[Key] = set()
@@ -106,11 +130,11 @@ def _ranks_for_budget(
             break
         if key in closed:
             continue
-        if cost[key] > left:
+        if cost[key[0]] > left:
             closed.add(key)
             continue
         ranks[key] += 1
-        left -= cost[key]
+        left -= cost[key[0]]
     return ranks
 
 

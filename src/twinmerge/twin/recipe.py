@@ -34,7 +34,13 @@ class ExclusiveSettings(Strict):
         embeddings: compress the embeddings' differences too, or leave them to the shared expert.
         compression: `svd` (factors), `magnitude` (largest entries) or `random` (rescaled random entries).
         dtype: what exclusive parts are stored in; null is the base's. 16 bits double the ranks that a budget holds,
-            float8_e4m3fn doubles them again (factors only; 1-D parts are then stored in float16).
+            float8_e4m3fn doubles them again, int4 once more (both factors only; 1-D parts are then stored in float16).
+            A budget takes int4 if no dtype is named.
+        weighting: what `svd` weighs a matrix's directions by: `none`; `inputs`, how much a layer's inputs use them;
+            `two_sided`, also how much the answers hang on the outputs. Measured on router data through each whole
+            expert, in float32 and, for the outputs, with gradients. `auto` is two_sided where a budget or a rank
+            chooses, the classes can be measured and an expert takes at most 1 GB so; else none.
+        weighting_rows: inputs of each expert that are measured, at most.
     """
 
     rank: Annotated[int, Field(ge=0, strict=True)] | None = None
@@ -43,7 +49,9 @@ class ExclusiveSettings(Strict):
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     embeddings: Literal["exclusive", "shared"] = "shared"
     compression: Literal["svd", "magnitude", "random"] = "svd"
-    dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int4"] | None = None
+    weighting: Literal["auto", "none", "inputs", "two_sided"] = "auto"
+    weighting_rows: Annotated[int, Field(ge=1, strict=True)] = 100
 
     @model_validator(mode="before")
     @classmethod
@@ -51,7 +59,9 @@ class ExclusiveSettings(Strict):
         if isinstance(data, dict) and data.get("compression", "svd") == "svd":
             given = [key for key in ("rank", "energy", "budget") if data.get(key) is not None]
             if not given and data.get("density") is None:
-                return {**data, "budget": DEFAULT_BUDGET}
+                given, data = ["budget"], {**data, "budget": DEFAULT_BUDGET}
+            if given == ["budget"] and "dtype" not in data:
+                return {**data, "dtype": "int4"}
         return data
 
     @model_validator(mode="after")
@@ -60,8 +70,14 @@ class ExclusiveSettings(Strict):
         wanted = "one of rank, energy, budget" if self.compression == "svd" else "density"
         if len(given) != 1 or (given == ["density"]) == (self.compression == "svd"):
             raise ValueError(f"compression {self.compression} takes {wanted}, found {' and '.join(given) or 'none'}")
-        if self.dtype == "float8_e4m3fn" and self.compression != "svd":
-            raise ValueError(f"dtype float8_e4m3fn is for factors, compression svd, found {self.compression}")
+        if self.dtype in ("float8_e4m3fn", "int4") and self.compression != "svd":
+            raise ValueError(f"dtype {self.dtype} is for factors, compression svd, found {self.compression}")
+        weighed = self.weighting in ("inputs", "two_sided")
+        if weighed and (self.compression != "svd" or self.energy is not None):
+            found = "energy" if self.compression == "svd" else self.compression
+            raise ValueError(
+                f"weighting {self.weighting} is for factors that a rank or a budget chooses, found {found}"
+            )
         return self
 
 

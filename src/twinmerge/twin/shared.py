@@ -97,5 +97,5 @@ def _expected_rank(plan: Plan) -> int:
     if plan.budget_bytes is None:
         return 0
     matrices = [task for task in plan.tasks if task.kind in MATRICES and task.exclusive]
-    per_rank = sum(sum(task.matrix_shape) * plan.stored_dtype(task).itemsize * len(task.experts) for task in matrices)
+    per_rank = sum(plan.direction_bytes(task) * len(task.experts) for task in matrices)
     return round(plan.budget_bytes / per_rank) if per_rank else 0
