@@ -3,6 +3,7 @@
 Nothing here imports twinmerge. Everything is computed in the dtype it is given.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -116,6 +117,46 @@ def truncated_svd(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor
 
 
 # ---- §5 inference -----------------------------------------------------------------------------
+
+
+def weighed_low_rank(difference: Tensor, left: Tensor, right: Tensor, rank: int) -> Tensor:
+    """The best approximation of a rank in the norm tr(G D C D') of two damped moments (METHOD §3)."""
+    roots = []
+    for moment in (left.double(), right.double()):
+        full = torch.diag(moment) if moment.ndim == 1 else moment
+        values, vectors = torch.linalg.eigh(full + 0.1 * full.diagonal().mean() * torch.eye(len(full)).double())
+        roots.append(vectors @ torch.diag(values.sqrt()) @ vectors.T)
+    g, c = roots
+    u, s, v = torch.linalg.svd(g @ difference.double() @ c)
+    kept = u[:, :rank] @ torch.diag(s[:rank]) @ v[:rank]
+    return torch.linalg.inv(g) @ kept @ torch.linalg.inv(c)
+
+
+def four_bits(vector: Tensor, root: Tensor | None) -> Tensor:
+    """A vector in sixteen levels; with a lower triangle `root`, each entry makes good what those after it lost."""
+    vector = vector.double()
+
+    def level(value: float, step: float) -> float:
+        return min(max(math.floor(value / step + 8), 0), 15) - 7.5
+
+    def scaled(levels: Tensor, seen: Tensor) -> tuple[float, float]:
+        along, norm = float((levels @ seen) @ (vector @ seen)), float((levels @ seen).square().sum())
+        return along / norm, along**2 / norm
+
+    alike, found = torch.eye(len(vector)).double(), []
+    for clip in (0.4, 0.5, 0.6, 0.7, 0.775, 0.85, 0.925, 1.0):
+        step = clip * float(vector.abs().max()) / 7.5
+        levels = torch.tensor([level(float(value), step) for value in vector]).double()
+        found.append((*scaled(levels, alike), levels))
+    scale, _, levels = max(found, key=lambda entry: entry[1])
+    if root is None:
+        return scale * levels
+    error = torch.zeros_like(vector)
+    for i in reversed(range(len(vector))):
+        owed = float(error[i + 1 :] @ root[i + 1 :, i]) / float(root[i, i])
+        levels[i] = level(float(vector[i]) + owed, scale)
+        error[i] = vector[i] - levels[i] * scale
+    return scaled(levels, root)[0] * levels
 
 
 def compose(shared: StateDict, exclusive: Mapping[str, StateDict], gate: Mapping[str, float]) -> StateDict:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.tensors.float8 import EIGHT_BITS, Quantised, to_eight_bits
+from twinmerge.tensors.int4 import FOUR_BITS, to_four_bits
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.parts import FORMS, Dense, Part, of_form, unpack
 from twinmerge.tensors.sparse import Sparse, keep_largest
@@ -20,6 +21,7 @@ MADE: dict[str, Callable[[], Part]] = {
     "factors": lambda: LowRank(random(4, 2), random(2, 3)),
     "no factors": lambda: LowRank(random(4, 0), random(0, 3)),
     "8 bits": lambda: to_eight_bits(LowRank(random(4, 2), random(2, 3)), "it"),
+    "4 bits": lambda: to_four_bits(LowRank(random(4, 2), random(2, 3))),
     "entries": lambda: keep_largest(random(4, 3), 0.5),
     "whole": lambda: Dense(random(4)),
     "one number": lambda: Dense(random()),
@@ -48,7 +50,7 @@ def test_energy_is_the_squared_norm_of_the_difference(form: str) -> None:
 def test_other_dtype_holds_the_same_numbers(form: str) -> None:
     part = MADE[form]()
     wide = part.to(torch.float64)
-    assert part.dtype in (torch.float32, EIGHT_BITS)
+    assert part.dtype in (torch.float32, EIGHT_BITS, FOUR_BITS)
     assert wide.dtype == torch.float64
     assert torch.allclose(wide.dense(), part.dense().double(), atol=1e-6)
 

@@ -14,6 +14,9 @@ from twinmerge.merging.regmean import BY_COLUMN, BY_ROW
 from twinmerge.runtime.layers import form_of
 from twinmerge.twin.weighting import LEFT, RIGHT, SIZES
 
+_FLATTENED = 4.0
+"""By how much logits are divided before it is asked what their answer hangs on."""
+
 Inputs = Mapping[str, Tensor]
 Measure = Callable[["Subject", Sequence[Inputs]], dict[str, Tensor]]
 
@@ -137,8 +140,8 @@ def moments(
 ) -> Iterator[dict[str, Tensor]]:
     """Second moments of what an expert's layers read and of the gradients on what they say (METHOD §3).
 
-    Of an answer the gradient is that of its logits in a random direction, drawn anew for every row and centred, as
-    what is added to all classes changes nothing. The inputs' moment is a mean over tokens, the gradients' over rows: a
+    Of an answer the gradient is that of its logits in a random direction, drawn anew for every row, whose second moment
+    is what a small change of the logits costs in KL divergence. The inputs' moment is a mean over tokens, the gradients' over rows: a
     layer that sees one token of a row counts for as much as it changes.
 
     Args:
@@ -261,13 +264,22 @@ def _diagonal(moment: Tensor) -> Tensor:
 
 
 def _direction(logits: Tensor, answers: Answers, generator: torch.Generator) -> Tensor:
-    """A random direction among an answer's logits, of the same length whatever their number."""
-    axis = 1 if answers is SPAN else -1
+    """A random direction among an answer's logits, the more in one the more the answer hangs on it.
+
+    Of distributions, its second moment is the Fisher information of the logits, flattened so that an answer that is
+    certain counts too.
+    """
     drawn = torch.randn(logits.shape, generator=generator)
-    if answers not in (VALUE, LABELS, EMBEDDING):
-        drawn -= drawn.mean(dim=axis, keepdim=True)
-    direction: Tensor = drawn / logits.shape[axis] ** 0.5
-    return direction
+    if answers in (VALUE, EMBEDDING):
+        return drawn
+    flat = logits.detach() / _FLATTENED
+    if answers is LABELS:
+        shares = flat.sigmoid()
+        return drawn * (shares * (1 - shares)).sqrt()
+    axis = 1 if answers is SPAN else -1
+    shares = flat.softmax(dim=axis)
+    drawn = drawn * shares.sqrt()
+    return drawn - shares * drawn.sum(dim=axis, keepdim=True)
 
 
 MEASUREMENTS: Mapping[str, Measure] = {"fisher": fisher, "grams": grams}

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from twinmerge.errors import CheckpointError
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.tensors.whitening import Whitening
 
 FOUR_BITS = torch.uint8
 """What the files hold: two entries a byte."""
 _MIDDLE = 7.5
 """Level 0 is -7.5, level 15 is 7.5; no level is zero."""
 _SCALE_BYTES = 4
+_BLOCK = 64
+"""Entries rounded one after the other before the others are told."""
 _CLIPS = (0.4, 0.5, 0.6, 0.7, 0.775, 0.85, 0.925, 1.0)
 """Shares of a vector's largest magnitude that the outermost level may stand for."""
 
@@ -64,7 +67,7 @@ class FourBits:
         """The pair in a float dtype, each direction's length shared evenly by both factors."""
         out, columns = self.shape
         middle = _bytes_of(out)
-        root = self.rows[:, -_SCALE_BYTES:].contiguous().view(torch.float32).double().sqrt()
+        root = self.rows[:, -_SCALE_BYTES:].clone().view(torch.float32).double().sqrt()
         up = (_levels(self.rows[:, :middle], out) - _MIDDLE) * root
         down = (_levels(self.rows[:, middle:-_SCALE_BYTES], columns) - _MIDDLE) * root
         return LowRank(up.T.to(dtype).contiguous(), down.to(dtype).contiguous())
@@ -95,29 +98,43 @@ def direction_bytes(out: int, columns: int) -> int:
     return _bytes_of(out) + _bytes_of(columns) + _SCALE_BYTES
 
 
-def to_four_bits(pair: LowRank) -> FourBits:
+def to_four_bits(pair: LowRank, whitening: Whitening | None = None) -> FourBits:
     """Round a pair to 4 bits; a direction is off by about 10 %, which the ranks that fit instead of 8 bits outweigh.
 
-    Of each vector the outermost level is the best of eight shares of its largest magnitude, and its scale the one that
-    fits best.
+    Of each vector the outermost level is the best of eight shares of its largest magnitude. Where entries are known to
+    be used together, each makes good what rounding took from those before it, as far as it can (Babai's nearest plane,
+    which is GPTQ's rounding, arXiv:2210.17323). The scale is the one that fits best.
 
     Args:
         pair: any float dtype, finite.
+        whitening: by what the error counts; None counts all entries alike, each by itself.
     """
-    up, up_scale = _rounded(pair.up.T.double())
-    down, down_scale = _rounded(pair.down.double())
+    left, right = (None, None) if whitening is None else (whitening.left, whitening.right)
+    up, up_scale = _rounded(pair.up.T.double(), left)
+    down, down_scale = _rounded(pair.down.double(), right)
     scale = (up_scale * down_scale).float()[:, None].view(torch.uint8)
     return FourBits(torch.cat([_packed(up), _packed(down), scale], dim=1), pair.shape)
 
 
-def _rounded(vectors: Float[Tensor, "rank n"]) -> tuple[UInt8[Tensor, "rank n"], Float[Tensor, " rank"]]:
-    """Levels of every entry, and the scale of every vector."""
+def _rounded(
+    vectors: Float[Tensor, "rank n"], root: Tensor | None
+) -> tuple[UInt8[Tensor, "rank n"], Float[Tensor, " rank"]]:
+    """Levels of every entry, and the scale of every vector; errors count by `root` (n, n), lower, or (n,), or alike."""
+    levels, scale = _clipped(vectors)
+    if root is None or root.ndim == 1 or not len(vectors):
+        return levels, scale
+    levels = _nearest_plane(vectors, scale, root)
+    seen, values = vectors @ root, (levels.double() - _MIDDLE) @ root
+    return levels, ((seen * values).sum(dim=1) / values.square().sum(dim=1)).clamp_min(0)
+
+
+def _clipped(vectors: Float[Tensor, "rank n"]) -> tuple[UInt8[Tensor, "rank n"], Float[Tensor, " rank"]]:
+    """Each entry rounded by itself."""
     largest = vectors.abs().amax(dim=1) if vectors.numel() else vectors.new_zeros(len(vectors))
     best, scale = torch.zeros_like(vectors, dtype=torch.uint8), torch.zeros_like(largest)
     gained = torch.full_like(largest, -1.0)
     for clip in _CLIPS:
-        step = (clip * largest / _MIDDLE).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
-        levels = (vectors / step + _MIDDLE + 0.5).floor().clamp(0, 15)
+        levels = _levels_of(vectors, clip * largest / _MIDDLE)
         values = levels - _MIDDLE
         along, norm = (vectors * values).sum(dim=1), values.square().sum(dim=1)
         better = along.square() / norm > gained  # what the least-squares scale leaves is ||x||^2 less this
@@ -125,6 +142,33 @@ def _rounded(vectors: Float[Tensor, "rank n"]) -> tuple[UInt8[Tensor, "rank n"],
         scale = torch.where(better, along / norm, scale)
         best = torch.where(better[:, None], levels.to(torch.uint8), best)
     return best, scale
+
+
+def _nearest_plane(
+    vectors: Float[Tensor, "rank n"], scale: Float[Tensor, " rank"], root: Float[Tensor, "n n"]
+) -> UInt8[Tensor, "rank n"]:
+    """Levels so that the norm of `error @ root` is small, found from the last entry to the first, block by block.
+
+    Of that norm entry i alone decides what entries after it have left of column i of `root`.
+    """
+    count = vectors.shape[1]
+    levels, errors = torch.zeros_like(vectors, dtype=torch.uint8), torch.zeros_like(vectors)
+    for stop in range(count, 0, -_BLOCK):
+        start = max(stop - _BLOCK, 0)
+        owed = errors[:, stop:] @ root[stop:, start:stop]
+        for entry in range(stop - 1, start - 1, -1):
+            column = entry - start
+            wanted = vectors[:, entry] + owed[:, column] / root[entry, entry]
+            levels[:, entry] = _levels_of(wanted[:, None], scale)[:, 0].to(torch.uint8)
+            errors[:, entry] = vectors[:, entry] - (levels[:, entry].double() - _MIDDLE) * scale
+            owed[:, :column].addr_(errors[:, entry], root[entry, start:entry])
+    return levels
+
+
+def _levels_of(vectors: Float[Tensor, "rank n"], step: Float[Tensor, " rank"]) -> Float[Tensor, "rank n"]:
+    """The nearest levels at a distance of `step` by vector."""
+    step = step.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    return (vectors / step + _MIDDLE + 0.5).floor().clamp(0, 15)
 
 
 def _bytes_of(count: int) -> int:

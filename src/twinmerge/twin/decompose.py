@@ -23,6 +23,7 @@ from twinmerge.tensors.float8 import EIGHT_BITS, to_eight_bits
 from twinmerge.tensors.int4 import FOUR_BITS, FourBits, to_four_bits
 from twinmerge.tensors.low_rank import LowRank, as_matrix, kept_energy
 from twinmerge.tensors.parts import LEAVES, STORED_ONLY, Dense, Part, unpack
+from twinmerge.tensors.whitening import Whitening
 from twinmerge.twin.artifact import write_exclusive
 from twinmerge.twin.plan import MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import Key, choose_ranks, compress, compress_factors
@@ -271,7 +272,7 @@ def _compressed(
         part, values = compress(
             difference, settings, seed=plan.recipe.seed, expert=name, name=task.name, whitening=whitening
         )
-    tensors = _stored(part, plan.stored_dtype(task), where)
+    tensors = _stored(part, plan.stored_dtype(task), where, whitening)
     if values is None:
         return _Compressed(tensors)
     stored = unpack(tensors, task.matrix_shape)
@@ -379,7 +380,7 @@ def _write_head(plan: Plan, name: str, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(plan.experts[name].config, indent=1) + "\n", encoding="utf-8")
 
 
-def _stored(part: Part, dtype: torch.dtype, where: str) -> dict[str, Tensor]:
+def _stored(part: Part, dtype: torch.dtype, where: str, whitening: Whitening | None = None) -> dict[str, Tensor]:
     """A part's tensors in the dtype that they are stored in.
 
     Raises:
@@ -388,7 +389,7 @@ def _stored(part: Part, dtype: torch.dtype, where: str) -> dict[str, Tensor]:
     if dtype == EIGHT_BITS:
         part = to_eight_bits(cast(LowRank, part), where)  # the recipe allows no other form
     elif dtype == FOUR_BITS:
-        part = to_four_bits(cast(LowRank, part))
+        part = to_four_bits(cast(LowRank, part), whitening)
     else:
         part = part.to(dtype)
     found = part.pack()
