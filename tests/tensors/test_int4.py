@@ -57,10 +57,8 @@ def test_directions_of_zero_and_no_directions(rank: int) -> None:
     stored = to_four_bits(LowRank(torch.zeros(4, rank), torch.eye(rank, 3)))
     assert stored.rank == rank
     assert torch.equal(stored.dense(), torch.zeros(4, 3))
-    sides = Whitening.of(torch.eye(4), torch.eye(3))
-    assert torch.equal(
-        to_four_bits(LowRank(torch.zeros(4, rank), torch.eye(rank, 3)), sides).dense(), torch.zeros(4, 3)
-    )
+    weighed = to_four_bits(LowRank(torch.zeros(4, rank), torch.eye(rank, 3)), sides_of(4, 3))
+    assert torch.equal(weighed.dense(), torch.zeros(4, 3))
 
 
 def test_cut_pair_is_the_pair_of_its_first_directions() -> None:

@@ -67,7 +67,7 @@ class FourBits:
         """The pair in a float dtype, each direction's length shared evenly by both factors."""
         out, columns = self.shape
         middle = _bytes_of(out)
-        root = self.rows[:, -_SCALE_BYTES:].clone().view(torch.float32).double().sqrt()
+        root = self.rows[:, -_SCALE_BYTES:].flatten().clone().view(torch.float32).double().sqrt()[:, None]
         up = (_levels(self.rows[:, :middle], out) - _MIDDLE) * root
         down = (_levels(self.rows[:, middle:-_SCALE_BYTES], columns) - _MIDDLE) * root
         return LowRank(up.T.to(dtype).contiguous(), down.to(dtype).contiguous())
