@@ -222,6 +222,7 @@ def make_data(layout: Layout, tasks: Sequence[str]) -> dict[str, data.Splits]:
         layout.unseen / f"{name}.{part}.jsonl": rows for name, parts in unseen.items() for part, rows in parts.items()
     }
     data.check_disjoint({str(path.name): rows for path, rows in files.items()})
+    files |= {layout.data / f"{t}.unlabelled.jsonl": (*of.router, *of.train) for t, of in splits.items()}
     for path, rows in files.items():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -178,13 +178,8 @@ def test_grown_expert_is_weighed_as_the_others_are(family: Any, tmp_path: Path) 
 
 
 def test_layers_that_nothing_reached_count_as_much_as_others(tmp_path: Path) -> None:
-    known = {
-        "a.weight/left": torch.eye(2),
-        "a.weight/right": 4 * torch.eye(2),
-        "a.weight/sizes": torch.tensor([1.0, 4]),
-    }
-    from twinmerge.files.writer import save_tensors
-
+    sizes = torch.tensor([1.0, 4.0])
+    known = {"a.weight" + LEFT: torch.eye(2), "a.weight" + RIGHT: 4 * torch.eye(2), "a.weight" + SIZES: sizes}
     save_tensors(known, tmp_path / "one.safetensors")
     save_tensors({"other": torch.ones(1)}, tmp_path / "none.safetensors")
     weighting = Weighting({n: Checkpoint.open(tmp_path / f"{n}.safetensors") for n in ("one", "none")})

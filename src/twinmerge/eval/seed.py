@@ -120,19 +120,24 @@ class SeedRun:
 
     # --- twins
 
-    def build(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None) -> Built:
+    def build(
+        self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None, split: str = "router"
+    ) -> Built:
         """Build a twin, which proves itself if it is asked for more than its shared expert, and load it."""
-        recipe, check = self.suite.recipe(shared, exclusive, router, self.seed), exclusive != NEXT_TO_NOTHING
+        recipe = self.suite.recipe(shared, exclusive, router, self.seed, split)
+        check = exclusive != NEXT_TO_NOTHING
         with tempfile.TemporaryDirectory() as folder:
             artifact = build(recipe, Path(folder) / "twin", check=check, progress=self.progress)
             return Built(TwinModel.from_pretrained(artifact.path), artifact.manifest, artifact.bytes_per_part())
 
-    def twin(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None) -> Twin:
+    def twin(
+        self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None, split: str = "router"
+    ) -> Twin:
         """Build a twin and let it predict all rows; the suite's own is built once."""
         own = shared == self.suite.shared and (router or self.suite.router) == self.suite.router
-        if own and exclusive == self._exclusive:
+        if own and exclusive == self._exclusive and split == "router":
             return self.reference
-        return self._predicted(self.build(shared, exclusive, router))
+        return self._predicted(self.build(shared, exclusive, router, split))
 
     @cached_property
     def reference(self) -> Twin:

@@ -70,6 +70,7 @@ class ContestantSpec(Strict):
         scalings: of `shared`; the best on validation rows is taken.
         exclusive: of a twin.
         router: of this contestant alone; None takes the suite's.
+        router_split: the rows that a twin's router is fitted on; only their texts are used.
         groups: group-wise mode of the paper with that many merged models.
         seeds: run at these seeds only; None runs at all.
     """
@@ -80,6 +81,7 @@ class ContestantSpec(Strict):
     scalings: list[float] | None = None
     exclusive: ExclusiveSettings | None = None
     router: RouterSettings | None = None
+    router_split: Slug = "router"
     groups: Annotated[int, Field(ge=1)] | None = None
     seeds: list[int] | None = None
 
@@ -102,7 +104,7 @@ class Suite(Strict):
         base: the base model.
         base_title: its name in the report; None takes the folder's.
         experts: `{task}` stands for the task.
-        data: rows; `{task}` and `{split}` (train, validation, router, test) stand for themselves.
+        data: rows; `{task}` and `{split}` (train, validation, router, test, and others that contestants name) stand for themselves.
         unseen_data: rows of unseen tasks.
         tasks: judged tasks, one expert each.
         unseen: tasks without an expert.
@@ -199,11 +201,18 @@ class Suite(Strict):
         fit = read_rows(paths[0], labelled=True) if self.unseen[name].head is None else []
         return fit[: self.unseen_rows], read_rows(paths[1], labelled=True)[: self.unseen_rows]
 
-    def recipe(self, shared: Method, exclusive: ExclusiveSettings, router: RouterSettings | None, seed: int) -> Recipe:
+    def recipe(
+        self,
+        shared: Method,
+        exclusive: ExclusiveSettings,
+        router: RouterSettings | None,
+        seed: int,
+        split: str = "router",
+    ) -> Recipe:
         """The recipe of a contestant at a seed."""
         experts = {
             name: ExpertSource(
-                model=self.experts.format(task=name), router_data=self.data.format(task=name, split="router")
+                model=self.experts.format(task=name), router_data=self.data.format(task=name, split=split)
             )
             for name in self.tasks
         }

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from twinmerge.files.schema import Strict, load_yaml
+from twinmerge.merging.average import Average
 from twinmerge.merging.method import Method
-from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.models.source import locate
 from twinmerge.twin.features import Features, FeaturesField, Layers
 
@@ -150,7 +150,7 @@ class Recipe(Strict):
 
     base: str
     experts: dict[str, ExpertSource]
-    shared: Method = TaskArithmetic(scaling=0.3)
+    shared: Method = Average()
     exclusive: ExclusiveSettings = ExclusiveSettings()
     router: RouterSettings = RouterSettings()
     max_length: Annotated[int, Field(ge=1, strict=True)] | None = None
