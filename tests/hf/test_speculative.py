@@ -12,6 +12,7 @@ from tests.hf.test_model import ROWS, batch, stacked
 from tests.tiny import GATE_ORDER, Family
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs import grow
+from twinmerge.jobs.predict import predict
 from twinmerge.routing.router import Stored
 from twinmerge.routing.tokens import PADDING
 from twinmerge.twin.artifact import TwinArtifact
@@ -88,6 +89,25 @@ def test_prefill_under_a_right_guess_is_gone_on_with(twin: Twins, name: str) -> 
         wrong = sum(name != GATE_ORDER[0] for name in names) if misled else 0
         assert passes == [(9, x["input_ids"].shape[1]), *([(wrong, x["input_ids"].shape[1])] if wrong else [])]
     assert wrong > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_predict_writes_on_from_the_pass_that_routes(twin: Twins, name: str) -> None:
+    """No pass over whole prompts beside the prefill, and the answers of a router that is asked before."""
+    model = TwinModel.from_pretrained(twin(name, router=ROUTER), dtype=torch.float64)
+    rows, seen = [{"text": text} for text in ROWS], list[tuple[int, int]]()
+
+    def watch(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
+
+    model.layers[-1].register_forward_pre_hook(watch, with_kwargs=True)
+    found = list(predict(model, rows, max_new_tokens=3))
+    prompts = sum(batch for batch, tokens in seen if tokens > 1)
+    assert prompts < 1.5 * len(rows), seen  # each once, and again those of wrong guesses
+    for answer, row in zip(found, rows, strict=True):
+        (alone,) = predict(model, [row], max_new_tokens=3, expert=answer["expert"])
+        assert answer["continuation"] == alone["continuation"]
+        assert answer["confidence"] >= answer["second"]["probability"]
 
 
 def test_rows_unlike_all_others_are_the_shared_experts(model: TwinModel) -> None:

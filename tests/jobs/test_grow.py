@@ -177,7 +177,7 @@ def test_sparse_knowledge_can_be_added(source: Path, tmp_path: Path) -> None:
 
 
 def test_budget_is_shared_out_and_the_recipe_says_so(source: Path, tmp_path: Path) -> None:
-    built = build(Family(source).recipe(exclusive={"budget": 1.5}), tmp_path / "twin")
+    built = build(Family(source).recipe(exclusive={"budget": 1.5, "dtype": None}), tmp_path / "twin")
     before = dict(built.bytes_per_part())
     artifact = grow.add(built.path, "news", **new_expert(source, tmp_path))
     assert artifact.manifest.recipe.exclusive.content()["budget"] == 2.0

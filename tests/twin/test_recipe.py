@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from twinmerge.errors import InputError, RecipeError
 from twinmerge.files.schema import load_yaml
-from twinmerge.merging.task_arithmetic import TaskArithmetic
+from twinmerge.merging.average import Average
 from twinmerge.merging.ties import Ties
 from twinmerge.twin.features import Features, Layers
 from twinmerge.twin.recipe import DEFAULT_BUDGET, ExclusiveSettings, ExpertSource, Recipe, RouterSettings
@@ -35,8 +35,9 @@ def write(folder: Path, text: str) -> Path:
 def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     recipe = Recipe.load(write(tmp_path, GOOD))
     assert recipe == Recipe(base="base", experts=SOURCES, root=tmp_path)
-    assert recipe.shared == TaskArithmetic(scaling=0.3)
-    assert recipe.exclusive.budget == DEFAULT_BUDGET
+    assert recipe.shared == Average()
+    assert (recipe.exclusive.budget, recipe.exclusive.dtype) == (DEFAULT_BUDGET, "int4")
+    assert Recipe(base="base", experts=SOURCES, exclusive={"rank": 4}).exclusive.dtype is None
     assert (recipe.router.method, str(recipe.router.features), recipe.seed) == ("linear", "all+tokens", 0)
 
 

@@ -97,7 +97,9 @@ class _Contestant:
 
     def _twin(self) -> _Run:
         at, count = self.at, len(self.rows)
-        twin = at.twin(self.spec.shared, self.spec.exclusive or NEXT_TO_NOTHING, self.spec.router, self.spec.router_split)
+        twin = at.twin(
+            self.spec.shared, self.spec.exclusive or NEXT_TO_NOTHING, self.spec.router, self.spec.router_split
+        )
         oracle, milliseconds = list(twin.label[:count]), None
         if self.spec.groups:
             oracle = at.answers(twin.model, self.rows, self._grouped(twin), self.truth, self.stage)

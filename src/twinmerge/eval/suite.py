@@ -104,7 +104,8 @@ class Suite(Strict):
         base: the base model.
         base_title: its name in the report; None takes the folder's.
         experts: `{task}` stands for the task.
-        data: rows; `{task}` and `{split}` (train, validation, router, test, and others that contestants name) stand for themselves.
+        data: rows; `{task}` and `{split}` (train, validation, router, test, others that contestants name) stand for
+            themselves.
         unseen_data: rows of unseen tasks.
         tasks: judged tasks, one expert each.
         unseen: tasks without an expert.

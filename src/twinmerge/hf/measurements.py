@@ -141,8 +141,8 @@ def moments(
     """Second moments of what an expert's layers read and of the gradients on what they say (METHOD §3).
 
     Of an answer the gradient is that of its logits in a random direction, drawn anew for every row, whose second moment
-    is what a small change of the logits costs in KL divergence. The inputs' moment is a mean over tokens, the gradients' over rows: a
-    layer that sees one token of a row counts for as much as it changes.
+    is what a small change of the logits costs in KL divergence. The inputs' moment is a mean over tokens, the
+    gradients' over rows: a layer that sees one token of a row counts for as much as it changes.
 
     Args:
         subject: the expert; its `names` say of which matrices.

@@ -34,6 +34,8 @@ from twinmerge.twin.features import Layers
 __all__ = ["Mode", "TwinModel"]
 _NEW_TOKENS = 20
 """What transformers' generate makes when nobody says how many."""
+_OF_ONE_PASS = {"input_ids", "attention_mask", "max_new_tokens", "do_sample", "pad_token_id", "num_return_sequences"}
+"""What may be asked of generate where the pass that routes is its first one."""
 
 
 class TwinModel(nn.Module):
@@ -275,7 +277,6 @@ class TwinModel(nn.Module):
             read(module, inputs)
         return probe.features()
 
-    @torch.inference_mode()
     def generate(
         self,
         *,
@@ -292,7 +293,19 @@ class TwinModel(nn.Module):
             mode: how gated layers compute (`module.TwinModule.run`), the same result each way.
             **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
         """
-        rows, looked = _rows(inputs), None
+        return self.generate_routed(gate=gate, expert=expert, mode=mode, **inputs)[0]
+
+    @torch.inference_mode()
+    def generate_routed(
+        self,
+        *,
+        gate: Tensor | None = None,
+        expert: str | Sequence[str] | None = None,
+        mode: Mode = "auto",
+        **inputs: Any,
+    ) -> tuple[Any, Routing | None]:
+        """`generate`, and what the router said of the prompts; None where the caller gave gate or expert."""
+        rows, looked, routing = _rows(inputs), None, None
         if gate is None and expert is None:
             looked = Looked(self.features_as, prompt(self.backbone, inputs), self._prefill(inputs, mode))
             routing = self._ask(looked)
@@ -321,11 +334,11 @@ class TwinModel(nn.Module):
             tokens = _tokens(picked) + new * len(members)
             written = self.twin.run(write, gate[members], picked, tokens=tokens, calls=1 + new, mode=mode, pad=padding)
             parts.append((members, written))
-        return join(parts, padding)
+        return join(parts, padding), routing
 
     def _prefill(self, inputs: Mapping[str, Any], mode: Mode) -> Run | None:
         """A pass over prompts that keeps a cache to write on from; None where that is another pass than generate's."""
-        plain = inputs.keys() <= {"input_ids", "attention_mask", "max_new_tokens", "do_sample", "pad_token_id"}
+        plain = inputs.keys() <= _OF_ONE_PASS and inputs.get("num_return_sequences", 1) == 1
         if not plain or self.twin.fallback.names or not keeps_cache(self.backbone):
             return None
 
@@ -335,6 +348,12 @@ class TwinModel(nn.Module):
             return outputs
 
         return run
+
+    @property
+    def routes_as_it_writes(self) -> bool:
+        """Whether `generate` goes on from the pass that routes, so that routing before it would cost a pass more."""
+        looked = self.router is not None and self.router.settings.features.form == "speculative"
+        return looked and not self.twin.fallback.names and keeps_cache(self.backbone)
 
     def own_of(self, expert: str | None) -> Own:
         """What an expert has of its own beside weights."""

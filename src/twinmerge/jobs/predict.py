@@ -331,7 +331,8 @@ def _groups(model: TwinModel, rows: Sequence[Row], settings: PredictSettings, ge
     if settings.expert is not None:
         names = [settings.expert] * len(rows)
         return [_Group(every, settings.expert, names, model.one_hot(names), [False] * len(rows))]
-    if not generates and not any(own.reads for own in model.own.values()):
+    alike = not any(own.reads or (generates and own.generation) for own in model.own.values())
+    if alike and (not generates or model.routes_as_it_writes):
         return [_Group(every)]
     encoded = encode(model, rows)
     gate = torch.zeros(len(rows), len(model.expert_names), device=model.device)
@@ -385,16 +386,20 @@ def _continued(
 ) -> tuple[list[Answer], list[Tensor]]:
     """Greedy continuations, written with padding on the left; a decoder of its own begins anew."""
     inputs: dict[str, Any] = pad(model, encoded, side="right" if model.backbone.config.is_encoder_decoder else "left")
-    written = model.generate(
+    given: dict[str, Any] = {"gate": part.gate, "expert": part.experts} if part.experts else {}
+    written, routing = model.generate_routed(
         **inputs,
-        gate=part.gate,
-        expert=part.experts,
+        **given,
         mode=mode,
         do_sample=False,
         num_return_sequences=1,
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=padding_id(model),
     )
+    if routing is not None:
+        names = [model.expert_names[expert] for expert in routing.expert.tolist()]
+        fallback, probability = routing.fallback.tolist(), routing.probability
+        part = replace(part, experts=names, gate=routing.gate, fallback=fallback, probability=probability)
     answers = _routed(model, part, settings)
     prompt = 1 if model.backbone.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return answers, list(written[:, prompt:])
