@@ -223,6 +223,24 @@ def test_file_of_answers_is_what_predict_says(twin: Twins, model: TwinModel, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_products_in_bfloat16_round_answers_and_leave_the_router_in_float32(
+    twin: Twins, tmp_path: Path, name: str
+) -> None:
+    source, said = write(tmp_path / "x", rows()), {}
+    for precision in ("float32", "bfloat16"):
+        settings = PredictSettings(precision=precision, max_new_tokens=1)
+        found = predict_file(twin(name), source, tmp_path / precision, settings)
+        assert found["precision"] == precision
+        said[precision] = [json.loads(line) for line in (tmp_path / precision).read_text().splitlines()]
+    for exact, rounded in zip(said["float32"], said["bfloat16"], strict=True):
+        assert exact["expert"] == rounded["expert"]
+        assert exact["confidence"] == pytest.approx(rounded["confidence"], abs=0.05)
+        if name == "bert":
+            assert exact["score"] == pytest.approx(rounded["score"], abs=0.05)
+    assert name != "bert" or any(a["score"] != b["score"] for a, b in zip(*said.values(), strict=True))
+
+
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("leave_out", [False, True])
 def test_answers_of_which_the_router_is_not_sure_are_marked_or_left_out(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from twinmerge.runtime import precision
-from twinmerge.runtime.precision import autocast, fastest, resolve
+from twinmerge.runtime.precision import Precision, PrecisionChoice, Running, autocast, fastest, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -78,3 +78,40 @@ def test_without_instructions_for_bfloat16_float32_is_the_fastest() -> None:
         [sys.executable, "-c", program], env=os.environ | limits, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "float32"
+
+
+@pytest.mark.parametrize(
+    ("stored", "choice", "device", "dtype", "products"),
+    [
+        ("float32", None, "cpu", "float32", "float32"),
+        ("float64", None, "cpu", "float64", "float32"),
+        ("bfloat16", None, "cuda", "bfloat16", "bfloat16"),
+        ("float16", None, "cuda:1", "float16", "float32"),
+        ("float16", None, "cpu", "float32", "float32"),
+        ("bfloat16", "float32", "cpu", "float32", "float32"),
+        ("bfloat16", "bfloat16", "cpu", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", "cpu", "float32", "bfloat16"),
+        ("float32", "float32", "cpu", "float32", "float32"),
+    ],
+)
+def test_weights_are_computed_with_as_asked(
+    stored: str, choice: PrecisionChoice | None, device: str, dtype: str, products: Precision, measured: list[str]
+) -> None:
+    found = Running.of(getattr(torch, stored), choice, device)
+    assert (found.dtype, found.products) == (getattr(torch, dtype), products)
+
+
+def test_what_this_machine_is_slow_at_is_left_to_float32(measured: list[str], cache: Path) -> None:
+    assert Running.of(torch.bfloat16, None) == Running(torch.bfloat16, "bfloat16")
+    assert Running.of(torch.float32, "auto").products == "bfloat16"
+    (cache / "precision.json").unlink()
+    assert Running.of(torch.bfloat16, None) == Running(torch.float32, "float32")
+    assert Running.of(torch.float32, "auto") == Running(torch.float32, "float32")
+
+
+def test_context_narrows_products_only_where_weights_are_wider() -> None:
+    x = torch.ones(2, 2)
+    with Running(torch.float32, "bfloat16").context():
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast("bfloat16"), Running(torch.float32, "float32").context():
+        assert (x @ x).dtype == torch.bfloat16  # the caller's own

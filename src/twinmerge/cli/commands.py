@@ -20,6 +20,7 @@ def build(options: argparse.Namespace) -> None:
             **_work(options),
             check=not options.no_check,
             fast_only=options.fast_only,
+            precision=options.precision,
             progress=progress,
         )
     show_notes(artifact.manifest.notes)
@@ -131,6 +132,7 @@ def predict(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.uncertain_below,
         options.leave_out,
+        options.precision,
     )
     with shown_progress(quiet=True) as progress:
         found = predict_file(
@@ -148,7 +150,7 @@ def predict(options: argparse.Namespace) -> None:
     if found["uncertain"] is not None:
         counts += f"; {found['uncertain']} uncertain" + (", left out" if options.leave_out else "")
     resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
-    sentence = f"{found['rows']} rows{resumed}: {counts}"
+    sentence = f"{found['rows']} rows{resumed} in {found['precision']}: {counts}"
     result = {"output": str(options.output), **found}
     show_result(result, options.json, sentence, to_stderr=options.output == STANDARD)
 

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     build.add_argument("--out", type=Path, required=True, help="folder of the twin, must not exist")
     build.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     _add_check_option(build)
+    _add_precision_option(build)
     build.add_argument(
         "--fast-only",
         action="store_true",
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='mark answers of which the router is less sure than this probability as "uncertain"',
     )
     predict.add_argument("--leave-out", action="store_true", help="give uncertain rows no answer at all")
+    _add_precision_option(predict)
     predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
     evaluate = _command(
@@ -127,6 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seeds", type=_whole, nargs="+", help="only these seeds (default: the suite's)")
     evaluate.add_argument("--contestants", nargs="+", help="only these contestants (default: the suite's)")
     return parser
+
+
+def _add_precision_option(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        help="of matrix products; auto is the faster on this machine (default: no less precise than the weights)",
+    )
 
 
 def _add_check_option(command: argparse.ArgumentParser) -> None:

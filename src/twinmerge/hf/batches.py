@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class PredictSettings:
         max_new_tokens: of a causal LM's continuation.
         uncertain_below: answers say whether they are `uncertain`: the router's confidence is below this, [0, 1].
         leave_out: those that are get no answer at all.
+        precision: of matrix products, `auto` being the faster of both on this machine; None is no less precise than
+            the weights are stored.
     """
 
     expert: str | None = None
@@ -34,6 +37,7 @@ class PredictSettings:
     max_new_tokens: int = 64
     uncertain_below: float | None = None
     leave_out: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] | None = None
 
 
 DEFAULTS = PredictSettings()

@@ -1,6 +1,8 @@
 """Reads router data through a model: the tokens and the features of rows of text, computed when they are asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +20,33 @@ from twinmerge.twin.features import Layers
 class EncodedRows(Batch):
     """Rows of text as a router sees them."""
 
-    def __init__(self, model: TwinModel, encoded: Sequence[Encoded], progress: Progress = silent) -> None:
+    def __init__(
+        self,
+        model: TwinModel,
+        encoded: Sequence[Encoded],
+        progress: Progress = silent,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """Take rows; nothing is computed yet.
 
         Args:
             model: whose hidden states are looked at.
             encoded: the rows' tokens.
             progress: called with ("router features", done, total).
+            context: what passes run under, such as another precision.
         """
-        self.model, self.encoded, self.progress = model, encoded, progress
+        self.model, self.encoded, self.progress, self.context = model, encoded, progress, context
 
     @classmethod
-    def of(cls, model: TwinModel, rows: Sequence[Row], progress: Progress = silent) -> "EncodedRows":
+    def of(
+        cls,
+        model: TwinModel,
+        rows: Sequence[Row],
+        progress: Progress = silent,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> "EncodedRows":
         """Encode rows with the model's tokenizer."""
-        return cls(model, encode(model, rows), progress)
+        return cls(model, encode(model, rows), progress, context)
 
     @property
     def ids(self) -> Tensor:
@@ -44,7 +59,8 @@ class EncodedRows(Batch):
         done = 0
         for chosen in batches_of(self.model, self.encoded, DEFAULTS.limits):
             inputs = pad(self.model, [self.encoded[index] for index in chosen])
-            values = self.model.features_as(layers, None if gate is None else gate[chosen], **inputs)
+            with self.context():
+                values = self.model.features_as(layers, None if gate is None else gate[chosen], **inputs)
             for index, value in zip(chosen, values.cpu(), strict=True):
                 found[index] = value
             done += len(chosen)
@@ -53,4 +69,4 @@ class EncodedRows(Batch):
 
     def take(self, rows: Tensor) -> "EncodedRows":
         """Some of the rows."""
-        return EncodedRows(self.model, [self.encoded[row] for row in rows.tolist()], self.progress)
+        return EncodedRows(self.model, [self.encoded[row] for row in rows.tolist()], self.progress, self.context)

@@ -28,6 +28,7 @@ from twinmerge.models.source import Model
 from twinmerge.routing.fit import fit_router
 from twinmerge.routing.router import Router
 from twinmerge.routing.store import save_router
+from twinmerge.runtime.precision import PrecisionChoice, Running
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import WeightsReport, write_weights
@@ -61,6 +62,7 @@ def build(
     executor: Executor | None = None,
     check: bool = True,
     fast_only: bool = False,
+    precision: PrecisionChoice | None = None,
     progress: Progress = silent,
 ) -> TwinArtifact:
     """Build a twin: merge the shared expert, compress the exclusive knowledge, fit the router.
@@ -78,6 +80,8 @@ def build(
         executor: where parameters are decomposed; None takes a thread for every core. The result has the same bits.
         check: try the finished twin on real rows before it is published (`jobs.check`); the manifest says if not.
         fast_only: refuse experts that change what no fast gated layer serves.
+        precision: of matrix products in the passes that the router learns from; None is no less precise than the
+            weights are stored.
         progress: called with (stage, done, total).
 
     Returns:
@@ -114,7 +118,7 @@ def build(
             )
             found.write_own(target.folder)
             manifest = new_manifest(plan, report, out, left_out(found.rows, recipe.router), progress)
-            finish(TwinArtifact(target.folder, manifest), found, check=check, progress=progress)
+            finish(TwinArtifact(target.folder, manifest), found, check=check, precision=precision, progress=progress)
     return TwinArtifact.open(out)
 
 
@@ -143,6 +147,7 @@ def finish(
     known: Mapping[str, HashedFile] = {},
     *,
     check: bool,
+    precision: PrecisionChoice | None = None,
     progress: Progress = silent,
 ) -> None:
     """Fit the router on a twin without one; write it, the model card, and the manifest once the twin was checked.
@@ -152,10 +157,11 @@ def finish(
         found: what was checked before any work.
         known: entries of files that were hashed already.
         check: try the twin as it lies on disk.
+        precision: of the passes that the router learns from.
         progress: told of the stages.
     """
     folder = written.path
-    router = fit_on(written, found.plan.recipe, found.rows, progress)
+    router = fit_on(written, found.plan.recipe, found.rows, progress, precision)
     save_router(router, folder / "router")
     manifest = written.manifest.model_copy(update={"router": RouterRecord(**router.report), "check": None})
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
@@ -243,9 +249,16 @@ def left_to_shared(report: WeightsReport) -> list[str]:
     ]
 
 
-def fit_on(twin: TwinArtifact, recipe: Recipe, rows: Mapping[str, Sequence[Row]], progress: Progress) -> Router:
+def fit_on(
+    twin: TwinArtifact,
+    recipe: Recipe,
+    rows: Mapping[str, Sequence[Row]],
+    progress: Progress,
+    precision: PrecisionChoice | None = None,
+) -> Router:
     """Fit the router on a twin as it lies on disk; one that looks at the shared expert alone loads nothing else."""
-    backbone, gated = load_backbone(twin.path), recipe.router.features.form == "speculative"
+    running, gated = Running.of(twin.dtype, precision), recipe.router.features.form == "speculative"
+    backbone = load_backbone(twin.path, dtype=running.dtype)
     parts = {name: twin.exclusive(name) if gated else {} for name in twin.expert_names}
     model = TwinModel(
         backbone,
@@ -254,7 +267,7 @@ def fit_on(twin: TwinArtifact, recipe: Recipe, rows: Mapping[str, Sequence[Row]]
         max_length=recipe.max_length,
     )
     owners = [name for name, part in rows.items() for _ in part]
-    every = EncodedRows.of(model, [row for part in rows.values() for row in part], progress)
+    every = EncodedRows.of(model, [row for part in rows.values() for row in part], progress, running.context)
     router = fit_router(every, owners, recipe.router, seed=recipe.seed)
     progress("router fitted", 1, 1)
     return router

@@ -34,6 +34,7 @@ from twinmerge.hf.inputs import (
 )
 from twinmerge.hf.model import Mode, TwinModel
 from twinmerge.jobs.build import versions
+from twinmerge.runtime.precision import PrecisionChoice, Running
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.manifest import MANIFEST
 
@@ -52,6 +53,7 @@ def predict(
     max_new_tokens: int = PredictSettings.max_new_tokens,
     uncertain_below: float | None = None,
     leave_out: bool = False,
+    precision: PrecisionChoice | None = None,
 ) -> Iterator[Answer]:
     """Answer rows in input order, in bounded memory.
 
@@ -66,6 +68,7 @@ def predict(
         max_new_tokens: of a causal LM's continuation.
         uncertain_below: answers say whether they are "uncertain": the router's confidence is below this, [0, 1].
         leave_out: rows that are uncertain get no answer at all.
+        precision: of matrix products; weights stay as they were loaded. None leaves that to weights and caller.
 
     Yields:
         {"expert", "gate", "fallback", "confidence", "second", ..., and the row's fields}: the probability that the
@@ -79,7 +82,7 @@ def predict(
         DataError: if a row has a field of the answer's, or lacks a text that its head needs.
         MismatchError: if an expert's head answers no rows of text.
     """
-    settings = PredictSettings(expert, limits, max_new_tokens, uncertain_below, leave_out)
+    settings = PredictSettings(expert, limits, max_new_tokens, uncertain_below, leave_out, precision)
     return chain.from_iterable(predict_windows(model, rows, settings))
 
 
@@ -170,14 +173,15 @@ def predict_file(
 
     Returns:
         `rows`, how many of them were `resumed`, how many each of `experts` answered, how many were left to the
-        shared expert, as unlike every expert's inputs (`fallback`), and how many were `uncertain` (None if nobody
-        asked).
+        shared expert, as unlike every expert's inputs (`fallback`), how many were `uncertain` (None if nobody asked),
+        and the `precision` of matrix products.
 
     Raises:
         InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
     """
     artifact = TwinArtifact.open(twin)
     _require_settings(settings, artifact.expert_names)
+    running = Running.of(artifact.dtype, settings.precision, device)
     taken = fields_of(_answers_in(artifact).values())
     if resume and target == STANDARD:
         raise InputError("standard output keeps nothing to go on with; name a file to resume")
@@ -185,6 +189,7 @@ def predict_file(
         "twin": hashlib.sha256((artifact.path / MANIFEST).read_bytes()).hexdigest(),
         "device": device,
         **asdict(settings),
+        "precision": running.products,
         "window": [WINDOW_ROWS, WINDOW_CHARACTERS],
         "versions": versions(),
     }
@@ -198,7 +203,7 @@ def predict_file(
                 reader.skip(before["rows"], before["bytes"], before["sha256"])
                 rows = iter(reader)
                 first = list(islice(rows, 1))  # a bad first row is refused before the model is loaded
-                model = TwinModel.from_pretrained(artifact.path, device=device)
+                model = TwinModel.from_pretrained(artifact.path, dtype=running.dtype, device=device)
                 counted: Counter[str] = Counter(before["experts"])
                 _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
             note = output.last or before
@@ -212,6 +217,7 @@ def predict_file(
         "experts": experts,
         "fallback": fallback,
         "uncertain": None if settings.uncertain_below is None else uncertain,
+        "precision": running.products,
     }
 
 
@@ -312,12 +318,17 @@ def _answer(
     # one gate for all: weights merged once, if they may be kept
     kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
     mode: Mode = "merge" if kept else "auto"
-    for group in _groups(model, rows, settings, generates):
+    device = model.device.type
+    context = Running.of(model.backbone.dtype, settings.precision, device).context
+    with context(device):
+        groups = _groups(model, rows, settings, generates)
+    for group in groups:
         encoded = encode(model, [rows[index] for index in group.rows], expert=group.reader, room=new)
         alike = generates and (sees_padding(_generation(model, group.reader)) or reads_position_table(model.backbone))
         for chosen in batches_of(model, encoded, settings.limits, new=new, alike=alike):
             part, picked = group.take(chosen), [encoded[place] for place in chosen]
-            answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings, mode)
+            with context(device):
+                answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings, mode)
             for index, one, answer, output in zip(part.rows, picked, answers, outputs, strict=True):
                 name = answer["expert"]
                 require_texts(kinds[name], rows[index], f"row {seen + index + 1}, answered by expert {name!r}")

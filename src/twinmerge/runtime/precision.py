@@ -6,7 +6,8 @@ import math
 import os
 import platform
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -46,6 +47,39 @@ def resolve(choice: PrecisionChoice) -> Precision:
         temporary.write_text(json.dumps({**known, key: measured}, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
     return measured
+
+
+@dataclass(frozen=True)
+class Running:
+    """How stored weights are computed with."""
+
+    dtype: torch.dtype
+    """Of the weights in memory."""
+    products: Precision
+    """Of matrix products; bfloat16 beside wider weights is autocast."""
+
+    @classmethod
+    def of(cls, stored: torch.dtype, choice: PrecisionChoice | None, device: str = "cpu") -> "Running":
+        """What a choice means for stored weights on a device.
+
+        Args:
+            stored: dtype of the weights on disk.
+            choice: see `resolve`; None is no less precise than the weights are stored: 32 bits and more as they are;
+                16 bits as they are on an accelerator and on a processor that is fast at them, else in float32.
+            device: where it runs.
+        """
+        narrow = stored.itemsize < 4
+        if choice is None and (not narrow or not device.startswith("cpu")):
+            return cls(stored, "bfloat16" if stored == torch.bfloat16 else "float32")
+        precision = resolve("auto" if choice is None else choice)
+        if stored == torch.bfloat16 and precision == "bfloat16":
+            return cls(stored, precision)
+        return cls(torch.float32 if narrow else stored, "float32" if choice is None else precision)
+
+    def context(self, device: str = "cpu") -> AbstractContextManager[Any]:
+        """What to run a model under; one that is there already stays where nothing else is needed."""
+        narrower = self.products == "bfloat16" and self.dtype != torch.bfloat16
+        return torch.autocast(torch.device(device).type, torch.bfloat16) if narrower else nullcontext()
 
 
 def autocast(precision: Precision) -> torch.autocast:

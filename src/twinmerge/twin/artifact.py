@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from twinmerge.errors import ArtifactError
@@ -58,6 +60,14 @@ class TwinArtifact:
     def kinds(self) -> Mapping[str, Kind]:
         """Parameter name -> what its layer is."""
         return {name: entry.kind for name, entry in self.manifest.tensors.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of the shared expert's numbers."""
+        counts: Counter[torch.dtype] = Counter()
+        for spec in self.shared.specs.values():
+            counts[spec.dtype] += spec.numel if spec.dtype.is_floating_point else 0
+        return counts.most_common(1)[0][0]
 
     @cached_property
     def shared(self) -> Checkpoint:
