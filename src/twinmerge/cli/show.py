@@ -74,7 +74,12 @@ def show_twin(artifact: Any, as_json: bool) -> None:
         f"  held-out accuracy {router.accuracy:.2%}, calibration error {router.calibration_error:.4f}, "
         f"temperature {router.temperature:.3f}"
     )
-    for line in (*_check_lines(manifest.check), _fallback_line(manifest.fallback), "built from:"):
+    for line in (
+        *_confused_lines(router.confused),
+        *_check_lines(manifest.check),
+        _fallback_line(manifest.fallback),
+        "built from:",
+    ):
         console.print(line)
     for name, entry in manifest.inputs.items():
         console.print(f"  {name}: {entry.source}; licence: {entry.licence or 'none named'}")
@@ -84,6 +89,16 @@ def show_twin(artifact: Any, as_json: bool) -> None:
         console.print(f"{change.at}: {change.change} {change.expert}")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     console.print(f"built {manifest.created} with seed {recipe.seed}; {versions}")
+
+
+def _confused_lines(pairs: Sequence[Any]) -> Iterator[str]:
+    """Experts that the router mixes up."""
+    for pair in pairs:
+        (first, second), (there, back) = pair.experts, pair.shares
+        shown = f"{there:.1%} of the first's inputs go to the second, {back:.1%} back"
+        yield f"  hard to tell apart: {first} and {second}; {shown}"
+    if pairs:
+        yield "    if one head can answer both, gate: groups mixes such experts; see docs/recipe.md"
 
 
 def _fallback_line(names: Sequence[str] | None) -> str:

@@ -190,7 +190,7 @@ class TwinModel(nn.Module):
         call, routing = encode if self.heads else _call, None
         if gate is None and expert is None:
             routing, outputs = self._routed(call, inputs, mode)
-            gate, names = routing.gate, self._named(routing.router_logits)
+            gate, names = routing.gate, [self.expert_names[index] for index in routing.expert.tolist()]
         else:
             gate, names = self._given(gate, expert, _rows(inputs))
             outputs = self.twin.run(call, gate, self.asked(inputs), tokens=_tokens(inputs), mode=mode)
@@ -309,7 +309,7 @@ class TwinModel(nn.Module):
         if gate is None and expert is None:
             looked = Looked(self.features_as, prompt(self.backbone, inputs), self._prefill(inputs, mode))
             routing = self._ask(looked)
-            gate, names = routing.gate, self._named(routing.router_logits)
+            gate, names = routing.gate, [self.expert_names[index] for index in routing.expert.tolist()]
         else:
             gate, names = self._given(gate, expert, rows)
         settings = [self.own_of(name).generation for name in names]

@@ -293,6 +293,8 @@ def model_card(manifest: Manifest) -> str:
     licences = "; ".join(f"{name}: {entry.licence or 'none named'}" for name, entry in manifest.inputs.items())
     router, recipe = manifest.router, manifest.recipe
     changes = ", ".join(f"{change.change} {change.expert}" for change in manifest.changes)
+    pairs = "; ".join(" and ".join(pair.experts) for pair in router.confused)
+    confused = f" Hard to tell apart: {pairs}." if pairs else ""
     changed = f" It was merged before these changes: {changes}." if changes else ""
     return f"""---
 library_name: twinmerge
@@ -310,7 +312,7 @@ Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest.versions["
 
 Shared expert: {_told(recipe.shared)}.{changed} Exclusive knowledge: {_told(dict(recipe.exclusive))}.
 Router: {recipe.router.method} on features `{recipe.router.features}`, {router.accuracy:.1%} right on
-held-out router data, calibration error {router.calibration_error:.3f}.
+held-out router data, calibration error {router.calibration_error:.3f}.{confused}
 
 Licences of base and experts apply, as their model cards name them: {licences}.
 """

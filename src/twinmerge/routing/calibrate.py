@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+CONFUSED = 0.02
+"""From this share of inputs sent to each other, experts are hard to tell apart."""
 _BINS = 15
 _CASCADE_LOSS = 0.001
 """Share of the held-out inputs that a cascade may send wrong beyond what full features would."""
@@ -39,6 +41,30 @@ def calibration_error(confidence: Tensor, correct: Tensor, weights: Tensor | Non
     bins = (confidence * _BINS).long().clamp(max=_BINS - 1)
     gaps = torch.zeros(_BINS, dtype=confidence.dtype).index_add_(0, bins, share * (confidence - correct.to(confidence)))
     return float(gaps.abs().sum())
+
+
+def confusion(chosen: Tensor, labels: Tensor, experts: int) -> Tensor:
+    """(expert, expert): the share of the first's inputs (row,) that the second was chosen for; rows sum to 1."""
+    counts = torch.bincount(labels * experts + chosen, minlength=experts**2).reshape(experts, experts).float()
+    return counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def confused_pairs(shares: Tensor) -> list[tuple[int, int]]:
+    """Pairs of experts that are hard to tell apart, by `confusion`, those hardest first.
+
+    At least `CONFUSED` of their inputs are sent to the wrong one of both, in the mean of both directions.
+    """
+    both = (shares + shares.T) / 2
+    pairs = [(a, b) for a in range(len(both)) for b in range(a + 1, len(both)) if both[a, b] >= CONFUSED]
+    return sorted(pairs, key=lambda pair: -float(both[pair]))
+
+
+def confusable_groups(shares: Tensor) -> Tensor:
+    """(expert,): the number of each expert's group, experts being in one group that are hard to tell apart."""
+    groups = torch.arange(len(shares))
+    for a, b in confused_pairs(shares):
+        groups[groups == groups[b]] = groups[a].clone()
+    return groups
 
 
 def least_certainty(first: Tensor, full: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import DataError
-from twinmerge.routing.calibrate import calibration_error
+from twinmerge.routing.calibrate import calibration_error, confused_pairs, confusion
 from twinmerge.routing.combined import assemble
 from twinmerge.routing.router import Batch, Examples, Router, Stored
 from twinmerge.routing.tokens import PADDING, NgramHead
@@ -33,7 +33,8 @@ def fit_router(batch: Batch, owners: Sequence[str], settings: RouterSettings, *,
 
     Returns:
         A router in eval mode, with `report`: accuracy and calibration error (ECE, 15 bins) on inputs while they were
-        held out, temperature, inputs used of each expert, and what `Router.calibrate` adds.
+        held out, temperature, inputs used of each expert, pairs that are `confused` with the share of the first's
+        inputs sent to the second and of the second's sent to the first, and what `Router.calibrate` adds.
 
     Raises:
         DataError: if an expert has too few inputs to hold any out, or they have no n-gram in common.
@@ -56,11 +57,16 @@ def fit_router(batch: Batch, owners: Sequence[str], settings: RouterSettings, *,
     found = router.calibrate(held)
     routing = router.route(held.batch)
     correct = (routing.expert == held.labels).float()
+    shares = confusion(routing.expert, held.labels, len(names))
     router.report = {
         "accuracy": float((correct * held.weights).sum() / held.weights.sum()),
         "calibration_error": calibration_error(routing.probability.amax(dim=1), correct, held.weights),
         "temperature": float(router.temperature),
         **found,
+        "confused": [
+            {"experts": [names[a], names[b]], "shares": [round(float(shares[a, b]), 4), round(float(shares[b, a]), 4)]}
+            for a, b in confused_pairs(shares)
+        ],
         "inputs_per_expert": int(counts.min()),
         "inputs": dict(zip(names, counts.tolist(), strict=True)),
         "held_out": len(held_out),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from twinmerge.errors import GateError
-from twinmerge.routing.calibrate import best_temperature
+from twinmerge.routing.calibrate import best_temperature, confusable_groups, confusion
 from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings
 
@@ -103,8 +103,8 @@ class Routing:
 
     @property
     def expert(self) -> Tensor:
-        """(batch,), the likeliest expert, whose head answers."""
-        return self.router_logits.argmax(dim=1)
+        """(batch,), the expert with the largest gate, whose head answers; the likeliest where all gates are 0."""
+        return torch.where(self.fallback, self.router_logits.argmax(dim=1), self.gate.argmax(dim=1))
 
     def overlaid(self, rows: Tensor, others: "Routing") -> "Routing":
         """The same with `rows` (count,) taken from others."""
@@ -133,6 +133,7 @@ class Router(nn.Module):
     temperature: Tensor
     fallback_distance: Tensor
     energy: Tensor
+    groups: Tensor
 
     def __init__(self, expert_names: Sequence[str], settings: RouterSettings, scorer: Scorer) -> None:
         """Make an uncalibrated router; `fit_router` makes useful ones.
@@ -149,6 +150,8 @@ class Router(nn.Module):
         self.report: dict[str, Any] = {}
         self.register_buffer("temperature", torch.ones(()))
         self.register_buffer("fallback_distance", torch.tensor(float("inf")))
+        if settings.gate == "groups":
+            self.register_buffer("groups", torch.arange(len(self.expert_names)))  # whose gates are mixed
         if settings.detector == "both":
             self.register_buffer("energy", torch.tensor([0.0, 0.0]))  # its weight beside the distance, and its floor
 
@@ -181,13 +184,16 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, held_out: Examples) -> dict[str, float]:
-        """Fit temperature and fall-back distance on inputs that the scorer has not learned from.
+        """Fit temperature, fall-back distance and groups on inputs that the scorer has not learned from.
 
         Returns:
             What the report says besides.
         """
         logits, distance = self.look(held_out.batch)
         self.temperature = torch.tensor(best_temperature(logits, held_out.labels, held_out.weights))
+        if self.settings.gate == "groups":
+            shares = confusion(logits.argmax(dim=1), held_out.labels, len(self.expert_names))
+            self.groups = confusable_groups(shares)
         if self.settings.detector == "both":
             energy = self._energy(logits)
             spread = energy.std(correction=0)
@@ -199,14 +205,27 @@ class Router(nn.Module):
 
     def _routing(self, logits: Tensor, temperature: Tensor, fallback: Tensor) -> Routing:
         probability = (logits / temperature).softmax(dim=1)
-        gate = gate_of(probability, self.settings)
+        gate = gate_of(probability, self.settings, self.groups if self.settings.gate == "groups" else None)
         return Routing(gate * ~fallback[:, None], logits, probability, fallback)
 
 
-def gate_of(probability: Tensor, settings: RouterSettings) -> Tensor:
-    """The gate (row, expert) that follows from calibrated probabilities, in the form that a recipe asks for."""
+def gate_of(probability: Tensor, settings: RouterSettings, groups: Tensor | None = None) -> Tensor:
+    """The gate that follows from calibrated probabilities, in the form that a recipe asks for.
+
+    Args:
+        probability: (row, expert).
+        settings: of the router.
+        groups: (expert,) the number of each expert's group, for gates of groups.
+
+    Returns:
+        (row, expert), rows sum to 1.
+    """
     if settings.gate == "soft":
         return probability
+    if groups is not None:
+        sums = torch.zeros_like(probability).index_add_(1, groups, probability)
+        own = probability * (groups == sums.argmax(dim=1, keepdim=True))
+        return own / own.sum(dim=1, keepdim=True)
     kept = 1 if settings.gate == "hard" else min(settings.top_k, probability.shape[1])
     largest, column = probability.topk(kept, dim=1)
     return torch.zeros_like(probability).scatter_(1, column, largest / largest.sum(dim=1, keepdim=True))

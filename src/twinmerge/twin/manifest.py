@@ -88,6 +88,13 @@ class ParameterRecord(Recorded):
     ranks: Mapping[ExpertName, NonNegativeInt] = {}
 
 
+class ConfusedRecord(Recorded):
+    """Two experts that are hard to tell apart: the share of the first's inputs sent to the second, and back."""
+
+    experts: Annotated[list[ExpertName], Field(min_length=2, max_length=2)]
+    shares: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+
+
 class RouterRecord(Recorded):
     """What the router gives on inputs that were held out."""
 
@@ -95,6 +102,7 @@ class RouterRecord(Recorded):
     calibration_error: FiniteFloat
     temperature: FiniteFloat
     inputs_per_expert: NonNegativeInt
+    confused: list[ConfusedRecord] = []
 
 
 NOT_FITTED = RouterRecord(accuracy=0.0, calibration_error=0.0, temperature=1.0, inputs_per_expert=0)

@@ -92,8 +92,9 @@ class RouterSettings(Strict):
             ids, which cost no pass; `...+tokens`: both; `cascade`: tokens decide, only uncertain inputs take
             `all+tokens`; `speculative`: an input runs under the expert that tokens say, `all+tokens` of that very pass
             say whether it was right, and only those inputs run again where it was not.
-        gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `hard` takes one,
-            and is what `speculative` needs and takes.
+        gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `groups` mixes those
+            of one group, the likeliest, of experts that are hard to tell apart; `hard` takes one, and is what
+            `speculative` needs and takes.
         top_k: experts that a `top_k` gate mixes.
         samples_per_expert: inputs used of each expert, at most, drawn from all it has; each costs a pass. Experts with
             fewer count as much as the others.
@@ -109,7 +110,7 @@ class RouterSettings(Strict):
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
     features: FeaturesField = Features(Layers("all"), tokens=True)
-    gate: Literal["soft", "top_k", "hard"] = "soft"
+    gate: Literal["soft", "top_k", "groups", "hard"] = "soft"
     top_k: Annotated[int, Field(ge=1, strict=True)] = 2
     samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 5000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
