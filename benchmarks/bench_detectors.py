@@ -5,8 +5,8 @@ hardly: its inputs are near some expert's, and its answers may well be useful. T
 (router.detector) decides which inputs are left to the shared expert.
 
 Own rows are test rows of the twin's tasks; alien are rows of unseen tasks and five kinds of foreign input, made here
-from a fixed seed. For every detector the AUROC, own against alien; for the router's own detector the share of alien rows
-that it would catch if 5 % of the own rows may be lost; and what falls back at the twin's threshold. Nothing is chosen
+from a fixed seed. For every detector the AUROC, own against alien; for the router's own detector the share of alien
+rows that it would catch if 5 % of own rows may be lost; and what falls back at the twin's threshold. Nothing is chosen
 on these rows.
 
     python benchmarks/bench_detectors.py --twin TWIN --own data/*.test.jsonl --unseen unseen/*.test.jsonl [--rows 300]

@@ -151,18 +151,19 @@ def _nearest_plane(
 
     Of that norm entry i alone decides what entries after it have left of column i of `root`.
     """
-    count = vectors.shape[1]
-    levels, errors = torch.zeros_like(vectors, dtype=torch.uint8), torch.zeros_like(vectors)
-    for stop in range(count, 0, -_BLOCK):
+    wanted, step = vectors.T.contiguous(), scale.clamp_min(torch.finfo(torch.float64).tiny)
+    levels, errors = torch.empty_like(wanted), torch.zeros_like(wanted)
+    columns = root / root.diagonal()  # so that what entry i owes is the products with column i alone
+    for stop in range(len(wanted), 0, -_BLOCK):
         start = max(stop - _BLOCK, 0)
-        owed = errors[:, stop:] @ root[stop:, start:stop]
+        owed = columns[stop:, start:stop].T @ errors[stop:]
         for entry in range(stop - 1, start - 1, -1):
-            column = entry - start
-            wanted = vectors[:, entry] + owed[:, column] / root[entry, entry]
-            levels[:, entry] = _levels_of(wanted[:, None], scale)[:, 0].to(torch.uint8)
-            errors[:, entry] = vectors[:, entry] - (levels[:, entry].double() - _MIDDLE) * scale
-            owed[:, :column].addr_(errors[:, entry], root[entry, start:entry])
-    return levels
+            place = entry - start
+            level = owed[place].add_(wanted[entry]).div_(step).add_(_MIDDLE + 0.5).floor_().clamp_(0, 15)
+            levels[entry] = level
+            torch.addcmul(wanted[entry], level - _MIDDLE, scale, value=-1, out=errors[entry])
+            owed[:place].addr_(columns[entry, start:entry], errors[entry])
+    return levels.T.to(torch.uint8)
 
 
 def _levels_of(vectors: Float[Tensor, "rank n"], step: Float[Tensor, " rank"]) -> Float[Tensor, "rank n"]:
