@@ -61,6 +61,7 @@ class Task:
         epochs: passes over the training split.
         official_test: rows the test split is taken from, when the data set has such a part.
         positive: the label counted by `f1`.
+        classes: labels whose rows make the task; None takes all.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Task:
     epochs: int = 3
     official_test: Source | None = None
     positive: str | None = None
+    classes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

