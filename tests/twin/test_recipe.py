@@ -38,7 +38,7 @@ def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     assert recipe.shared == Average()
     assert (recipe.exclusive.budget, recipe.exclusive.dtype) == (DEFAULT_BUDGET, "int4")
     assert Recipe(base="base", experts=SOURCES, exclusive={"rank": 4}).exclusive.dtype is None
-    assert (recipe.router.method, str(recipe.router.features), recipe.seed) == ("linear", "all+tokens", 0)
+    assert (recipe.router.method, str(recipe.router.features), recipe.seed) == ("linear", "speculative", 0)
 
 
 def test_every_section_is_read(tmp_path: Path) -> None:

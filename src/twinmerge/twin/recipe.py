@@ -94,7 +94,7 @@ class RouterSettings(Strict):
             say whether it was right, and only those inputs run again where it was not.
         gate: `soft` mixes experts by their probabilities, as the paper; `top_k` the likeliest few; `groups` mixes those
             of one group, the likeliest, of experts that are hard to tell apart; `hard` takes one, and is what
-            `speculative` needs and takes.
+            `speculative` needs. Not given, it is `hard` for `speculative` and `soft` for other features.
         top_k: experts that a `top_k` gate mixes.
         samples_per_expert: inputs used of each expert, at most, drawn from all it has; each costs a pass. Experts with
             fewer count as much as the others.
@@ -109,8 +109,8 @@ class RouterSettings(Strict):
     """
 
     method: Literal["linear", "mlp", "centroid", "knn"] = "linear"
-    features: FeaturesField = Features(Layers("all"), tokens=True)
-    gate: Literal["soft", "top_k", "groups", "hard"] = "soft"
+    features: FeaturesField = Features(Layers("all"), tokens=True, form="speculative")
+    gate: Literal["soft", "top_k", "groups", "hard"] = "hard"
     top_k: Annotated[int, Field(ge=1, strict=True)] = 2
     samples_per_expert: Annotated[int, Field(ge=2, strict=True)] = 5000
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -122,9 +122,14 @@ class RouterSettings(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _gate_that_features_need(cls, data: object) -> object:
-        guessing = isinstance(data, dict) and data.get("features") == "speculative" and "gate" not in data
-        return {**data, "gate": "hard"} if isinstance(data, dict) and guessing else data
+    def _that_fit_together(cls, data: object) -> object:
+        """What is not given follows from what is: one expert a row for speculative features, mixed ones for others."""
+        if not isinstance(data, dict):
+            return data
+        if "features" not in data and data.get("gate", "hard") != "hard":
+            return {**data, "features": "all+tokens"}
+        guesses = str(data.get("features", "speculative")) == "speculative"
+        return {"gate": "hard" if guesses else "soft", **data}
 
     @model_validator(mode="after")
     def _gate_of_one_expert(self) -> "RouterSettings":
