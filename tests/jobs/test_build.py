@@ -162,7 +162,8 @@ def test_progress_goes_through_all_stages(bert: Family, tmp_path: Path) -> None:
         "router fitted",
         "checking experts",
     ]
-    assert [step for step in told if step[0] == "router features"][-1][1:] == (83, 83)  # 72 rows, 11 again under wrong gates
+    looked = [step for step in told if step[0] == "router features"]
+    assert looked[-1][1:] == (83, 83)  # 72 rows, 11 again under wrong gates
 
 
 def test_maximum_length_of_the_recipe_is_the_models(bert: Family, tmp_path: Path) -> None:
