@@ -21,14 +21,16 @@ from twinmerge.report.tables import (
 )
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
-BLOCK = re.compile(r"(<!-- generated: tables -->\n).*?(<!-- end of generated -->)", re.DOTALL)
 
 
 def main() -> None:
     """Replace the block."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="results.json of `twinmerge eval suites/text/text8.yaml`")
-    result = read_result(parser.parse_args().results)
+    parser.add_argument("--block", default="tables", help="name of the block that is replaced (default: tables)")
+    options = parser.parse_args()
+    result = read_result(options.results)
+    block = re.compile(rf"(<!-- generated: {re.escape(options.block)} -->\n).*?(<!-- end of generated -->)", re.DOTALL)
     setting = (
         f"Suite `{result.suite}`, base {result.base}, seeds {', '.join(map(str, result.seeds))}; commit "
         f"`{result.environment.commit}`, {result.environment.date}, {result.environment.machine}, "
@@ -37,7 +39,7 @@ def main() -> None:
         + f"; {result.resamples:,} bootstrap resamples."
     )
     tables = markdown_tables(result)
-    page, count = BLOCK.subn(lambda match: f"{match[1]}\n{setting}\n\n{tables}\n{match[2]}", PAGE.read_text("utf-8"))
+    page, count = block.subn(lambda match: f"{match[1]}\n{setting}\n\n{tables}\n{match[2]}", PAGE.read_text("utf-8"))
     if count != 1:
         parser.error(f"{PAGE} must hold the markers of the generated block once, found {count}")
     PAGE.write_text(page, encoding="utf-8")
