@@ -82,7 +82,9 @@ def test_dense_of_an_expert_of_whole_rank_is_that_expert(family: Get, twin: Twin
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("exclusive", [{"rank": 3}, {"energy": 0.9}, {"rank": 0}], ids=str)
+@pytest.mark.parametrize(
+    "exclusive", [{"rank": 3}, {"energy": 0.9}, {"rank": 0}, {"rank": 3, "dtype": "int4"}], ids=str
+)
 def test_adapter_on_the_shared_expert_is_the_expert(
     twin: Twins, tmp_path: Path, name: str, exclusive: dict[str, Any]
 ) -> None:
