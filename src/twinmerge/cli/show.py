@@ -68,7 +68,9 @@ def show_twin(artifact: Any, as_json: bool) -> None:
     Console().print(table)
     router, recipe = manifest.router, manifest.recipe
     console.print("bytes: " + ", ".join(f"{part} {size:,}" for part, size in parts.items()))
-    console.print(f"exclusive parts: {ratio:.4f} x the base's bytes")
+    kept = recipe.exclusive.content()
+    form = f"{kept.get('dtype') or 'as the base'}, directions weighed: {kept.get('weighting', 'none')}"
+    console.print(f"exclusive parts: {ratio:.4f} x the base's bytes ({form})")
     console.print(
         f"router: {recipe.router.method} on {recipe.router.features}, {router.inputs_per_expert} inputs per expert\n"
         f"  held-out accuracy {router.accuracy:.2%}, calibration error {router.calibration_error:.4f}, "
