@@ -18,11 +18,11 @@ from twinmerge.hf.inputs import (
     length_limit,
     pad,
     padding_id,
-    position_table,
     tokenize,
     tokenized_batches,
 )
 from twinmerge.hf.model import TwinModel
+from twinmerge.hf.positions import position_table
 from twinmerge.hf.router_data import EncodedRows
 from twinmerge.routing.tokens import PADDING, token_ids
 from twinmerge.twin.features import Layers

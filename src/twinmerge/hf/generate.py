@@ -54,12 +54,38 @@ def keeps_cache(backbone: PreTrainedModel) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-def cache_of(outputs: Any, rows: Sequence[int]) -> Cache:
-    """The cache of some rows of a pass over prompts, without their last tokens, of which generate wants the logits."""
-    cache: Cache = copy.deepcopy(outputs["past_key_values"])
+def goes_on(backbone: PreTrainedModel, settings: GenerationConfig | None) -> bool:
+    """Whether texts under these settings may begin with another pass over their prompts: one text a prompt, cached."""
+    chosen = settings or backbone.generation_config
+    return (chosen.num_beams or 1) == 1 and (chosen.num_return_sequences or 1) == 1 and chosen.use_cache is not False
+
+
+def begun(model: Any, outputs: Any, rows: Sequence[int]) -> Cache:
+    """Let a `writer` begin with what a pass over prompts found, instead of a pass of its own.
+
+    Args:
+        model: of `writer`; its first call is answered from `outputs`.
+        outputs: of the pass, the last token's logits among them, and its cache.
+        rows: those that are written on.
+
+    Returns:
+        The cache to give to generate. It lacks the last tokens, of which generate asks the logits; the answer brings
+        them back.
+    """
+    cache: Any = copy.deepcopy(outputs["past_key_values"])
     cache.batch_select_indices(torch.tensor(rows))
+    whole = [(layer.keys, layer.values) for layer in cache.layers]
     cache.crop(-1)
-    return cache
+
+    def forward(*_: Any, **__: Any) -> Any:
+        del model.forward
+        for layer, (keys, values) in zip(cache.layers, whole, strict=True):
+            layer.keys, layer.values = keys, values
+        return type(outputs)(logits=outputs["logits"][list(rows), -1:], past_key_values=cache)
+
+    model.forward = forward
+    found: Cache = cache
+    return found
 
 
 def join(parts: Sequence[tuple[Sequence[int], Any]], padding: int) -> Any:

@@ -1,6 +1,7 @@
 """The twin as a torch module: a gated backbone, heads per expert, one router in front."""
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.example import example_inputs
 from twinmerge.hf.features import EnoughError, Looked, Probe, Run, hidden_layers, pooled, read, show
-from twinmerge.hf.generate import cache_of, join, keeps_cache, prompt, writer
+from twinmerge.hf.generate import begun, goes_on, join, keeps_cache, prompt, writer
 from twinmerge.hf.heads import TwinOutput, answered, asked, encode, load_head, overlaid, take, with_backbone
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
+from twinmerge.hf.positions import reads_position_table
 from twinmerge.routing.router import Router, Routing
 from twinmerge.routing.store import load_router
 from twinmerge.runtime.gate import keep_large
@@ -307,7 +309,10 @@ class TwinModel(nn.Module):
         """`generate`, and what the router said of the prompts; None where the caller gave gate or expert."""
         rows, looked, routing = _rows(inputs), None, None
         if gate is None and expert is None:
-            looked = Looked(self.features_as, prompt(self.backbone, inputs), self._prefill(inputs, mode))
+            seen, run = prompt(self.backbone, inputs), self._prefill(inputs, mode)
+            if run is not None:  # generate's own positions, which count padding: distances are the same
+                seen.pop("position_ids", None)
+            looked = Looked(self.features_as, seen, run)
             routing = self._ask(looked)
             gate, names = routing.gate, [self.expert_names[index] for index in routing.expert.tolist()]
         else:
@@ -315,24 +320,23 @@ class TwinModel(nn.Module):
         settings = [self.own_of(name).generation for name in names]
         ready = [False] * rows  # whether the pass that routed is the row's prefill
         if looked is not None and looked.gate is not None:
-            ready = (gate == looked.gate).all(dim=1).tolist()
+            same = (gate == looked.gate).all(dim=1).tolist()
+            ready = [right and goes_on(self.backbone, own) for right, own in zip(same, settings, strict=True)]
         padding = inputs.get("pad_token_id") or self.backbone.generation_config.pad_token_id or 0
         parts = []
         for one in dict.fromkeys(zip(map(id, settings), ready, strict=True)):
             members = [row for row in range(rows) if (id(settings[row]), ready[row]) == one]
             asked, picked = settings[members[0]], take(inputs, members, rows)
-            if looked is not None and ready[members[0]]:
-                picked = {**picked, "past_key_values": cache_of(looked.outputs, members)}
+            found = looked.outputs if looked is not None and ready[members[0]] else None
             config = writer(self.backbone, asked, inputs).generation_config
             if config.stop_strings or inputs.get("stop_strings"):
                 picked = {"tokenizer": self.own_of(names[members[0]]).tokenizer or self.tokenizer, **picked}
             new = int(inputs.get("max_new_tokens") or config.max_new_tokens or _NEW_TOKENS)
 
-            def write(module: Any, own: Mapping[str, Any], asked: Any = asked) -> Any:
-                return writer(module, asked, own).generate(**own)
-
-            tokens = _tokens(picked) + new * len(members)
-            written = self.twin.run(write, gate[members], picked, tokens=tokens, calls=1 + new, mode=mode, pad=padding)
+            write = partial(_write, asked, found, members)
+            calls = new if found is None else new - 1  # the pass over the prompts gives the first token
+            tokens = (_tokens(picked) if found is None else 0) + calls * len(members)
+            written = self.twin.run(write, gate[members], picked, tokens=tokens, calls=calls, mode=mode, pad=padding)
             parts.append((members, written))
         return join(parts, padding), routing
 
@@ -341,9 +345,13 @@ class TwinModel(nn.Module):
         plain = inputs.keys() <= _OF_ONE_PASS and inputs.get("num_return_sequences", 1) == 1
         if not plain or self.twin.fallback.names or not keeps_cache(self.backbone):
             return None
+        mask = inputs.get("attention_mask")
+        if mask is not None and not mask.all() and reads_position_table(self.backbone):
+            return None
+        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.backbone.forward).parameters else {}
 
         def run(gate: Tensor, own: Mapping[str, Any]) -> ModelOutput:
-            kept = {**own, "use_cache": True}
+            kept = {**own, "use_cache": True, **last}
             outputs: ModelOutput = self.twin.run(_call, gate, kept, tokens=_tokens(own), mode=mode)
             return outputs
 
@@ -447,6 +455,15 @@ class TwinModel(nn.Module):
 
 def _call(module: Any, inputs: Mapping[str, Any]) -> Any:
     return module(**inputs)
+
+
+def _write(
+    asked: GenerationConfig | None, found: Any, members: Sequence[int], module: Any, inputs: Mapping[str, Any]
+) -> Any:
+    """Generate under an expert's settings, from what a pass over the prompts found, if there was one."""
+    model = writer(module, asked, inputs)
+    begin = {} if found is None else {"past_key_values": begun(model, found, members)}
+    return model.generate(**inputs, **begin)
 
 
 def _local_hooks(module: nn.Module) -> list[int]:

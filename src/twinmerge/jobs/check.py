@@ -17,9 +17,10 @@ from twinmerge.errors import CheckError
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
 from twinmerge.hf.heads import said
-from twinmerge.hf.inputs import encode, pad, reads_position_table
+from twinmerge.hf.inputs import encode, pad
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
+from twinmerge.hf.positions import reads_position_table
 from twinmerge.twin.plan import Plan
 
 ROWS_PER_EXPERT, TOKENS = 2, 48

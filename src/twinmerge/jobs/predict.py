@@ -28,11 +28,11 @@ from twinmerge.hf.inputs import (
     encode,
     pad,
     padding_id,
-    reads_position_table,
     spans_of,
     tokenizer_of,
 )
 from twinmerge.hf.model import Mode, TwinModel
+from twinmerge.hf.positions import reads_position_table
 from twinmerge.jobs.build import versions
 from twinmerge.runtime.precision import PrecisionChoice, Running
 from twinmerge.twin.artifact import TwinArtifact

@@ -9,9 +9,10 @@ from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.rows import Row, read_rows
 from twinmerge.hf.answers import Answers, answers_of
 from twinmerge.hf.heads import load_head
-from twinmerge.hf.inputs import limit_of, position_table
+from twinmerge.hf.inputs import limit_of
 from twinmerge.hf.loading import load_tokenizer, without_weights
 from twinmerge.hf.own import OWN, files_of, trained_length
+from twinmerge.hf.positions import position_table
 from twinmerge.merging.executor import one_thread
 from twinmerge.models.source import Expert
 from twinmerge.twin.plan import Plan
