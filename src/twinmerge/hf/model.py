@@ -102,6 +102,9 @@ class TwinModel(nn.Module):
         self.router = router
         self.eval()
         self.requires_grad_(False)
+        output: Any = backbone.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if output is not None:
+            output.requires_grad_(True)  # torch copies a whole matrix without, where it multiplies the last token alone
 
     @classmethod
     def from_pretrained(
