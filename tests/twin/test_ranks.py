@@ -11,7 +11,7 @@ from torch import Tensor
 from tests import reference
 from twinmerge.tensors.low_rank import LowRank
 from twinmerge.tensors.sparse import Sparse, drop_mask
-from twinmerge.twin.ranks import Key, best_scaling, choose_ranks, compress
+from twinmerge.twin.ranks import Key, best_scaling, choose_ranks, compress, compress_factors
 from twinmerge.twin.recipe import ExclusiveSettings
 
 
@@ -202,3 +202,14 @@ def test_where_every_scaling_leaves_nothing_it_is_least_squares_not_noise() -> N
 
 def test_direction_of_zero_has_scaling_zero() -> None:
     assert best_scaling(matrices(2), torch.zeros(12, 8), 3) == 0.0
+
+
+@pytest.mark.parametrize("settings", [{"rank": 2}, {"budget": 0.1}], ids=str)
+def test_a_pair_is_compressed_as_the_matrix_that_it_stands_for(settings: dict[str, float]) -> None:
+    pair = LowRank(torch.randn(7, 3, generator=torch.Generator().manual_seed(0)), torch.eye(3, 5))
+    chosen = ExclusiveSettings(**settings)
+    found, values = compress_factors(pair, chosen)
+    whole, spectrum = compress(pair.dense(), chosen, seed=0, expert="a", name="w")
+    assert torch.allclose(found.dense(), whole.dense(), atol=1e-5)
+    assert torch.allclose(values[:2], spectrum[:2], atol=1e-5)
+    assert found.rank == (2 if "rank" in settings else 3)

@@ -41,6 +41,21 @@ def test_shortest_recipe_takes_the_defaults(tmp_path: Path) -> None:
     assert (recipe.router.method, str(recipe.router.features), recipe.seed) == ("linear", "speculative", 0)
 
 
+@pytest.mark.parametrize(
+    ("given", "features", "gate"),
+    [
+        ({}, "speculative", "hard"),
+        ({"gate": "soft"}, "all+tokens", "soft"),
+        ({"gate": "groups"}, "all+tokens", "groups"),
+        ({"features": "last"}, "last", "soft"),
+        ({"features": "last", "gate": "hard"}, "last", "hard"),
+    ],
+)
+def test_gate_and_features_follow_from_each_other(given: dict[str, str], features: str, gate: str) -> None:
+    settings = RouterSettings.model_validate(given)
+    assert (str(settings.features), settings.gate) == (features, gate)
+
+
 def test_every_section_is_read(tmp_path: Path) -> None:
     recipe = Recipe.load(
         write(
@@ -126,6 +141,14 @@ def test_recipe_does_not_change() -> None:
         (
             "exclusive: {compression: random, density: 0.1, dtype: float8_e4m3fn}\n",
             ":5: exclusive: dtype float8_e4m3fn is for factors, compression svd, found random",
+        ),
+        (
+            "exclusive: {energy: 0.9, weighting: inputs}\n",
+            ":5: exclusive: weighting inputs is for factors that a rank or a budget chooses, found energy",
+        ),
+        (
+            "exclusive: {compression: magnitude, density: 0.1, weighting: two_sided}\n",
+            ":5: exclusive: weighting two_sided is for factors that a rank or a budget chooses, found magnitude",
         ),
         ("exclusive: {compression: random, rank: 3}\n", ":5: exclusive: compression random takes density, found rank"),
         ("exclusive: {embeddings: no}\n", ":5: exclusive.embeddings: input should be .* found False"),
