@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from tests import tiny
@@ -39,6 +40,14 @@ def test_what_is_cut_is_as_far_off_as_compression_predicts(twin: Callable[..., P
     found = checked(twin("bert", exclusive={"rank": 2, "embeddings": "exclusive"}))
     for agreement in found["experts"].values():
         assert 0 < agreement["distance"] < 10 * agreement["predicted"] < 10
+
+
+def test_what_is_kept_whole_in_16_bits_is_each_expert_to_their_rounding(tmp_path: Path) -> None:
+    base = tiny.bert().to(torch.bfloat16)
+    narrow = tiny.make_family(tmp_path, base, transformers.BertForSequenceClassification, scale=0.05)
+    build(narrow.recipe(exclusive=WHOLE), tmp_path / "twin")
+    for agreement in checked(tmp_path / "twin")["experts"].values():
+        assert 0 < agreement["distance"] < agreement["predicted"] < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_adapters_are_compared_too(tmp_path: Path) -> None:
