@@ -84,7 +84,7 @@ def _answers(expert: Path, base: Path, rows: list[dict[str, str]]) -> list[str]:
         [row["text"] for row in rows], padding=True, return_tensors="pt"
     )
     with torch.inference_mode():
-        return [model.config.id2label[i] for i in model.eval()(**tokens).logits.argmax(dim=1).tolist()]
+        return [model.config.id2label[i] for i in model.float().eval()(**tokens).logits.argmax(dim=1).tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,27 @@ def test_experts_read_rows_by_their_own_tokenizers(suite: Suite, tmp_path: Path)
     assert at.expert_answers["sms"] == _answers(root / "sms", root / "sms", rows)
     assert at.expert_answers["sms"] != _answers(root / "sms", root / "base", rows)
     assert at.reference.model.own_of("sms").reads
+
+
+def test_narrow_experts_are_computed_as_their_heads_are(
+    suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where the machine is slow at 16 bits."""
+    monkeypatch.setenv("TWINMERGE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("twinmerge.runtime.precision.fastest", lambda _: "float32")
+    root = Path(shutil.copytree(suite.root_of(0), tmp_path / "suite"))
+    for folder in ("base", *tiny.EXPERTS):
+        config = root / folder / "config.json"
+        config.write_text(config.read_text().replace('"float32"', '"bfloat16"'))
+        tiny.rewrite(
+            root / folder / "model.safetensors",
+            lambda tensors: {name: value.to(torch.bfloat16) for name, value in tensors.items()},
+        )
+    at = SeedRun(suite.model_copy(update={"root": str(root), "unseen": {}}), 0, silent)
+    assert at.reference.model.backbone.dtype == torch.float32
+    for name in tiny.EXPERTS:
+        assert at.body(name).dtype == torch.bfloat16
+        assert at.expert_answers[name] == _answers(root / name, root / "base", at.tasks[name].test)
 
 
 def test_the_suites_own_router_is_that_of_its_first_such_twin(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +282,7 @@ def test_auto_is_the_fastest_precision_of_the_machine_and_the_result_names_it(
     run: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, result = run
-    monkeypatch.setattr("twinmerge.runtime.precision.fastest", lambda: "float32")
+    monkeypatch.setattr("twinmerge.runtime.precision.fastest", lambda _: "float32")
     monkeypatch.setenv("TWINMERGE_CACHE", str(out / "cache"))
     again = run_suite(suite.model_copy(update={"precision": "auto"}), out, contestants=["whole"])
     assert again.contestants == [one for one in result.contestants if one.name == "whole"], "it is not run again"

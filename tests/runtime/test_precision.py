@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from twinmerge.errors import InputError
 from twinmerge.runtime import precision
 from twinmerge.runtime.precision import Precision, PrecisionChoice, Running, autocast, fastest, resolve
 
@@ -16,6 +17,8 @@ from twinmerge.runtime.precision import Precision, PrecisionChoice, Running, aut
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TWINMERGE_CACHE", str(tmp_path / "cache"))
+    for variable in precision._LIMITS:  # these tests may run on such a machine
+        monkeypatch.delenv(variable, raising=False)
     return tmp_path / "cache"
 
 
@@ -23,7 +26,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What measuring finds next."""
     answers = ["bfloat16", "float32"]
-    monkeypatch.setattr(precision, "fastest", lambda: answers.pop(0))
+    monkeypatch.setattr(precision, "fastest", lambda _: answers.pop(0))
     return answers
 
 
@@ -47,6 +50,18 @@ def test_limits_on_the_processor_are_another_machine(
     assert resolve("auto") == "float32"
     monkeypatch.delenv(variable)
     assert resolve("auto") == "bfloat16"
+
+
+def test_an_accelerator_is_measured_itself(measured: list[str]) -> None:
+    assert [resolve("auto", "xpu"), resolve("auto"), resolve("auto", "xpu")] == ["bfloat16", "float32", "bfloat16"]
+    assert Running.of(torch.bfloat16, "auto", "xpu") == Running(torch.bfloat16, "bfloat16")
+    assert Running.of(torch.bfloat16, "auto", torch.device("cpu")) == Running(torch.float32, "float32")
+
+
+def test_a_precision_that_nobody_knows_is_refused() -> None:
+    for refuse in (resolve, lambda choice: Running.of(torch.float32, choice)):
+        with pytest.raises(InputError, match="^precision must be auto, float32 or bfloat16, found 'float8'$"):
+            refuse("float8")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"KEY": "float8"}'])

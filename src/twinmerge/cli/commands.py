@@ -76,6 +76,7 @@ def grow(options: argparse.Namespace) -> None:
             "resume": options.resume,
             "root": options.root,
             "check": not options.no_check,
+            "precision": options.precision,
             "progress": progress,
         }
         if options.command == "remove":

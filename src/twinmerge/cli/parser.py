@@ -198,6 +198,7 @@ def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
     command.add_argument("--out", type=Path, help="write the new twin there and leave the old one as it is")
     command.add_argument("--overwrite", action="store_true", help="replace the folder of --out if it exists")
     _add_check_option(command)
+    _add_precision_option(command)
     command.add_argument("--resume", action="store_true", help=RESUME_HELP)
     command.add_argument(
         "--root", type=Path, help="where the recipe's relative paths start (default: where they did in the build)"

@@ -72,7 +72,8 @@ def show_twin(artifact: Any, as_json: bool) -> None:
     form = f"{kept.get('dtype') or 'as the base'}, directions weighed: {kept.get('weighting', 'none')}"
     console.print(f"exclusive parts: {ratio:.4f} x the base's bytes ({form})")
     console.print(
-        f"router: {recipe.router.method} on {recipe.router.features}, {router.inputs_per_expert} inputs per expert\n"
+        f"router: {recipe.router.method} on {recipe.router.features}, {router.inputs_per_expert} inputs per expert"
+        f"{f', fitted in {router.precision}' if router.precision else ''}\n"
         f"  held-out accuracy {router.accuracy:.2%}, calibration error {router.calibration_error:.4f}, "
         f"temperature {router.temperature:.3f}"
     )

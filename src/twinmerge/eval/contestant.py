@@ -67,12 +67,12 @@ class _Contestant:
     def _top1(self) -> _Run:
         """The reference's router picks a full expert."""
         at, rows, truth = self.at, self.rows, self.truth
-        chosen = at.reference.expert[: len(rows)]
+        model, chosen = at.reference.model, at.reference.expert[: len(rows)]
         oracle = [""] * len(rows)
         for name in at.tasks:
             members = [row for row, expert in enumerate(chosen) if expert == name]
             picked, heads = [rows[i] for i in members], [truth[i] for i in members]
-            found = at.answers(at.reference.model, picked, None, heads, self.stage, at.body(name))
+            found = at.answers(model, picked, None, heads, self.stage, at.body(name, model.backbone.dtype))
             for row, label in zip(members, found, strict=True):
                 oracle[row] = label
         nbytes = {"shared": self._expert_bytes() + at.plan.base.nbytes, "router": at.reference.bytes["router"]}

@@ -206,27 +206,32 @@ class SeedRun:
                     self.progress(stage, done, len(rows))
         return labels
 
-    def body(self, name: str) -> Any:
-        """An expert's encoder: as transformers loads a full fine-tune, or the base with an adapter's change."""
+    def body(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """An expert's encoder: as transformers loads a full fine-tune, or the base with an adapter's change.
+
+        Args:
+            name: of the expert.
+            dtype: of the heads that answer; None is the stored one.
+        """
         expert, base = self.plan.experts[name], self.plan.base
         if not expert.is_adapter:
-            return load_backbone(expert.folder).base_model
+            return load_backbone(expert.folder, dtype=dtype).base_model
         state = {}
         for task in self.plan.tasks:
             own = stored = base.read(task.name)
             if name in task.experts:
                 own = (stored.float() + expert.task_vector(task.name, stored)).to(stored.dtype)
-            state[task.name] = own
+            state[task.name] = own.to(dtype) if dtype and own.is_floating_point() else own
         return backbone_from(base.path, state, base.config["architectures"][0]).base_model
 
     @cached_property
     def expert_answers(self) -> dict[str, list[str]]:
         """Each expert on its own test rows."""
-        model = self.reference.model
-        return {
-            name: self.answers(model, task.test, None, [name] * len(task.test), f"expert {name}", self.body(name))
-            for name, task in self.tasks.items()
-        }
+        found, model = {}, self.reference.model
+        for name, task in self.tasks.items():
+            body = self.body(name, model.backbone.dtype)
+            found[name] = self.answers(model, task.test, None, [name] * len(task.test), f"expert {name}", body)
+        return found
 
 
 def texts(rows: Iterable[Row]) -> list[Row]:

@@ -28,6 +28,7 @@ from twinmerge.routing.store import load_router
 from twinmerge.runtime.gate import keep_large
 from twinmerge.runtime.merged import MergeCache
 from twinmerge.runtime.module import Mode, TwinModule
+from twinmerge.runtime.precision import Running
 from twinmerge.runtime.survey import Way
 from twinmerge.tensors.parts import Part
 from twinmerge.twin.artifact import TwinArtifact
@@ -114,14 +115,15 @@ class TwinModel(nn.Module):
 
         Args:
             folder: what `build` wrote.
-            dtype: of weights and computation; None keeps the stored one. The router stays in float32.
+            dtype: of weights and computation; None is the stored one, or float32 where that is of 16 bits and the
+                processor slow at them (`runtime.precision.Running`). The router stays in float32.
             device: where to; None is the CPU.
 
         Raises:
             ArtifactError: if the folder is no twin of this version or a file has another size than its manifest says.
         """
         artifact = TwinArtifact.open(folder)
-        backbone = load_backbone(artifact.path, dtype=dtype)
+        backbone = load_backbone(artifact.path, dtype=dtype or Running.of(artifact.dtype, device=device or "cpu").dtype)
         heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
         to = backbone.dtype
         exclusive = {name: artifact.exclusive(name) for name in artifact.expert_names}

@@ -28,7 +28,7 @@ from twinmerge.models.source import Model
 from twinmerge.routing.fit import fit_router
 from twinmerge.routing.router import Router
 from twinmerge.routing.store import save_router
-from twinmerge.runtime.precision import PrecisionChoice, Running
+from twinmerge.runtime.precision import PrecisionChoice, Running, require_known
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import WeightsReport, write_weights
@@ -91,6 +91,7 @@ def build(
         InputError: whatever is wrong with the recipe, the models or the data, in one line.
         CheckError: if the finished twin does not compute what it should.
     """
+    require_known(precision)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(recipe)
     out = Path(out)
@@ -269,6 +270,8 @@ def fit_on(
     owners = [name for name, part in rows.items() for _ in part]
     every = EncodedRows.of(model, [row for part in rows.values() for row in part], progress, running.context)
     router = fit_router(every, owners, recipe.router, seed=recipe.seed)
+    if recipe.router.features.layers is not None:
+        router.report["precision"] = running.products
     progress("router fitted", 1, 1)
     return router
 

@@ -97,7 +97,7 @@ def _gate(artifact: TwinArtifact, to: Form, gate: Mapping[str, float] | None, ex
 
 def _export_dense(artifact: TwinArtifact, folder: Path, gate: Mapping[str, float]) -> dict[str, Any]:
     """A plain model folder: weights summed for the gate, and all else of the expert with the largest weight."""
-    model = TwinModel.from_pretrained(artifact.path)
+    model = TwinModel.from_pretrained(artifact.path, dtype=artifact.dtype)
     plain: Any = model.materialize(torch.tensor(list(gate.values()), dtype=torch.float64))
     chosen = max(gate, key=gate.__getitem__)
     own, settings = artifact.path / "experts" / chosen / OWN, model.own_of(chosen).generation

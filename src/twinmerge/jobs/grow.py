@@ -20,6 +20,7 @@ from twinmerge.jobs.preflight import checked
 from twinmerge.merging.executor import MEMORY_BYTES
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
+from twinmerge.runtime.precision import PrecisionChoice, require_known
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.decompose import WeightsReport, add_expert
 from twinmerge.twin.manifest import (
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
         resume: go on with what an interrupted run of the same change left.
         root: where relative paths of the twin's recipe start now; None is where they did when it was built.
         check: try the new twin before it takes the old one's place (`jobs.check`); the default.
+        precision: of the passes that the router learns from, as for `build`.
         progress: called with (stage, done, total).
     """
 
@@ -54,6 +56,7 @@ class Options(TypedDict, total=False):
     resume: bool
     root: Path | str | None
     check: bool
+    precision: PrecisionChoice | None
     progress: Progress
 
 
@@ -94,6 +97,7 @@ def remove(twin: Path | str, name: str, **options: Unpack[Options]) -> TwinArtif
 
 
 def _change(twin: Path | str, change: Change, name: str, source: ExpertSource | None, options: Options) -> TwinArtifact:
+    require_known(options.get("precision"))
     folder = TwinArtifact.open(twin).path.resolve()
     out = Path(options.get("out") or folder).resolve()
     overwrite, resume = options.get("overwrite", False), options.get("resume", False)
@@ -138,7 +142,14 @@ def _fill(
         )
     found.write_own(folder)
     manifest = _manifest(artifact, out, plan, change, name, report, progress)
-    finish(TwinArtifact(folder, manifest), found, known, check=options.get("check", True), progress=progress)
+    finish(
+        TwinArtifact(folder, manifest),
+        found,
+        known,
+        check=options.get("check", True),
+        precision=options.get("precision"),
+        progress=progress,
+    )
 
 
 def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:

@@ -9,16 +9,21 @@ import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
+from twinmerge.errors import InputError
 from twinmerge.files.cache import cache_folder
 
 Precision = Literal["float32", "bfloat16"]
 PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 
-_ROWS, _INPUTS, _OUTPUTS, _REPEATS = 128, 384, 1536, 7
+_REPEATS = 7
+_ROWS, _INPUTS, _OUTPUTS = 128, 384, 1536
+"""Of the layer that is timed on a processor."""
+_MANY = 128
+"""How many times these rows an accelerator is given: fewer would time how kernels are started."""
 _WORTH = 1.25
 """How much faster bfloat16, which rounds more, must be."""
 _HOPELESS = 4.0
@@ -27,20 +32,34 @@ _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Variables that keep torch and oneDNN from instructions which the processor has."""
 
 
-def resolve(choice: PrecisionChoice) -> Precision:
-    """The precision that a setting stands for; `auto` is the fastest of this machine's processor.
+def require_known(choice: str | None) -> None:
+    """Refuse a setting that stands for no precision.
+
+    Raises:
+        InputError: naming those that do.
+    """
+    if choice is not None and choice not in get_args(PrecisionChoice):
+        raise InputError(f"precision must be auto, float32 or bfloat16, found {choice!r}")
+
+
+def resolve(choice: PrecisionChoice, device: str | torch.device = "cpu") -> Precision:
+    """The precision that a setting stands for; `auto` is the faster on a device of this machine.
 
     It is measured in a tenth of a second and kept in precision.json in the cache, under the processor's instructions,
-    the limits set on them and torch's version: a machine makes the same choice every time.
+    the limits set on them, the accelerator's name and torch's version: a machine makes the same choice every time.
+
+    Raises:
+        InputError: if there is no such setting.
     """
+    require_known(choice)
     if choice != "auto":
         return choice
-    path, key = cache_folder() / "precision.json", _machine()
+    path, key = cache_folder() / "precision.json", _machine(device)
     known = _read(path)
     found = known.get(key)
     if found in ("float32", "bfloat16"):
         return cast(Precision, found)
-    measured = fastest()
+    measured = fastest(device)
     with suppress(OSError):  # where nothing can be kept, it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -59,7 +78,9 @@ class Running:
     """Of matrix products; bfloat16 beside wider weights is autocast."""
 
     @classmethod
-    def of(cls, stored: torch.dtype, choice: PrecisionChoice | None, device: str = "cpu") -> "Running":
+    def of(
+        cls, stored: torch.dtype, choice: PrecisionChoice | None = None, device: str | torch.device = "cpu"
+    ) -> "Running":
         """What a choice means for stored weights on a device.
 
         Args:
@@ -67,16 +88,19 @@ class Running:
             choice: see `resolve`; None is no less precise than the weights are stored: 32 bits and more as they are;
                 16 bits as they are on an accelerator and on a processor that is fast at them, else in float32.
             device: where it runs.
+
+        Raises:
+            InputError: if there is no such setting.
         """
         narrow = stored.itemsize < 4
-        if choice is None and (not narrow or not device.startswith("cpu")):
+        if choice is None and (not narrow or torch.device(device).type != "cpu"):
             return cls(stored, "bfloat16" if stored == torch.bfloat16 else "float32")
-        precision = resolve("auto" if choice is None else choice)
+        precision = resolve("auto" if choice is None else choice, device)
         if stored == torch.bfloat16 and precision == "bfloat16":
             return cls(stored, precision)
         return cls(torch.float32 if narrow else stored, "float32" if choice is None else precision)
 
-    def context(self, device: str = "cpu") -> AbstractContextManager[Any]:
+    def context(self, device: str | torch.device = "cpu") -> AbstractContextManager[Any]:
         """What to run a model under; one that is there already stays where nothing else is needed."""
         narrower = self.products == "bfloat16" and self.dtype != torch.bfloat16
         return torch.autocast(torch.device(device).type, torch.bfloat16) if narrower else nullcontext()
@@ -87,14 +111,16 @@ def autocast(precision: Precision) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def fastest() -> Precision:
+def fastest(device: str | torch.device = "cpu") -> Precision:
     """Time a layer of an encoder in both precisions, in turn, so that other work on the machine slows both."""
-    layer, rows = torch.nn.Linear(_INPUTS, _OUTPUTS), torch.randn(_ROWS, _INPUTS)
+    where = torch.device(device)
+    count = _ROWS if where.type == "cpu" else _ROWS * _MANY
+    layer, rows = torch.nn.Linear(_INPUTS, _OUTPUTS, device=where), torch.randn(count, _INPUTS, device=where)
 
     def seconds(precision: Precision) -> float:
-        with torch.inference_mode(), autocast(precision):
+        with torch.inference_mode(), torch.autocast(where.type, torch.bfloat16, enabled=precision == "bfloat16"):
             started = time.perf_counter()
-            layer(rows)
+            layer(rows)[-1, -1].item()  # what is read is finished
             return time.perf_counter() - started
 
     float32 = bfloat16 = math.inf
@@ -106,7 +132,7 @@ def fastest() -> Precision:
     return "bfloat16" if bfloat16 * _WORTH < float32 else "float32"
 
 
-def _machine() -> str:
+def _machine(device: str | torch.device = "cpu") -> str:
     """What the choice depends on, as a key."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -115,6 +141,9 @@ def _machine() -> str:
     flags = sorted({line for line in lines if line.startswith(("flags", "Features"))})
     told = [platform.machine(), platform.processor(), *flags, torch.__version__]
     told += [f"{name}={os.environ.get(name)}" for name in _LIMITS]
+    where = torch.device(device)
+    if where.type != "cpu":
+        told.append(torch.cuda.get_device_name(where) if where.type == "cuda" else where.type)
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 

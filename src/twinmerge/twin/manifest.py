@@ -96,13 +96,18 @@ class ConfusedRecord(Recorded):
 
 
 class RouterRecord(Recorded):
-    """What the router gives on inputs that were held out."""
+    """What the router gives on inputs that were held out.
+
+    Attributes:
+        precision: of matrix products in the passes it was fitted on; None where it looked at none.
+    """
 
     accuracy: FiniteFloat
     calibration_error: FiniteFloat
     temperature: FiniteFloat
     inputs_per_expert: NonNegativeInt
     confused: list[ConfusedRecord] = []
+    precision: str | None = None
 
 
 NOT_FITTED = RouterRecord(accuracy=0.0, calibration_error=0.0, temperature=1.0, inputs_per_expert=0)
