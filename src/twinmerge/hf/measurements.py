@@ -45,7 +45,8 @@ class Subject:
             return answered(self.model.heads[self.name], outputs, inputs)
         found: Any = self.model.backbone(**inputs)
         if self.answers is EMBEDDING:
-            return found[0]  # type: ignore[no-any-return]
+            states: Tensor = found[0]
+            return states
         logits: Tensor = found.logits if "logits" in found else torch.stack([found.start_logits, found.end_logits], -1)
         return logits
 

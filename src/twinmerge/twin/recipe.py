@@ -38,8 +38,8 @@ class ExclusiveSettings(Strict):
             A budget takes int4 if no dtype is named.
         weighting: what `svd` weighs a matrix's directions by: `none`; `inputs`, how much a layer's inputs use them;
             `two_sided`, also how much the answers hang on the outputs. Measured on router data through each whole
-            expert, in float32 and, for the outputs, with gradients. `auto` is two_sided where a budget or a rank
-            chooses, the classes can be measured and an expert takes at most 1 GB so; else none.
+            expert, in float32 and, for the outputs, with gradients. `auto` is two_sided under a budget, where an expert
+            takes at most 1 GB so and is no encoder-decoder; else none.
         weighting_rows: inputs of each expert that are measured, at most.
     """
 
