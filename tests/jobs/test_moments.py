@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tests import reference, tiny
 from tests.tiny import EXPERTS, Family, adapter_family
+from tests.walk.small import inputs_for, small_model
 from twinmerge.errors import MismatchError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.writer import save_tensors
+from twinmerge.hf.answers import CONTINUATION
 from twinmerge.hf.inputs import tokenize
 from twinmerge.hf.measurements import Subject, moments
 from twinmerge.hf.model import TwinModel
@@ -208,3 +210,23 @@ def test_what_is_measured_is_counted_on_the_disk(classifiers: Family) -> None:
         held = sum(found[name + side].nbytes for side in (LEFT, RIGHT) if name + side in found)
         assert held <= bound
     assert shutil.disk_usage("/").free > sum(bounds.values())
+
+
+def measured_of(class_name: str) -> dict[str, Tensor]:
+    model = small_model(class_name).requires_grad_(False)
+    subject = Subject("a", TwinModel(model, {"a": {}}), CONTINUATION, {n: n for n, _ in model.named_parameters()})
+    inputs = inputs_for(model, "causal", rows=1)
+    return {
+        n: t for part in moments(subject, [inputs], gradients=True, seed=0, most_bytes=10**9) for n, t in part.items()
+    }
+
+
+def test_class_without_gradients_is_refused_by_name() -> None:
+    with pytest.raises(MismatchError, match=r"^expert 'a': exclusive.weighting: two_sided needs gradients, and Rwkv"):
+        measured_of("RwkvForCausalLM")
+
+
+def test_layers_that_a_class_takes_out_of_the_gradient_count_as_others_do() -> None:
+    found = measured_of("HYV4ForCausalLM")
+    assert found
+    assert all(tensor.isfinite().all() for tensor in found.values())

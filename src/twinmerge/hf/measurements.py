@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twinmerge.errors import MismatchError
 from twinmerge.hf.answers import EMBEDDING, ENTITIES, LABELS, SPAN, VALUE, Answers
 from twinmerge.hf.heads import answered
 from twinmerge.hf.model import TwinModel
@@ -155,6 +156,9 @@ def moments(
     Yields:
         By parameter name and side of its matrix as it is stored, (n, n), or (n,) for an embedding's rows; and both
         mean diagonals. A matrix that no row reaches has none.
+
+    Raises:
+        MismatchError: if the class gives no gradients.
     """
     subject.model.backbone.requires_grad_(False)
     for layers in _portions(_layers(subject), most_bytes):
@@ -168,7 +172,7 @@ def moments(
                 with torch.set_grad_enabled(gradients):
                     logits = subject.logits(inputs)
                     if gradients:
-                        (logits * _direction(logits, subject.answers, generator)).sum().backward()  # type: ignore[no-untyped-call]
+                        _pass_back(subject, logits * _direction(logits, subject.answers, generator))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -177,6 +181,16 @@ def moments(
             for name, layer in found.items()
             for side, tensor in layer.sides(len(rows) if gradients else None).items()
         }
+
+
+def _pass_back(subject: Subject, answer: Tensor) -> None:
+    try:
+        answer.sum().backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+    except RuntimeError as error:  # a class that changes in place what its gradients need, as RWKV
+        raise MismatchError(
+            f"expert {subject.name!r}: exclusive.weighting: two_sided needs gradients, and "
+            f"{type(subject.model.backbone).__name__} gives none ({str(error).split('.')[0]}); use inputs or none"
+        ) from error
 
 
 def _layers(subject: Subject) -> dict[str, tuple[nn.Module, str]]:
@@ -235,7 +249,7 @@ class _Moments:
                 flat = read.detach().flatten(0, -2)
                 self.read.addmm_(flat.T, flat)
                 self.tokens += len(flat)
-            if not gradients:
+            if not gradients or not torch.is_grad_enabled():  # where a class asks for none, nothing comes back
                 return None
             if not output.requires_grad:  # the first layer: nothing before it asks for a gradient
                 output = output.detach().requires_grad_().clone()
