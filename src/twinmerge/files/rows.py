@@ -1,4 +1,4 @@
-"""Reads rows of text from JSON lines, such as can be written again, and says where one is wrong."""
+"""Reads rows, of text, chats or images, from JSON lines, such as can be written again, and says where one is wrong."""
 
 import hashlib
 import json
@@ -13,9 +13,12 @@ from twinmerge.files.hashes import sha256_of_first
 from twinmerge.files.strict_json import parse_json
 
 Row = dict[str, Any]
-"""One input: `text`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""
+"""One input: one of `INPUTS`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""
+INPUTS = ("text", "prompt", "messages", "image")
+"""What a row may hold for a model to read: texts, chats, a picture."""
 STANDARD = Path("-")
 """Standard input or output."""
+DATA_URI = "data:"
 _DEPTH = 100
 """How deep lists and objects of a row may lie in each other; what is deeper may be readable, but not writable again."""
 
@@ -26,7 +29,9 @@ def read_rows(path: Path, *, labelled: bool) -> list[Row]:
 
 
 def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
-    """Read rows one by one from a file of JSON lines, `{"text": ..., "text_pair": ..., "label": ...}`.
+    """Read rows one by one from a file of JSON lines, `{"text": ..., "text_pair": ..., "label": ...}` and others.
+
+    Instead of `text` a row may hold `prompt`, `messages`, or `image`, whose relative path starts from the file's folder.
 
     Args:
         path: the file, UTF-8, one JSON object a line.
@@ -40,7 +45,7 @@ def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
         DataError: if the file is missing or empty, or at the first bad line.
     """
     with open_rows(path) as file:
-        yield from RowReader(file, str(path), labelled=labelled)
+        yield from RowReader(file, str(path), labelled=labelled, folder=path.parent)
 
 
 @contextmanager
@@ -82,7 +87,15 @@ class RowReader:
         bytes: bytes read.
     """
 
-    def __init__(self, file: BinaryIO, name: str, *, labelled: bool = False, taken: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        name: str,
+        *,
+        labelled: bool = False,
+        taken: Collection[str] = (),
+        folder: Path = Path(),
+    ) -> None:
         """Start at the beginning.
 
         Args:
@@ -90,7 +103,9 @@ class RowReader:
             name: of the file, for messages.
             labelled: as in `iter_rows`.
             taken: fields that a row may not have, since an answer has them.
+            folder: where relative paths of images start.
         """
+        self._folder = folder
         self.rows = self.bytes = 0
         self._file, self._name, self._labelled, self._taken = file, name, labelled, taken
         self._digest = hashlib.sha256()
@@ -128,6 +143,8 @@ class RowReader:
             if blank:
                 raise DataError(f"{where}: expected a JSON object, found an empty line; rows follow it")
             row = _parse(line, where, labelled=self._labelled)
+            if "image" in row and not row["image"].startswith(DATA_URI):
+                row["image"] = str(self._folder / row["image"])
             refuse_taken(row, self._taken, where)
             self._digest.update(line)
             self.bytes += len(line)
@@ -158,16 +175,51 @@ def _parse(line: bytes, where: str, *, labelled: bool) -> Row:
     _require_writable(row, where)
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {_described(row)}")
-    if "text" not in row:
-        raise DataError(f"{where}: the row lacks 'text'; found {', '.join(map(repr, row)) or 'no fields'}")
-    for field in ("text", "text_pair"):
-        if not isinstance(row.get(field, ""), str):
-            raise DataError(f"{where}: {field!r} must be a string, found {_described(row[field])}")
+    require_input(row, where)
     if labelled:
         if "label" not in row:
             raise DataError(f"{where}: the row lacks 'label'; found {', '.join(map(repr, row))}")
         row["label"] = _label(row["label"], where)
     return row
+
+
+def require_input(row: Row, where: str) -> None:
+    """Refuse a row that holds nothing a model could read, or holds it in another form.
+
+    Raises:
+        DataError: saying what must hold.
+    """
+    if not any(field in row for field in INPUTS):
+        found = ", ".join(map(repr, row)) or "no fields"
+        raise DataError(f"{where}: the row lacks 'text' (or 'prompt', 'messages', 'image'); found {found}")
+    for field in ("text", "text_pair", "image"):
+        if not isinstance(row.get(field, ""), str):
+            raise DataError(f"{where}: {field!r} must be a string, found {_described(row[field])}")
+    if (found := row.get("image", "")).startswith(("http:", "https:", "ftp:")):
+        raise DataError(f"{where}: 'image' must be a path or a data: URI, as nothing is fetched, found {found[:60]!r}")
+    if not isinstance(row.get("prompt", ""), str):
+        _require_messages(row["prompt"], f"{where}: 'prompt' must be a string or")
+    if "messages" in row:
+        _require_messages(row["messages"], f"{where}: 'messages' must be")
+
+
+def characters_of(row: Row) -> int:
+    """How much text a row holds, chats included."""
+    return sum(len(str(row.get(field, ""))) for field in (*INPUTS, "text_pair"))
+
+
+def _require_messages(found: object, must: str) -> None:
+    if not isinstance(found, list) or not found:
+        raise DataError(f'{must} a list of {{"role": ..., "content": ...}}, found {_described(found)}')
+    for message in found:
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        texts = all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts)
+        if not isinstance(role, str) or not texts:
+            raise DataError(
+                f'{must} a list of {{"role": ..., "content": ...}}, both strings (content may be parts of type text), '
+                f"found {_described(message)}"
+            )
 
 
 def _require_writable(row: object, where: str) -> None:
