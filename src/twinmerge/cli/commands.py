@@ -133,6 +133,7 @@ def predict(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.uncertain_below,
         options.leave_out,
+        options.skip_unreadable,
         options.precision,
     )
     with shown_progress(quiet=True) as progress:
@@ -150,6 +151,7 @@ def predict(options: argparse.Namespace) -> None:
     counts += f", left to the shared expert {found['fallback']}" if found["fallback"] else ""
     if found["uncertain"] is not None:
         counts += f"; {found['uncertain']} uncertain" + (", left out" if options.leave_out else "")
+    counts += f"; {found['unreadable']} unreadable" if found["unreadable"] else ""
     resumed = f", {found['resumed']} of them by the run before" if found["resumed"] else ""
     sentence = f"{found['rows']} rows{resumed} in {found['precision']}: {counts}"
     result = {"output": str(options.output), **found}

@@ -83,10 +83,14 @@ def build_parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", run.verify, "check the hash of every file of a twin")
     verify.add_argument("twin", type=Path, help="folder of a twin")
 
-    predict = _command(commands, "predict", run.predict, "answer rows of text, each by its own mix of experts")
+    predict = _command(commands, "predict", run.predict, "answer rows, each by its own mix of experts")
     predict.add_argument("twin", type=Path, help="folder of a twin")
     predict.add_argument(
-        "--input", type=Path, required=True, help='JSON lines: {"text": ...}, perhaps "text_pair"; - is standard input'
+        "--input",
+        type=Path,
+        required=True,
+        help='JSON lines: {"text": ...}, perhaps "text_pair"; {"prompt": ...}, {"messages": [...]} or {"image": PATH}; '
+        "- is standard input",
     )
     predict.add_argument(
         "--output", type=Path, required=True, help="JSON lines in input order, must not exist; - is standard output"
@@ -118,6 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
         help='mark answers of which the router is less sure than this probability as "uncertain"',
     )
     predict.add_argument("--leave-out", action="store_true", help="give uncertain rows no answer at all")
+    predict.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help='answer rows whose images cannot be read with an "error" (default: refuse the first)',
+    )
     _add_precision_option(predict)
     predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 

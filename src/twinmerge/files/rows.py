@@ -31,7 +31,8 @@ def read_rows(path: Path, *, labelled: bool) -> list[Row]:
 def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
     """Read rows one by one from a file of JSON lines, `{"text": ..., "text_pair": ..., "label": ...}` and others.
 
-    Instead of `text` a row may hold `prompt`, `messages`, or `image`, whose relative path starts from the file's folder.
+    Instead of `text` a row may hold `prompt`, `messages`, or `image`, whose relative path starts from the file's
+    folder.
 
     Args:
         path: the file, UTF-8, one JSON object a line.

@@ -28,6 +28,7 @@ class PredictSettings:
         max_new_tokens: of a causal LM's continuation.
         uncertain_below: answers say whether they are `uncertain`: the router's confidence is below this, [0, 1].
         leave_out: those that are get no answer at all.
+        skip_unreadable: rows whose images cannot be read get an `error` instead of an answer.
         precision: of matrix products, `auto` being the faster of both on this machine; None is no less precise than
             the weights are stored.
     """
@@ -37,6 +38,7 @@ class PredictSettings:
     max_new_tokens: int = 64
     uncertain_below: float | None = None
     leave_out: bool = False
+    skip_unreadable: bool = False
     precision: Literal["auto", "float32", "bfloat16"] | None = None
 
 

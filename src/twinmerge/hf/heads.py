@@ -31,6 +31,7 @@ class TwinOutput(ModelOutput):
         probability: (batch, expert), calibrated: how likely each expert is the right one; None if the gate was given.
         fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
         last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
+        pooler_output: (batch, hidden) of the gated backbone, where its class pools.
     """
 
     logits: Any = None
@@ -39,6 +40,7 @@ class TwinOutput(ModelOutput):
     probability: Tensor | None = None
     fallback: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
 
 
 def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:

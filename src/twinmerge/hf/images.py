@@ -31,7 +31,8 @@ def load_processor(folder: Path) -> Any:
     _pillow()
     try:
         with quiet():
-            return AutoImageProcessor.from_pretrained(folder, **LOCAL)
+            load: Any = AutoImageProcessor.from_pretrained
+            return load(folder, **LOCAL)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MismatchError(f"{folder / PROCESSOR} names no known processor: {str(error).splitlines()[0]}") from error
 

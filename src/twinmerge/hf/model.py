@@ -20,6 +20,7 @@ from twinmerge.hf.example import example_inputs
 from twinmerge.hf.features import EnoughError, Looked, Probe, Run, hidden_layers, pooled, read, show
 from twinmerge.hf.generate import begun, goes_on, join, keeps_cache, prompt, writer
 from twinmerge.hf.heads import TwinOutput, answered, asked, encode, load_head, overlaid, take, with_backbone
+from twinmerge.hf.images import load_processor
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
 from twinmerge.hf.positions import reads_position_table
@@ -61,6 +62,7 @@ class TwinModel(nn.Module):
         heads: Mapping[str, PreTrainedModel] | None = None,
         router: Router | None = None,
         tokenizer: Any = None,
+        processor: Any = None,
         max_length: int | None = None,
         own: Mapping[str, Own] | None = None,
         drop_below: float = 0.02,
@@ -75,6 +77,7 @@ class TwinModel(nn.Module):
             heads: expert -> a whole model of the expert's class without a backbone; none for a shared output.
             router: in front; without one every call needs a gate or an expert.
             tokenizer: of the shared expert.
+            processor: of the images that it reads.
             max_length: tokens an input is cut at.
             own: expert -> what it has of its own beside weights.
             drop_below: gates of the router under this are dropped (`gate.keep_large` says what that can change); a
@@ -86,6 +89,7 @@ class TwinModel(nn.Module):
         self.drop_below = drop_below
         self.expert_names = tuple(exclusive)
         self.tokenizer = tokenizer
+        self.processor = processor
         self.max_length = max_length
         self.own = dict(own or {})
         self.twin = TwinModule(
@@ -133,6 +137,7 @@ class TwinModel(nn.Module):
             heads=heads,
             router=load_router(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
+            processor=load_processor(artifact.path),
             max_length=artifact.manifest.recipe.max_length,
             fallback=artifact.manifest.fallback or (),
             own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
@@ -144,6 +149,16 @@ class TwinModel(nn.Module):
     def backbone(self) -> Any:
         """The gated shared expert."""
         return self.twin.module
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether inputs are pictures, not texts."""
+        return bool(self.backbone.main_input_name == "pixel_values")
+
+    @property
+    def channels(self) -> int:
+        """Of a picture: 3 for colour, 1 for grey."""
+        return int(getattr(self.backbone.config, "num_channels", 3))
 
     @property
     def merged(self) -> MergeCache:
@@ -208,6 +223,7 @@ class TwinModel(nn.Module):
             probability=None if routing is None else routing.probability,
             fallback=None if routing is None else routing.fallback,
             last_hidden_state=outputs.get("last_hidden_state"),
+            pooler_output=outputs.get("pooler_output"),
         )
 
     def route(self, **inputs: Any) -> Tensor:

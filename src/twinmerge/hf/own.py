@@ -14,11 +14,12 @@ from transformers import GenerationConfig
 from twinmerge.errors import MismatchError
 from twinmerge.files.strict_json import read_json
 from twinmerge.hf.answers import CONTINUATION, EMBEDDING, Answers
+from twinmerge.hf.images import PROCESSOR, load_processor
 from twinmerge.hf.loading import load_config, load_tokenizer, quiet
 
 OWN = "own"
 """Where a twin keeps it, in `experts/NAME`: files by the names that transformers and sentence-transformers know."""
-GENERATION, _IMAGES = "generation_config.json", "preprocessor_config.json"
+GENERATION = "generation_config.json"
 _MODULES, _PROMPTS, _READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 _SENTENCE = (_MODULES, _PROMPTS, _READING)
 _TOKENIZER = ("*.model", "*.spm", "*.tiktoken", "*.jinja", "*token*.json", "vocab.*", "merges.txt", "chat_*.json")
@@ -41,6 +42,7 @@ class Own:
 
     Attributes:
         tokenizer: reads other tokens than the base's would.
+        processor: prepares images otherwise than the base's would.
         lower_case: whether texts are lower-cased before.
         prompt: stands before every text.
         generation: how texts are written, end tokens among it.
@@ -54,6 +56,7 @@ class Own:
     generation: GenerationConfig | None = None
     pooled: tuple[str, ...] = ("mean_tokens",)
     normalized: bool = False
+    processor: Any = None
 
     @classmethod
     def read(cls, folder: Path, base: Path, whose: str = "an expert") -> "Own":
@@ -64,12 +67,12 @@ class Own:
         """
         generation = load_generation(folder) if (folder / GENERATION).is_file() else None
         tokenizer = load_tokenizer(folder, base) if folder.is_dir() else None
-        return cls(tokenizer, generation=generation, **_sentence(folder, whose))
+        return cls(tokenizer, generation=generation, processor=load_processor(folder), **_sentence(folder, whose))
 
     @property
     def reads(self) -> bool:
-        """Whether texts are read otherwise than the base reads them."""
-        return self.tokenizer is not None or self.lower_case or bool(self.prompt)
+        """Whether inputs are read otherwise than the base reads them."""
+        return self.tokenizer is not None or self.processor is not None or self.lower_case or bool(self.prompt)
 
     def pool(self, states: Tensor) -> Tensor:
         """The embedding of (seq, hidden), real tokens only."""
@@ -89,16 +92,19 @@ def files_of(
         name: of the expert, for messages.
         folder: of the expert.
         base: folder of what it was fine-tuned from.
-        ours: the base's tokenizer.
+        ours: the base's tokenizer; None if it reads no texts.
         answers: how it answers.
         other_vocabulary: take a tokenizer that gives tokens other ids.
 
     Raises:
         MismatchError: if something differs that one expert cannot have alone.
     """
-    _require_images(name, folder, base)
-    kept, adapter = [], (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
-    theirs = ours if _tokenizer_bytes(folder) == _tokenizer_bytes(base) else load_tokenizer(folder, base)
+    kept, adapter = (
+        _own_processor(folder, base),
+        (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file(),
+    )
+    alike = ours is None or _tokenizer_bytes(folder) == _tokenizer_bytes(base)
+    theirs = ours if alike else load_tokenizer(folder, base)
     if theirs is not None and _behaviour(ours) != _behaviour(theirs):
         if not other_vocabulary:
             _require_vocabulary(name, ours, theirs)
@@ -215,12 +221,11 @@ def _sentence(folder: Path, whose: str) -> dict[str, Any]:
     return found | {"lower_case": bool(reading.get("do_lower_case")), "prompt": prompt}
 
 
-def _require_images(name: str, folder: Path, base: Path) -> None:
-    """Images must be prepared alike: one twin has one preprocessor."""
-    ours, theirs = (read_json(at / _IMAGES) if (at / _IMAGES).is_file() else {} for at in (base, folder))
-    kinds = ("image_processor_type", "feature_extractor_type", "processor_class")
-    if other := [k for k in sorted({*ours, *theirs} - {*kinds}) if ours and theirs and ours.get(k) != theirs.get(k)]:
-        raise MismatchError(
-            f"expert {name!r} prepares images otherwise than the base: {other[0]} is {theirs.get(other[0])!r} and "
-            f"{ours.get(other[0])!r} in {_IMAGES}; one twin has one preprocessor"
-        )
+def _own_processor(folder: Path, base: Path) -> list[Path]:
+    """The file by which an expert prepares images otherwise than the base."""
+    if not (folder / PROCESSOR).is_file():
+        return []
+    ours, theirs = (read_json(at / PROCESSOR) if (at / PROCESSOR).is_file() else {} for at in (base, folder))
+    names = ("image_processor_type", "feature_extractor_type", "processor_class")  # which change with the version
+    same = all(ours.get(key) == theirs.get(key) for key in {*ours, *theirs} - {*names})
+    return [] if same else [folder / PROCESSOR]

@@ -14,6 +14,7 @@ from twinmerge.files.rows import Row
 from twinmerge.files.target import durable_folder, require_free, require_space, size_of
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.features import check_router
+from twinmerge.hf.images import load_processor
 from twinmerge.hf.kinds import fallback_of, parameter_kinds
 from twinmerge.hf.loading import load_backbone, load_tokenizer, skeleton
 from twinmerge.hf.model import TwinModel
@@ -265,6 +266,7 @@ def fit_on(
         backbone,
         {name: {key: part.to(backbone.dtype) for key, part in own.items()} for name, own in parts.items()},
         tokenizer=load_tokenizer(twin.path),
+        processor=load_processor(twin.path),
         max_length=recipe.max_length,
     )
     owners = [name for name, part in rows.items() for _ in part]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twinmerge.errors import CheckError
 from twinmerge.files.progress import Progress, silent
-from twinmerge.files.rows import Row
+from twinmerge.files.rows import Row, characters_of
 from twinmerge.hf.heads import said
 from twinmerge.hf.inputs import encode, pad
 from twinmerge.hf.loading import backbone_from, load_backbone
@@ -118,7 +118,7 @@ def _precision(plan: Plan) -> torch.dtype | None:
 def _agreement(model: TwinModel, plan: Plan, name: str, rows: Sequence[Row], kept: float) -> Agreement:
     """The expert's own output on its rows beside the twin's and the shared expert's."""
     inputs = _encoded(model, rows)
-    count = len(inputs["input_ids"])
+    count = len(rows)
     ours = _outputs(model, model.one_hot([name] * count), inputs, name)
     own = _expert_outputs(model, plan, name, inputs)
     shared = _outputs(model, torch.zeros(count, len(model.expert_names), device=model.device), inputs, name)
@@ -155,7 +155,7 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
     else:
         plain = load_backbone(expert.folder, dtype=model.backbone.dtype)
     found = []
-    for index in range(len(inputs["input_ids"])):  # each alone: an expert may know padding by another id
+    for index in range(len(next(iter(inputs.values())))):  # each alone: an expert may know padding by another id
         row = _row(inputs, index)
         with torch.inference_mode():
             body = expert.is_adapter and bool(model.heads)
@@ -228,13 +228,15 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 def _few(rows: Sequence[Row]) -> list[Row]:
     """The shortest and the longest of the first rows: what shares a batch has different lengths."""
-    by_length = sorted(rows[:64], key=lambda row: len(row["text"]))
+    by_length = sorted(rows[:64], key=characters_of)
     return [by_length[0], by_length[-1]][:ROWS_PER_EXPERT]
 
 
 def _encoded(model: TwinModel, rows: Sequence[Row], *, side: Any = "right") -> dict[str, Tensor]:
-    short = [{key: values[:TOKENS] for key, values in one.items()} for one in encode(model, rows)]
-    inputs, config = pad(model, short, side=side), model.backbone.config
+    encoded = encode(model, rows)
+    if not model.reads_images:
+        encoded = [{key: values[:TOKENS] for key, values in one.items()} for one in encoded]
+    inputs, config = pad(model, encoded, side=side), model.backbone.config
     if config.is_encoder_decoder and not model.heads:  # what the decoder has written so far: the input, begun anew
         ids, first = inputs["input_ids"], getattr(config.get_text_config(), "decoder_start_token_id", None) or 0
         inputs["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], first), ids[:, :-1]], dim=1)

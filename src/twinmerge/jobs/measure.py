@@ -20,6 +20,7 @@ from twinmerge.files.writer import save_tensors
 from twinmerge.hf.answers import CONTINUATION, EMBEDDING, Answers, answers_of, require_texts
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.heads import load_head
+from twinmerge.hf.images import load_processor
 from twinmerge.hf.inputs import tokenize
 from twinmerge.hf.loading import backbone_from, load_backbone, load_config, load_tokenizer
 from twinmerge.hf.measurements import MEASUREMENTS, Inputs, Subject, moments
@@ -134,6 +135,7 @@ def _subjects(found: Checked, measured: Collection[str]) -> Callable[[str], Subj
             {name: {}},
             heads={name: load_head(expert.config, head)} if head else {},
             tokenizer=_tokenizer(expert.checkpoint.path, plan.base.path),
+            processor=_processor(expert.checkpoint.path, plan.base.path),
             max_length=plan.recipe.max_length,
         )
         names = {task.name: task.name for task in plan.tasks if name in task.experts and task.name in measured}
@@ -147,8 +149,11 @@ def for_merge(plan: MergePlan) -> Calibration | None:
     method = plan.method(plan.merged[0].name) if plan.merged else None
     if not isinstance(method, Calibrated):
         return None
-    if _tokenizer(*plan.merge.experts.values(), plan.reference.path) is None:
-        raise MismatchError(f"{plan.reference.path} has no tokenizer, which the texts of calibration_data need")
+    folders = (*plan.merge.experts.values(), plan.reference.path)
+    if _tokenizer(*folders) is None and _processor(*folders) is None:
+        raise MismatchError(
+            f"{plan.reference.path} has no tokenizer and no image processor, one of which calibration_data need"
+        )
     answers = {name: answers_of(load_config(path), f"expert {name!r}") for name, path in plan.merge.experts.items()}
     rows = _checked(method, plan.merge.calibration, answers, plan.reference.config, plan.merge.seed)
 
@@ -165,7 +170,9 @@ def for_merge(plan: MergePlan) -> Calibration | None:
         places = {(spec.file, spec.offset): merged for merged, spec in plan.experts[name].specs.items()}
         names = {own: places[at] for own, spec in stored.items() if (at := (spec.file, spec.offset)) in places}
         tokenizer = _tokenizer(folder, plan.reference.path)
-        return Subject(name, TwinModel(backbone, {name: {}}, tokenizer=tokenizer), answers[name], names)
+        processor = _processor(folder, plan.reference.path)
+        model = TwinModel(backbone, {name: {}}, tokenizer=tokenizer, processor=processor)
+        return Subject(name, model, answers[name], names)
 
     return Calibration(method.measurement, rows, load, _whole(method))
 
@@ -173,6 +180,10 @@ def for_merge(plan: MergePlan) -> Calibration | None:
 def _tokenizer(*folders: Path) -> Any:
     """The first one that there is: the expert's own, as its vocabulary is the base's."""
     return next((found for folder in folders if (found := load_tokenizer(folder)) is not None), None)
+
+
+def _processor(*folders: Path) -> Any:
+    return next((found for folder in folders if (found := load_processor(folder)) is not None), None)
 
 
 def _checked(

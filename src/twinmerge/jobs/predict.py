@@ -1,4 +1,4 @@
-"""Answers rows of text: in bounded windows, in input order, and taken up after a kill."""
+"""Answers rows: in bounded windows, in input order, and taken up after a kill."""
 
 import hashlib
 import json
@@ -15,19 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinmerge.errors import GateError, InputError
-from twinmerge.files.rows import STANDARD, Row, RowReader, count_lines, open_rows, refuse_taken
+from twinmerge.errors import DataError, GateError, InputError
+from twinmerge.files.rows import STANDARD, Row, RowReader, characters_of, count_lines, open_rows, refuse_taken
 from twinmerge.files.strict_json import read_json
 from twinmerge.files.target import GrowingFile, growing_file
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings
 from twinmerge.hf.generate import end_ids, sees_padding
+from twinmerge.hf.heads import TwinOutput
 from twinmerge.hf.inputs import (
     Encoded,
     batches_of,
     encode,
+    fault_of,
+    is_chat,
     pad,
     padding_id,
+    require_readable,
     spans_of,
     tokenizer_of,
 )
@@ -38,10 +42,10 @@ from twinmerge.runtime.precision import PrecisionChoice, Running
 from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.manifest import MANIFEST
 
-WINDOW_ROWS, WINDOW_CHARACTERS = 2048, 1 << 24
+WINDOW_ROWS, WINDOW_CHARACTERS, WINDOW_IMAGES = 2048, 1 << 24, 256
 """What is read, sorted by length and answered at a time."""
-_FALLBACK, _UNCERTAIN = "", "?"
-"""Count rows left to the shared expert, and uncertain ones, among those of experts, none of which is named so."""
+_FALLBACK, _UNCERTAIN, _UNREADABLE = "", "?", "!"
+"""Count other rows among those of experts, none of which is named so: left to the shared expert, uncertain, unread."""
 
 
 def predict(
@@ -53,6 +57,7 @@ def predict(
     max_new_tokens: int = PredictSettings.max_new_tokens,
     uncertain_below: float | None = None,
     leave_out: bool = False,
+    skip_unreadable: bool = False,
     precision: PrecisionChoice | None = None,
 ) -> Iterator[Answer]:
     """Answer rows in input order, in bounded memory.
@@ -62,12 +67,14 @@ def predict(
 
     Args:
         model: the twin.
-        rows: {"text": ...} or {"text": ..., "text_pair": ...}; other fields are handed through.
+        rows: {"text": ...}, perhaps with "text_pair"; {"prompt": ...} or {"messages": [...]}; {"image": ...}, a path,
+            bytes or a data URI. Other fields are handed through.
         expert: use this expert alone, not the router.
         limits: of a batch.
         max_new_tokens: of a causal LM's continuation.
         uncertain_below: answers say whether they are "uncertain": the router's confidence is below this, [0, 1].
         leave_out: rows that are uncertain get no answer at all.
+        skip_unreadable: rows whose images cannot be read get an "error" instead of an answer.
         precision: of matrix products; weights stay as they were loaded. None leaves that to weights and caller.
 
     Yields:
@@ -82,7 +89,7 @@ def predict(
         DataError: if a row has a field of the answer's, or lacks a text that its head needs.
         MismatchError: if an expert's head answers no rows of text.
     """
-    settings = PredictSettings(expert, limits, max_new_tokens, uncertain_below, leave_out, precision)
+    settings = PredictSettings(expert, limits, max_new_tokens, uncertain_below, leave_out, skip_unreadable, precision)
     return chain.from_iterable(predict_windows(model, rows, settings))
 
 
@@ -100,19 +107,31 @@ def predict_windows(
     _require_settings(settings, model.expert_names)
     kinds = answers_by_expert(model)
     asked = [kinds[settings.expert]] if settings.expert is not None else list(dict.fromkeys(kinds.values()))
-    taken, seen = fields_of(kinds.values()), 0
-    for window in _windows(rows):
+    taken, seen = fields_of(kinds.values()) + (("error",) if settings.skip_unreadable else ()), 0
+    for window in _windows(rows, WINDOW_IMAGES if model.reads_images else WINDOW_ROWS):
         for index, row in enumerate(window, start=seen + 1):
             refuse_taken(row, taken, f"row {index}")
+            if not settings.skip_unreadable:
+                require_readable(model, row, f"row {index}")
             if len(asked) == 1:
                 require_texts(asked[0], row, f"row {index}")
-        answers: list[Answer] = [{}] * len(window)
-        for chosen, found in _answer(model, window, settings, kinds, seen):
-            for index, answer in zip(chosen, found, strict=True):
-                answers[index] = {**answer, **window[index]}
+        faults = _faults(model, window) if settings.skip_unreadable else {}
+        answers: list[Answer] = [{"error": faults.get(index, ""), **row} for index, row in enumerate(window)]
+        whole = [index for index in range(len(window)) if index not in faults]
+        answered(len(faults))
+        numbers = [seen + index + 1 for index in whole]
+        for chosen, found in _answer(model, [window[index] for index in whole], settings, kinds, numbers):
+            for place, answer in zip(chosen, found, strict=True):
+                answers[whole[place]] = {**answer, **window[whole[place]]}
             answered(len(chosen))
         seen += len(window)
-        yield [answer for answer in answers if not (settings.leave_out and answer["uncertain"])]
+        yield [answer for answer in answers if not (settings.leave_out and answer.get("uncertain"))]
+
+
+def _faults(model: TwinModel, rows: Sequence[Row]) -> dict[int, str]:
+    """Why images cannot be read, by the row's index."""
+    found = {index: fault_of(model, row) for index, row in enumerate(rows)}
+    return {index: fault for index, fault in found.items() if fault is not None}
 
 
 def answers_by_expert(model: TwinModel) -> dict[str, Answers]:
@@ -174,7 +193,7 @@ def predict_file(
     Returns:
         `rows`, how many of them were `resumed`, how many each of `experts` answered, how many were left to the
         shared expert, as unlike every expert's inputs (`fallback`), how many were `uncertain` (None if nobody asked),
-        and the `precision` of matrix products.
+        of how many the image was `unreadable`, and the `precision` of matrix products.
 
     Raises:
         InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
@@ -190,7 +209,7 @@ def predict_file(
         "device": device,
         **asdict(settings),
         "precision": running.products,
-        "window": [WINDOW_ROWS, WINDOW_CHARACTERS],
+        "window": [WINDOW_ROWS, WINDOW_CHARACTERS, WINDOW_IMAGES],
         "versions": versions(),
     }
     with open_rows(source) as file:
@@ -199,7 +218,7 @@ def predict_file(
             before = output.last or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
             if not output.complete:
                 name = "standard input" if source == STANDARD else str(source)
-                reader = RowReader(file, name, taken=taken)
+                reader = RowReader(file, name, taken=taken, folder=source.parent)
                 reader.skip(before["rows"], before["bytes"], before["sha256"])
                 rows = iter(reader)
                 first = list(islice(rows, 1))  # a bad first row is refused before the model is loaded
@@ -208,15 +227,16 @@ def predict_file(
                 _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
             note = output.last or before
     experts = dict(sorted(note["experts"].items()))
-    fallback, uncertain = experts.pop(_FALLBACK, 0), experts.pop(_UNCERTAIN, 0)
+    fallback, uncertain, unreadable = (experts.pop(key, 0) for key in (_FALLBACK, _UNCERTAIN, _UNREADABLE))
     if settings.leave_out:
-        uncertain = note["rows"] - sum(experts.values()) - fallback
+        uncertain = note["rows"] - sum(experts.values()) - fallback - unreadable
     return {
         "rows": note["rows"],
         "resumed": before["rows"],
         "experts": experts,
         "fallback": fallback,
         "uncertain": None if settings.uncertain_below is None else uncertain,
+        "unreadable": unreadable,
         "precision": running.products,
     }
 
@@ -266,21 +286,28 @@ def _answer_all(
         progress(done, total)
 
     for answers in predict_windows(model, rows, settings, answered):
-        experts.update(_FALLBACK if answer["fallback"] else answer["expert"] for answer in answers)
+        experts.update(_counted(answer) for answer in answers)
         experts.update(_UNCERTAIN for answer in answers if answer.get("uncertain"))
         content = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         note = {"rows": reader.rows, "bytes": reader.bytes, "sha256": reader.sha256, "experts": dict(experts)}
         output.append(content.encode(), note, f"the answers of {reader.rows:,} rows are")
 
 
-def _windows(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _counted(answer: Answer) -> str:
+    """As what an answer counts."""
+    if "expert" not in answer:
+        return _UNREADABLE
+    return _FALLBACK if answer["fallback"] else str(answer["expert"])
+
+
+def _windows(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
     """Rows by the window; the row that makes a window full is its last, so that none is read ahead."""
     window: list[Row] = []
     characters = 0
     for row in rows:
         window.append(row)
-        characters += len(row["text"]) + len(row.get("text_pair", ""))
-        if len(window) >= WINDOW_ROWS or characters >= WINDOW_CHARACTERS:
+        characters += characters_of(row)
+        if len(window) >= most or characters >= WINDOW_CHARACTERS:
             yield window
             window, characters = [], 0
     if window:
@@ -310,9 +337,13 @@ class _Group:
 
 
 def _answer(
-    model: TwinModel, rows: Sequence[Row], settings: PredictSettings, kinds: Mapping[str, Answers], seen: int
+    model: TwinModel,
+    rows: Sequence[Row],
+    settings: PredictSettings,
+    kinds: Mapping[str, Answers],
+    numbers: Sequence[int],
 ) -> Iterator[tuple[list[int], list[Answer]]]:
-    """Answers of a window after `seen` rows, batch by batch: (indices of rows, answers)."""
+    """Answers of a window, whose rows have these numbers for a user, batch by batch: (indices of rows, answers)."""
     generates = CONTINUATION in kinds.values()
     new = settings.max_new_tokens if generates else 0
     # one gate for all: weights merged once, if they may be kept
@@ -321,8 +352,9 @@ def _answer(
     device = model.device.type
     context = Running.of(model.backbone.dtype, settings.precision, device).context
     with context(device):
-        groups = _groups(model, rows, settings, generates)
+        groups = _groups(model, rows, settings, generates) if rows else []
     for group in groups:
+        _require_template(model, rows, group, numbers)
         encoded = encode(model, [rows[index] for index in group.rows], expert=group.reader, room=new)
         alike = generates and (sees_padding(_generation(model, group.reader)) or reads_position_table(model.backbone))
         for chosen in batches_of(model, encoded, settings.limits, new=new, alike=alike):
@@ -331,7 +363,7 @@ def _answer(
                 answers, outputs = (_continued if generates else _labelled)(model, picked, part, settings, mode)
             for index, one, answer, output in zip(part.rows, picked, answers, outputs, strict=True):
                 name = answer["expert"]
-                require_texts(kinds[name], rows[index], f"row {seen + index + 1}, answered by expert {name!r}")
+                require_texts(kinds[name], rows[index], f"row {numbers[index]}, answered by expert {name!r}")
                 answer |= kinds[name].read(_reading(model, kinds[name], name, rows[index], one, output))
             yield list(part.rows), answers
 
@@ -361,6 +393,19 @@ def _groups(model: TwinModel, rows: Sequence[Row], settings: PredictSettings, ge
     return [replace(whole.take(own), reader=name) for name, own in members.items()]
 
 
+def _require_template(model: TwinModel, rows: Sequence[Row], group: _Group, numbers: Sequence[int]) -> None:
+    """Refuse a chat that no template of its reader makes a text of."""
+    if model.reads_images or tokenizer_of(model, group.reader).chat_template:
+        return
+    chats = [index for index in group.rows if is_chat(rows[index])]
+    if chats:
+        whose = "the base" if group.reader is None else f"expert {group.reader!r}"
+        raise DataError(
+            f"row {numbers[chats[0]]}: messages need a chat template, which the tokenizer of {whose} has not; "
+            "give the row as 'text'"
+        )
+
+
 def _generation(model: TwinModel, expert: str | None) -> Any:
     return model.own_of(expert).generation or model.backbone.generation_config
 
@@ -373,7 +418,7 @@ def _reading(model: TwinModel, kind: Answers, expert: str, row: Row, encoded: En
         stops = settings.stop_strings or ()
         stops = (stops,) if isinstance(stops, str) else stops
         return Reading(row, output, owner.config, decode=decode, ends=end_ids(settings), stops=stops)
-    real = output[: len(encoded["input_ids"])] if kind.by_token else output
+    real = output[: len(encoded["input_ids"])] if kind.by_token and "input_ids" in encoded else output
     spans = spans_of(model, row, expert) if kind.spans else ()
     return Reading(row, real.float(), owner.config, spans, model.own_of(expert).pool)
 
@@ -384,12 +429,21 @@ def _labelled(
     """What heads say; where there are none, the backbone's last hidden states."""
     given: dict[str, Any] = {"gate": part.gate, "expert": part.experts} if part.experts else {}
     out = model(**pad(model, encoded), mode=mode, **given)
-    outputs = out.logits if model.heads else out.last_hidden_state
+    outputs = out.logits if model.heads else _embedded(model, out)
     if not part.experts:
         part = replace(
             part, experts=out.expert, gate=out.gate, fallback=out.fallback.tolist(), probability=out.probability
         )
     return _routed(model, part, settings), list(outputs)
+
+
+def _embedded(model: TwinModel, out: TwinOutput) -> Tensor:
+    """(batch, seq, hidden) that an embedding is made of; of images what the class pools, else all their positions."""
+    states: Any = out.last_hidden_state
+    if model.reads_images and out.pooler_output is not None:
+        states = out.pooler_output.flatten(1)[:, None]
+    found: Tensor = states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+    return found
 
 
 def _continued(

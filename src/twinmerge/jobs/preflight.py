@@ -1,7 +1,8 @@
-"""Refuses, before any work, experts that could not answer rows of text and rows that could not be read."""
+"""Refuses, before any work, experts that could not answer rows and rows that could not be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +10,15 @@ from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.rows import Row, read_rows
 from twinmerge.hf.answers import Answers, answers_of
 from twinmerge.hf.heads import load_head
-from twinmerge.hf.inputs import limit_of
+from twinmerge.hf.images import PROCESSOR, load_processor, open_image
+from twinmerge.hf.inputs import TEXTS, limit_of, text_of
 from twinmerge.hf.loading import load_tokenizer, without_weights
 from twinmerge.hf.own import OWN, files_of, trained_length
 from twinmerge.hf.positions import position_table
 from twinmerge.merging.executor import one_thread
 from twinmerge.models.source import Expert
 from twinmerge.twin.plan import Plan
+from twinmerge.twin.recipe import Recipe, RouterSettings
 from twinmerge.twin.shared import require_fine_tunes
 
 _ROWS_LOOKED_AT = 200
@@ -62,12 +65,7 @@ def checked(plan: Plan) -> Checked:
     """
     base = plan.base.path
     tokenizer, model = load_tokenizer(base), without_weights(base)
-    if model.main_input_name != "input_ids":
-        raise MismatchError(
-            f"base {base} reads {model.main_input_name}, but router data and inputs of a twin are rows of text"
-        )
-    if tokenizer is None:
-        raise MismatchError(f"base {base} has no tokenizer, and router data are rows of text; put its files there")
+    reader = _reader(base, model, tokenizer)
     answers, own, heads = {}, {}, {}
     for name, expert in plan.experts.items():
         answers[name] = answers_of(_config(expert, plan), f"expert {name!r}")
@@ -84,11 +82,70 @@ def checked(plan: Plan) -> Checked:
     rows = router_rows(plan)
     with one_thread():
         require_fine_tunes(plan)
-    notes = [note for name, part in rows.items() for note in _unknown_words(name, part, tokenizer)]
-    longest, more = _length(plan, model, tokenizer)
+    notes = [note for name, part in rows.items() for note in reader(name, part)]
+    longest, more = _length(plan, model, tokenizer) if tokenizer else (None, [])
+    router, told = _router(plan.recipe, images=tokenizer is None)
     exclusive = plan.recipe.exclusive.model_copy(update={"weighting": _weighting(plan)})
-    recipe = plan.recipe.model_copy(update={"max_length": longest, "exclusive": exclusive})
-    return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more)), rows, answers, own)
+    recipe = plan.recipe.model_copy(update={"max_length": longest, "exclusive": exclusive, "router": router})
+    return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more, *told)), rows, answers, own)
+
+
+def _reader(base: Path, model: Any, tokenizer: Any) -> Callable[[str, Sequence[Row]], list[str]]:
+    """What looks at an expert's router data, as the base reads them, and gives notes.
+
+    Raises:
+        MismatchError: if the base reads neither texts nor images, or has not what they are read with.
+    """
+    if model.main_input_name == "pixel_values":
+        if load_processor(base) is None:
+            raise MismatchError(f"base {base} has no {PROCESSOR}, without which no image is read; put the file there")
+        return partial(_require_images, channels=getattr(model.config, "num_channels", 3))
+    if model.main_input_name != "input_ids" or _both(model.config):
+        found = "texts and images at once" if _both(model.config) else model.main_input_name
+        raise MismatchError(
+            f"base {base} reads {found}; a twin's inputs are rows of text, or of images for a tower that reads images"
+        )
+    if tokenizer is None:
+        raise MismatchError(f"base {base} has no tokenizer, and router data are rows of text; put its files there")
+    return partial(_unknown_words, tokenizer=tokenizer)
+
+
+def _both(config: Any) -> bool:
+    """Whether a class compares texts with images, as CLIP: it answers neither alone."""
+    towers = hasattr(config, "vision_config") and hasattr(config, "text_config")
+    return towers and hasattr(config, "projection_dim")
+
+
+def _require_images(name: str, rows: Sequence[Row], channels: int) -> list[str]:
+    """Decode every picture once: a build that would fail at the last is no use.
+
+    Raises:
+        DataError: naming the first that cannot be read.
+    """
+    for number, row in enumerate(rows, start=1):
+        if "image" not in row:
+            raise DataError(f"experts.{name}.router_data: row {number} lacks 'image', and the base reads images")
+        try:
+            open_image(row["image"], channels)
+        except DataError as error:
+            raise DataError(f"experts.{name}.router_data: row {number}: {error}") from error
+    return []
+
+
+def _router(recipe: Recipe, *, images: bool) -> tuple[RouterSettings, list[str]]:
+    """Router settings as the inputs allow them, and a note on what they do not.
+
+    Raises:
+        RecipeError: if nothing of them is left.
+    """
+    features = recipe.router.features
+    if not images or not features.tokens:
+        return recipe.router, []
+    if features.layers is None:
+        raise RecipeError("router.features: images have no tokens, found tokens; use all, last or layer:K")
+    left = replace(features, tokens=False, form="sum")
+    note = f"router.features: images have no tokens, so that of {features} the hidden states of {left} are left"
+    return recipe.router.model_copy(update={"features": left}), [note]
 
 
 def _require_one_way(heads: Mapping[str, Any]) -> None:
@@ -166,7 +223,10 @@ def _unknown_words(name: str, rows: Sequence[Row], tokenizer: Any) -> list[str]:
     Raises:
         DataError: if it knows none.
     """
-    texts = [row["text"] for row in rows[:: max(1, len(rows) // _ROWS_LOOKED_AT)]]
+    for number, row in enumerate(rows, start=1):
+        if not any(field in row for field in TEXTS):
+            raise DataError(f"experts.{name}.router_data: row {number} lacks 'text', and the base reads texts")
+    texts = [text_of(tokenizer, row) for row in rows[:: max(1, len(rows) // _ROWS_LOOKED_AT)]]
     tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
     unknown = sum(token == tokenizer.unk_token_id for token in tokens)
     if unknown == len(tokens):
