@@ -91,7 +91,7 @@ def test_predict_says_as_json_what_it_did_and_writes_to_standard_output(
     predict = ["predict", str(twin), "--input", str(tmp_path / "x.jsonl"), "--json", "--expert", "ag"]
     assert main([*predict, "--output", str(tmp_path / "y.jsonl")]) == 0
     said = {"output": str(tmp_path / "y.jsonl"), "rows": 3, "resumed": 0, "experts": {"ag": 3}}
-    said |= {"fallback": 0, "uncertain": None, "precision": "float32"}
+    said |= {"fallback": 0, "uncertain": None, "unreadable": 0, "precision": "float32"}
     assert json.loads(capsys.readouterr().out) == said
     with (tmp_path / "x.jsonl").open() as file:
         monkeypatch.setattr("sys.stdin", file)

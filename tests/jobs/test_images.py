@@ -20,7 +20,7 @@ from twinmerge.cli import main
 from twinmerge.errors import DataError, InputError
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
-from twinmerge.jobs.predict import predict, predict_file
+from twinmerge.jobs.predict import predict
 
 pytestmark = pytest.mark.no_cover  # what these run is covered elsewhere, and tracing doubles their time
 
@@ -122,6 +122,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Family, Path]:
     (root / "recipe.yaml").write_text(
         "base: base\nexperts:\n"
         + "".join(f"  {name}: {{model: {name}, router_data: {name}.jsonl}}\n" for name in EXPERTS)
+        + "exclusive: {budget: 2}\n"
     )
     assert main(["build", str(root / "recipe.yaml"), "--out", str(root / "twin")]) == 0
     return family, root / "twin"
@@ -205,7 +206,7 @@ def test_router_data_with_a_damaged_picture_are_refused_before_any_work(tmp_path
     family = make(tmp_path / "family", "vit")
     (family.root / "pictures/ag3.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=r"experts.ag.router_data: row 4: image .*ag3.png cannot be read"):
-        build(family.recipe(), tmp_path / "twin")
+        build(family.recipe(exclusive={"rank": 1}), tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
 
 
@@ -213,10 +214,10 @@ def test_base_without_a_processor_and_urls_are_refused(tmp_path: Path) -> None:
     family = make(tmp_path / "family", "vit")
     (family.root / "ag.jsonl").write_text('{"image": "https://example.org/a.png"}\n' * 2)
     with pytest.raises(InputError, match="nothing is fetched"):
-        build(family.recipe(), tmp_path / "twin")
+        build(family.recipe(exclusive={"rank": 1}), tmp_path / "twin")
     (family.base / "preprocessor_config.json").unlink()
     with pytest.raises(InputError, match=r"has no preprocessor_config.json"):
-        build(family.recipe(), tmp_path / "twin")
+        build(family.recipe(exclusive={"rank": 1}), tmp_path / "twin")
 
 
 def test_expert_prepares_its_images_its_own_way(tmp_path: Path) -> None:

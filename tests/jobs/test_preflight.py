@@ -44,20 +44,28 @@ def other_words(root: Path) -> None:
     shutil.copy(root / "base" / "tokenizer_config.json", root / "sms")
 
 
-def images(root: Path) -> None:
-    change("base/preprocessor_config.json", image_mean=[0.5], image_processor_type="A")(root)
-    change("sms/preprocessor_config.json", image_mean=[0.4], image_processor_type="B")(root)
-
-
 def headless(root: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(root / "sms")
     model.base_model.save_pretrained(root / "sms")
 
 
 def vision(root: Path) -> None:
-    shutil.rmtree(root / "base")
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    for name, cls in {"base": "ViTModel", **dict.fromkeys(tiny.EXPERTS, "ViTForImageClassification")}.items():
+    models(root, config, "ViTModel", "ViTForImageClassification")
+
+
+def both(root: Path) -> None:
+    towers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    texts = {**towers, "vocab_size": tiny.VOCABULARY, "eos_token_id": 3}
+    config = transformers.CLIPConfig(
+        text_config=texts, vision_config={**towers, "image_size": 16, "patch_size": 8}, projection_dim=8
+    )
+    models(root, config, "CLIPModel", "CLIPModel")
+
+
+def models(root: Path, config: Any, base: str, expert: str) -> None:
+    shutil.rmtree(root / "base")
+    for name, cls in {"base": base, **dict.fromkeys(tiny.EXPERTS, expert)}.items():
         tiny.seeded(getattr(transformers, cls), config).save_pretrained(root / name)
     tiny.tokenizer().save_pretrained(root / "base")
 
@@ -95,13 +103,24 @@ REFUSED: dict[str, tuple[str, Spoil, dict[str, Any], str]] = {
     "words that nobody knows": ("bert", rows("foo bar"), {}, r"sms\.router_data: to the .* every token is \[UNK\]"),
     "no words at all": ("bert", rows(""), {}, r"sms\.router_data: to the .* texts are not a single token"),
     "another vocabulary": ("bert", other_words, {}, "'sms' has another vocabulary: token 'w5' is 5 in .* and 6 in"),
-    "other images": ("bert", images, {}, r"'sms' prepares images otherwise than the base: image_mean is \[0\.4\] and"),
     "some without a head": ("bert", headless, {}, "'trec' has a head of its own, expert 'sms' has none; give all or n"),
     "images alone": (
         "bert",
         vision,
         {},
-        "base .* reads pixel_values, but router data and inputs of a twin are rows of",
+        "base .*base has no preprocessor_config.json, without which no image is read",
+    ),
+    "images of an unknown processor": (
+        "bert",
+        lambda root: [vision(root), change("base/preprocessor_config.json", image_processor_type="A")(root)],
+        {},
+        "base/preprocessor_config.json names no known processor: Unrecognized image processor in",
+    ),
+    "texts and images at once": (
+        "bert",
+        both,
+        {},
+        "base .* reads texts and images at once; a twin's inputs are rows of text, or of images",
     ),
     "masked language model": (
         "distilbert",

@@ -19,14 +19,19 @@ PROCESSOR = "preprocessor_config.json"
 """Where a folder says how images are prepared."""
 
 
-def load_processor(folder: Path) -> Any:
-    """How a folder prepares images, None if it does not say.
+def reads_images(model: Any) -> bool:
+    """Whether a transformers model takes pictures, not texts."""
+    return bool(model.main_input_name == "pixel_values")
+
+
+def load_processor(folder: Path, model: Any = None) -> Any:
+    """How a folder prepares images, None if it does not say, or if `model` is given and reads none.
 
     Raises:
         MismatchError: if transformers has no such processor.
         MissingExtraError: if Pillow is not installed.
     """
-    if not (folder / PROCESSOR).is_file():
+    if not (folder / PROCESSOR).is_file() or not (model is None or reads_images(model)):
         return None
     _pillow()
     try:
@@ -34,7 +39,9 @@ def load_processor(folder: Path) -> Any:
             load: Any = AutoImageProcessor.from_pretrained
             return load(folder, **LOCAL)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise MismatchError(f"{folder / PROCESSOR} names no known processor: {str(error).splitlines()[0]}") from error
+        raise MismatchError(
+            f"{folder / PROCESSOR} names no known processor: {str(error).split('. Should')[0]}"
+        ) from error
 
 
 def open_image(source: object, channels: int = 3) -> Any:

@@ -20,7 +20,7 @@ from twinmerge.hf.example import example_inputs
 from twinmerge.hf.features import EnoughError, Looked, Probe, Run, hidden_layers, pooled, read, show
 from twinmerge.hf.generate import begun, goes_on, join, keeps_cache, prompt, writer
 from twinmerge.hf.heads import TwinOutput, answered, asked, encode, load_head, overlaid, take, with_backbone
-from twinmerge.hf.images import load_processor
+from twinmerge.hf.images import load_processor, reads_images
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.own import OWN, Own
 from twinmerge.hf.positions import reads_position_table
@@ -137,7 +137,7 @@ class TwinModel(nn.Module):
             heads=heads,
             router=load_router(artifact.path / "router"),
             tokenizer=load_tokenizer(artifact.path),
-            processor=load_processor(artifact.path),
+            processor=load_processor(artifact.path, backbone),
             max_length=artifact.manifest.recipe.max_length,
             fallback=artifact.manifest.fallback or (),
             own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
@@ -153,7 +153,7 @@ class TwinModel(nn.Module):
     @property
     def reads_images(self) -> bool:
         """Whether inputs are pictures, not texts."""
-        return bool(self.backbone.main_input_name == "pixel_values")
+        return reads_images(self.backbone)
 
     @property
     def channels(self) -> int:

@@ -99,10 +99,8 @@ def files_of(
     Raises:
         MismatchError: if something differs that one expert cannot have alone.
     """
-    kept, adapter = (
-        _own_processor(folder, base),
-        (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file(),
-    )
+    kept = _own_processor(folder, base) if ours is None else []
+    adapter = (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
     alike = ours is None or _tokenizer_bytes(folder) == _tokenizer_bytes(base)
     theirs = ours if alike else load_tokenizer(folder, base)
     if theirs is not None and _behaviour(ours) != _behaviour(theirs):

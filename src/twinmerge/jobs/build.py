@@ -266,7 +266,7 @@ def fit_on(
         backbone,
         {name: {key: part.to(backbone.dtype) for key, part in own.items()} for name, own in parts.items()},
         tokenizer=load_tokenizer(twin.path),
-        processor=load_processor(twin.path),
+        processor=load_processor(twin.path, backbone),
         max_length=recipe.max_length,
     )
     owners = [name for name, part in rows.items() for _ in part]

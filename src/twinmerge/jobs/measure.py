@@ -20,7 +20,7 @@ from twinmerge.files.writer import save_tensors
 from twinmerge.hf.answers import CONTINUATION, EMBEDDING, Answers, answers_of, require_texts
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.heads import load_head
-from twinmerge.hf.images import load_processor
+from twinmerge.hf.images import PROCESSOR, load_processor
 from twinmerge.hf.inputs import tokenize
 from twinmerge.hf.loading import backbone_from, load_backbone, load_config, load_tokenizer
 from twinmerge.hf.measurements import MEASUREMENTS, Inputs, Subject, moments
@@ -130,12 +130,13 @@ def _subjects(found: Checked, measured: Collection[str]) -> Callable[[str], Subj
             if name in task.experts:
                 state[task.name] += expert.task_vector(task.name, base)
         head = {key: value.float() for key, value in expert.read_head().items()}
+        backbone = backbone_from(plan.base.path, state, plan.base.config["architectures"][0])
         model = TwinModel(
-            backbone_from(plan.base.path, state, plan.base.config["architectures"][0]),
+            backbone,
             {name: {}},
             heads={name: load_head(expert.config, head)} if head else {},
             tokenizer=_tokenizer(expert.checkpoint.path, plan.base.path),
-            processor=_processor(expert.checkpoint.path, plan.base.path),
+            processor=_processor(backbone, expert.checkpoint.path, plan.base.path),
             max_length=plan.recipe.max_length,
         )
         names = {task.name: task.name for task in plan.tasks if name in task.experts and task.name in measured}
@@ -150,7 +151,7 @@ def for_merge(plan: MergePlan) -> Calibration | None:
     if not isinstance(method, Calibrated):
         return None
     folders = (*plan.merge.experts.values(), plan.reference.path)
-    if _tokenizer(*folders) is None and _processor(*folders) is None:
+    if _tokenizer(*folders) is None and not any((folder / PROCESSOR).is_file() for folder in folders):
         raise MismatchError(
             f"{plan.reference.path} has no tokenizer and no image processor, one of which calibration_data need"
         )
@@ -170,7 +171,7 @@ def for_merge(plan: MergePlan) -> Calibration | None:
         places = {(spec.file, spec.offset): merged for merged, spec in plan.experts[name].specs.items()}
         names = {own: places[at] for own, spec in stored.items() if (at := (spec.file, spec.offset)) in places}
         tokenizer = _tokenizer(folder, plan.reference.path)
-        processor = _processor(folder, plan.reference.path)
+        processor = _processor(backbone, folder, plan.reference.path)
         model = TwinModel(backbone, {name: {}}, tokenizer=tokenizer, processor=processor)
         return Subject(name, model, answers[name], names)
 
@@ -182,8 +183,9 @@ def _tokenizer(*folders: Path) -> Any:
     return next((found for folder in folders if (found := load_tokenizer(folder)) is not None), None)
 
 
-def _processor(*folders: Path) -> Any:
-    return next((found for folder in folders if (found := load_processor(folder)) is not None), None)
+def _processor(model: Any, *folders: Path) -> Any:
+    """The same of processors of the images that a model reads."""
+    return next((found for folder in folders if (found := load_processor(folder, model)) is not None), None)
 
 
 def _checked(

@@ -10,7 +10,7 @@ from twinmerge.errors import DataError, MismatchError, RecipeError
 from twinmerge.files.rows import Row, read_rows
 from twinmerge.hf.answers import Answers, answers_of
 from twinmerge.hf.heads import load_head
-from twinmerge.hf.images import PROCESSOR, load_processor, open_image
+from twinmerge.hf.images import PROCESSOR, load_processor, open_image, reads_images
 from twinmerge.hf.inputs import TEXTS, limit_of, text_of
 from twinmerge.hf.loading import load_tokenizer, without_weights
 from twinmerge.hf.own import OWN, files_of, trained_length
@@ -64,7 +64,8 @@ def checked(plan: Plan) -> Checked:
         CheckpointError: if a head holds NaN or Inf.
     """
     base = plan.base.path
-    tokenizer, model = load_tokenizer(base), without_weights(base)
+    model = without_weights(base)
+    tokenizer = None if reads_images(model) else load_tokenizer(base)
     reader = _reader(base, model, tokenizer)
     answers, own, heads = {}, {}, {}
     for name, expert in plan.experts.items():
@@ -83,8 +84,8 @@ def checked(plan: Plan) -> Checked:
     with one_thread():
         require_fine_tunes(plan)
     notes = [note for name, part in rows.items() for note in reader(name, part)]
-    longest, more = _length(plan, model, tokenizer) if tokenizer else (None, [])
-    router, told = _router(plan.recipe, images=tokenizer is None)
+    longest, more = _length(plan, model, tokenizer) if not reads_images(model) else (None, [])
+    router, told = _router(plan.recipe, images=reads_images(model))
     exclusive = plan.recipe.exclusive.model_copy(update={"weighting": _weighting(plan)})
     recipe = plan.recipe.model_copy(update={"max_length": longest, "exclusive": exclusive, "router": router})
     return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more, *told)), rows, answers, own)
@@ -96,7 +97,7 @@ def _reader(base: Path, model: Any, tokenizer: Any) -> Callable[[str, Sequence[R
     Raises:
         MismatchError: if the base reads neither texts nor images, or has not what they are read with.
     """
-    if model.main_input_name == "pixel_values":
+    if reads_images(model):
         if load_processor(base) is None:
             raise MismatchError(f"base {base} has no {PROCESSOR}, without which no image is read; put the file there")
         return partial(_require_images, channels=getattr(model.config, "num_channels", 3))
