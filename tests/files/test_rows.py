@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinmerge.errors import DataError
-from twinmerge.files.rows import count_lines, iter_rows, read_rows
+from twinmerge.files.rows import characters_of, count_lines, iter_rows, read_rows
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -173,3 +173,32 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_folder_is_no_file_of_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read rows from .*: Is a directory"):
         read_rows(tmp_path, labelled=False)
+
+
+def test_paths_of_images_start_from_the_files_folder(tmp_path: Path) -> None:
+    uri = "data:image/png;base64,AAAA"
+    rows = [{"image": "a/b.png"}, {"image": "/c.png"}, {"image": uri}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [row["image"] for row in read_rows(tmp_path / "rows.jsonl", labelled=False)]
+    assert found == [str(tmp_path / "a/b.png"), "/c.png", uri]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"image": "https://example.org/a.png"}, "'image' must be a path or a data: URI, as nothing is fetched"),
+        ({"image": 5}, "'image' must be a string, found 5"),
+        ({"prompt": 5}, "'prompt' must be a string or a list of"),
+        ({"messages": []}, r"'messages' must be a list of .* found \[\]"),
+        ({"messages": [{"role": "user", "content": 5}]}, "both strings"),
+    ],
+)
+def test_images_and_chats_of_another_form_are_named(tmp_path: Path, row: dict[str, object], words: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=f"rows.jsonl:1: {words}"):
+        read_rows(tmp_path / "rows.jsonl", labelled=False)
+
+
+def test_characters_of_chats_count() -> None:
+    assert characters_of({"text": "abc", "text_pair": "de", "id": "xxxx"}) == 5
+    assert characters_of({"messages": [{"role": "user", "content": "abc"}]}) > 3
