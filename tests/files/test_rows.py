@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twinmerge.errors import DataError
-from twinmerge.files.rows import characters_of, count_lines, iter_rows, read_rows
+from twinmerge.files.rows import characters_of, count_lines, iter_rows, read_rows, require_image
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -190,7 +190,7 @@ def test_paths_of_images_start_from_the_files_folder(tmp_path: Path) -> None:
         ({"image": 5}, "'image' must be a string, found 5"),
         ({"prompt": 5}, "'prompt' must be a string or a list of"),
         ({"messages": []}, r"'messages' must be a list of .* found \[\]"),
-        ({"messages": [{"role": "user", "content": 5}]}, "both strings"),
+        ({"messages": [{"role": "user", "content": 5}]}, ".*both strings"),
     ],
 )
 def test_images_and_chats_of_another_form_are_named(tmp_path: Path, row: dict[str, object], words: str) -> None:
@@ -202,3 +202,10 @@ def test_images_and_chats_of_another_form_are_named(tmp_path: Path, row: dict[st
 def test_characters_of_chats_count() -> None:
     assert characters_of({"text": "abc", "text_pair": "de", "id": "xxxx"}) == 5
     assert characters_of({"messages": [{"role": "user", "content": "abc"}]}) > 3
+
+
+def test_beside_a_text_other_fields_are_the_callers(tmp_path: Path) -> None:
+    row = {"text": "a", "messages": "b", "prompt": 5, "image": "https://example.org/a.png"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert read_rows(tmp_path / "rows.jsonl", labelled=False) == [row]
+    require_image(b"content", "here")

@@ -18,7 +18,7 @@ INPUTS = ("text", "prompt", "messages", "image")
 """What a row may hold for a model to read: texts, chats, a picture."""
 STANDARD = Path("-")
 """Standard input or output."""
-DATA_URI = "data:"
+DATA_URI, _URLS = "data:", ("http:", "https:", "ftp:")
 _DEPTH = 100
 """How deep lists and objects of a row may lie in each other; what is deeper may be readable, but not writable again."""
 
@@ -46,7 +46,8 @@ def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
         DataError: if the file is missing or empty, or at the first bad line.
     """
     with open_rows(path) as file:
-        yield from RowReader(file, str(path), labelled=labelled, folder=path.parent)
+        for row in RowReader(file, str(path), labelled=labelled):
+            yield located(row, path.parent)
 
 
 @contextmanager
@@ -95,7 +96,6 @@ class RowReader:
         *,
         labelled: bool = False,
         taken: Collection[str] = (),
-        folder: Path = Path(),
     ) -> None:
         """Start at the beginning.
 
@@ -104,9 +104,7 @@ class RowReader:
             name: of the file, for messages.
             labelled: as in `iter_rows`.
             taken: fields that a row may not have, since an answer has them.
-            folder: where relative paths of images start.
         """
-        self._folder = folder
         self.rows = self.bytes = 0
         self._file, self._name, self._labelled, self._taken = file, name, labelled, taken
         self._digest = hashlib.sha256()
@@ -144,8 +142,6 @@ class RowReader:
             if blank:
                 raise DataError(f"{where}: expected a JSON object, found an empty line; rows follow it")
             row = _parse(line, where, labelled=self._labelled)
-            if "image" in row and not row["image"].startswith(DATA_URI):
-                row["image"] = str(self._folder / row["image"])
             refuse_taken(row, self._taken, where)
             self._digest.update(line)
             self.bytes += len(line)
@@ -187,21 +183,47 @@ def _parse(line: bytes, where: str, *, labelled: bool) -> Row:
 def require_input(row: Row, where: str) -> None:
     """Refuse a row that holds nothing a model could read, or holds it in another form.
 
+    Where there is a text it is what counts; other fields are then handed through as they are.
+
     Raises:
         DataError: saying what must hold.
     """
     if not any(field in row for field in INPUTS):
         found = ", ".join(map(repr, row)) or "no fields"
         raise DataError(f"{where}: the row lacks 'text' (or 'prompt', 'messages', 'image'); found {found}")
-    for field in ("text", "text_pair", "image"):
+    for field in ("text", "text_pair"):
         if not isinstance(row.get(field, ""), str):
             raise DataError(f"{where}: {field!r} must be a string, found {_described(row[field])}")
-    if (found := row.get("image", "")).startswith(("http:", "https:", "ftp:")):
-        raise DataError(f"{where}: 'image' must be a path or a data: URI, as nothing is fetched, found {found[:60]!r}")
+    if "text" in row:
+        return
+    if "image" in row:
+        require_image(row["image"], where)
     if not isinstance(row.get("prompt", ""), str):
         _require_messages(row["prompt"], f"{where}: 'prompt' must be a string or")
     if "messages" in row:
         _require_messages(row["messages"], f"{where}: 'messages' must be")
+
+
+def require_image(source: object, where: str) -> None:
+    """Refuse what names no picture: neither a path nor a data URI, nor, in Python, bytes.
+
+    Raises:
+        DataError: saying what must hold.
+    """
+    if isinstance(source, bytes | Path):
+        return
+    if not isinstance(source, str):
+        raise DataError(f"{where}: 'image' must be a string, found {_described(source)}")
+    if source.startswith(_URLS):
+        raise DataError(f"{where}: 'image' must be a path or a data: URI, as nothing is fetched, found {source[:60]!r}")
+
+
+def located(row: Row, folder: Path) -> Row:
+    """The row with its image's path, which starts from a folder, as the working directory sees it."""
+    source = row.get("image")
+    if not isinstance(source, str) or source.startswith((DATA_URI, *_URLS)):
+        return row
+    return {**row, "image": str(folder / source)}
 
 
 def characters_of(row: Row) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from twinmerge.errors import ArtifactError, DataError
-from twinmerge.files.rows import DATA_URI, Row
+from twinmerge.files.rows import DATA_URI, Row, require_image
 from twinmerge.hf.answers import Span
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.hf.images import open_image, prepare
@@ -77,6 +77,7 @@ def require_readable(model: TwinModel, row: Row, where: str) -> None:
     if "image" not in row:
         raise DataError(f"{where}: this twin reads images; the row lacks 'image', a path or a data: URI")
     source = row["image"]
+    require_image(source, where)
     if isinstance(source, str) and not source.startswith(DATA_URI) and not Path(source).is_file():
         raise DataError(f"{where}: 'image' {source!r} is no file; relative paths start from the folder of the rows")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import DataError, GateError, InputError
-from twinmerge.files.rows import STANDARD, Row, RowReader, characters_of, count_lines, open_rows, refuse_taken
+from twinmerge.files.rows import STANDARD, Row, RowReader, characters_of, count_lines, located, open_rows, refuse_taken
 from twinmerge.files.strict_json import read_json
 from twinmerge.files.target import GrowingFile, growing_file
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
@@ -218,13 +218,16 @@ def predict_file(
             before = output.last or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
             if not output.complete:
                 name = "standard input" if source == STANDARD else str(source)
-                reader = RowReader(file, name, taken=taken, folder=source.parent)
+                reader = RowReader(file, name, taken=taken)
                 reader.skip(before["rows"], before["bytes"], before["sha256"])
                 rows = iter(reader)
                 first = list(islice(rows, 1))  # a bad first row is refused before the model is loaded
                 model = TwinModel.from_pretrained(artifact.path, dtype=running.dtype, device=device)
                 counted: Counter[str] = Counter(before["experts"])
-                _answer_all(model, reader, chain(first, rows), output, settings, counted, total, progress)
+                every: Iterable[Row] = chain(first, rows)
+                if model.reads_images:
+                    every = (located(row, source.parent) for row in every)
+                _answer_all(model, reader, every, output, settings, counted, total, progress)
             note = output.last or before
     experts = dict(sorted(note["experts"].items()))
     fallback, uncertain, unreadable = (experts.pop(key, 0) for key in (_FALLBACK, _UNCERTAIN, _UNREADABLE))

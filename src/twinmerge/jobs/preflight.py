@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twinmerge.errors import DataError, MismatchError, RecipeError
-from twinmerge.files.rows import Row, read_rows
+from twinmerge.files.rows import Row, read_rows, require_image
 from twinmerge.hf.answers import Answers, answers_of
 from twinmerge.hf.heads import load_head
 from twinmerge.hf.images import PROCESSOR, load_processor, open_image, reads_images
@@ -126,6 +126,7 @@ def _require_images(name: str, rows: Sequence[Row], channels: int) -> list[str]:
     for number, row in enumerate(rows, start=1):
         if "image" not in row:
             raise DataError(f"experts.{name}.router_data: row {number} lacks 'image', and the base reads images")
+        require_image(row["image"], f"experts.{name}.router_data: row {number}")
         try:
             open_image(row["image"], channels)
         except DataError as error:
