@@ -135,6 +135,7 @@ def predict(options: argparse.Namespace) -> None:
         options.leave_out,
         options.skip_unreadable,
         options.precision,
+        options.gate,
     )
     with shown_progress(quiet=True) as progress:
         found = predict_file(

@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--resume", action="store_true", help="go on with what an interrupted run left")
     predict.add_argument("--expert", help="use this expert alone instead of the router")
+    predict.add_argument("--gate", type=_weights, help='this mix instead of the router, such as "sms=0.7,trec=0.3"')
     predict.add_argument(
         "--batch-size", type=_positive, default=BatchLimits.rows, help="rows a batch, at most (default: %(default)s)"
     )
@@ -200,7 +201,10 @@ def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
             help="the expert's name and its folder, hub id or LoRA adapter",
         )
         command.add_argument(
-            "--router-data", type=Path, required=True, metavar="FILE", help="JSON lines of inputs that belong to it"
+            "--router-data",
+            type=Path,
+            metavar="FILE",
+            help="JSON lines of inputs that belong to it; a twin without a router needs none",
         )
     else:
         command.add_argument("--expert", required=True, metavar="NAME", help="which one")

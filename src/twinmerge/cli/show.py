@@ -66,19 +66,13 @@ def show_twin(artifact: Any, as_json: bool) -> None:
         sizes = f"{own[name]['exclusive']:,}", f"{own[name]['heads']:,}"
         table.add_row(name, *ranks, f"{entry.energy_kept:.1%}", *sizes)
     Console().print(table)
-    router, recipe = manifest.router, manifest.recipe
+    recipe = manifest.recipe
     console.print("bytes: " + ", ".join(f"{part} {size:,}" for part, size in parts.items()))
     kept = recipe.exclusive.content()
     form = f"{kept.get('dtype') or 'as the base'}, directions weighed: {kept.get('weighting', 'none')}"
     console.print(f"exclusive parts: {ratio:.4f} x the base's bytes ({form})")
-    console.print(
-        f"router: {recipe.router.method} on {recipe.router.features}, {router.inputs_per_expert} inputs per expert"
-        f"{f', fitted in {router.precision}' if router.precision else ''}\n"
-        f"  held-out accuracy {router.accuracy:.2%}, calibration error {router.calibration_error:.4f}, "
-        f"temperature {router.temperature:.3f}"
-    )
     for line in (
-        *_confused_lines(router.confused),
+        *_router_lines(recipe.router, manifest.router),
         *_check_lines(manifest.check),
         _fallback_line(manifest.fallback),
         "built from:",
@@ -92,6 +86,20 @@ def show_twin(artifact: Any, as_json: bool) -> None:
         console.print(f"{change.at}: {change.change} {change.expert}")
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     console.print(f"built {manifest.created} with seed {recipe.seed}; {versions}")
+
+
+def _router_lines(settings: Any, router: Any) -> Iterator[str]:
+    """How inputs find their experts, and how well."""
+    if router is None:
+        yield "router: none; every call says gate or expert"
+        return
+    fitted = f", fitted in {router.precision}" if router.precision else ""
+    yield f"router: {settings.method} on {settings.features}, {router.inputs_per_expert} inputs per expert{fitted}"
+    yield (
+        f"  held-out accuracy {router.accuracy:.2%}, calibration error {router.calibration_error:.4f}, "
+        f"temperature {router.temperature:.3f}"
+    )
+    yield from _confused_lines(router.confused)
 
 
 def _confused_lines(pairs: Sequence[Any]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Knows how rows are answered: by whom, and which of them share a batch; imports nothing heavy."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +31,8 @@ class PredictSettings:
         skip_unreadable: rows whose images cannot be read get an `error` instead of an answer.
         precision: of matrix products, `auto` being the faster of both on this machine; None is no less precise than
             the weights are stored.
+        gate: expert -> weight, of every row, instead of the router's; others are 0. The head is that of `expert`, else
+            of the largest weight.
     """
 
     expert: str | None = None
@@ -40,6 +42,14 @@ class PredictSettings:
     leave_out: bool = False
     skip_unreadable: bool = False
     precision: Literal["auto", "float32", "bfloat16"] | None = None
+    gate: Mapping[str, float] | None = None
+
+    @property
+    def owner(self) -> str | None:
+        """Whose head answers every row; None where the router says."""
+        if self.expert is not None or self.gate is None:
+            return self.expert
+        return max(sorted(self.gate), key=lambda name: (self.gate or {})[name], default=None)
 
 
 DEFAULTS = PredictSettings()

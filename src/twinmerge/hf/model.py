@@ -135,7 +135,7 @@ class TwinModel(nn.Module):
             backbone,
             {name: {key: part.to(to) for key, part in parts.items()} for name, parts in exclusive.items()},
             heads=heads,
-            router=load_router(artifact.path / "router"),
+            router=load_router(artifact.path / "router") if artifact.manifest.recipe.router else None,
             tokenizer=load_tokenizer(artifact.path),
             processor=load_processor(artifact.path, backbone),
             max_length=artifact.manifest.recipe.max_length,

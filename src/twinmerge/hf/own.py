@@ -107,7 +107,7 @@ def files_of(
         if not other_vocabulary:
             _require_vocabulary(name, ours, theirs)
         kept += _tokenizer_files(folder)
-    if answers.spans and not (theirs or ours).is_fast:
+    if answers.spans and ours is not None and not (theirs or ours).is_fast:
         raise MismatchError(f"expert {name!r}: {answers.kind} need a fast tokenizer; save one with tokenizer.json")
     source = base if adapter and not (folder / _MODULES).is_file() else folder
     if answers is EMBEDDING and _sentence(source, f"expert {name!r}"):

@@ -34,7 +34,6 @@ from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.decompose import WeightsReport, write_weights
 from twinmerge.twin.manifest import (
-    NOT_FITTED,
     CheckRecord,
     ExpertRecord,
     HashedFile,
@@ -138,7 +137,6 @@ def new_manifest(
         experts=with_provenance(plan, report.experts, progress),
         tensors={name: ParameterRecord(**entry) for name, entry in report.tensors.items()},
         fallback=list(plan.fallback),
-        router=NOT_FITTED,
         notes=[*plan.notes, *notes, *left_to_shared(report)],
     )
 
@@ -163,9 +161,11 @@ def finish(
         progress: told of the stages.
     """
     folder = written.path
-    router = fit_on(written, found.plan.recipe, found.rows, progress, precision)
-    save_router(router, folder / "router")
-    manifest = written.manifest.model_copy(update={"router": RouterRecord(**router.report), "check": None})
+    manifest = written.manifest.model_copy(update={"check": None})
+    if (settings := found.plan.recipe.router) is not None:
+        router = fit_on(written, found.plan.recipe, settings, found.rows, progress, precision)
+        save_router(router, folder / "router")
+        manifest = manifest.model_copy(update={"router": RouterRecord(**router.report)})
     (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")
     if check:
         write_manifest(folder, manifest, known)
@@ -204,7 +204,8 @@ def open_plan(recipe: Recipe, allow: Allow = Allow(), *, fast_only: bool = False
         MismatchError: if some parameter needs the fall-back and `fast_only` refuses that.
     """
     base = recipe.locate(recipe.base, "base")
-    check_router(base, recipe.router)
+    if recipe.router is not None:
+        check_router(base, recipe.router)
     shared: list[Any] = []
 
     def kinds(model: Model) -> Mapping[str, Kind]:
@@ -254,12 +255,13 @@ def left_to_shared(report: WeightsReport) -> list[str]:
 def fit_on(
     twin: TwinArtifact,
     recipe: Recipe,
+    settings: RouterSettings,
     rows: Mapping[str, Sequence[Row]],
     progress: Progress,
     precision: PrecisionChoice | None = None,
 ) -> Router:
     """Fit the router on a twin as it lies on disk; one that looks at the shared expert alone loads nothing else."""
-    running, gated = Running.of(twin.dtype, precision), recipe.router.features.form == "speculative"
+    running, gated = Running.of(twin.dtype, precision), settings.features.form == "speculative"
     backbone = load_backbone(twin.path, dtype=running.dtype)
     parts = {name: twin.exclusive(name) if gated else {} for name in twin.expert_names}
     model = TwinModel(
@@ -271,15 +273,17 @@ def fit_on(
     )
     owners = [name for name, part in rows.items() for _ in part]
     every = EncodedRows.of(model, [row for part in rows.values() for row in part], progress, running.context)
-    router = fit_router(every, owners, recipe.router, seed=recipe.seed)
-    if recipe.router.features.layers is not None:
+    router = fit_router(every, owners, settings, seed=recipe.seed)
+    if settings.features.layers is not None:
         router.report["precision"] = running.products
     progress("router fitted", 1, 1)
     return router
 
 
-def left_out(rows: Mapping[str, Sequence[Row]], settings: RouterSettings) -> list[str]:
+def left_out(rows: Mapping[str, Sequence[Row]], settings: RouterSettings | None) -> list[str]:
     """A note for every expert of whose router data only a part is used."""
+    if settings is None:
+        return []
     most = settings.samples_per_expert
     return [
         f"experts.{name}.router_data: {most:,} of its {len(part):,} rows are used, drawn at random "
@@ -296,10 +300,8 @@ def model_card(manifest: Manifest) -> str:
         for name, entry in manifest.experts.items()
     )
     licences = "; ".join(f"{name}: {entry.licence or 'none named'}" for name, entry in manifest.inputs.items())
-    router, recipe = manifest.router, manifest.recipe
+    recipe = manifest.recipe
     changes = ", ".join(f"{change.change} {change.expert}" for change in manifest.changes)
-    pairs = "; ".join(" and ".join(pair.experts) for pair in router.confused)
-    confused = f" Hard to tell apart: {pairs}." if pairs else ""
     changed = f" It was merged before these changes: {changes}." if changes else ""
     return f"""---
 library_name: twinmerge
@@ -316,11 +318,23 @@ Built with [twinmerge](https://pypi.org/project/twinmerge/) {manifest.versions["
 {experts}
 
 Shared expert: {_told(recipe.shared)}.{changed} Exclusive knowledge: {_told(dict(recipe.exclusive))}.
-Router: {recipe.router.method} on features `{recipe.router.features}`, {router.accuracy:.1%} right on
-held-out router data, calibration error {router.calibration_error:.3f}.{confused}
+{_router_told(manifest)}
 
 Licences of base and experts apply, as their model cards name them: {licences}.
 """
+
+
+def _router_told(manifest: Manifest) -> str:
+    """How inputs find their experts."""
+    settings, router = manifest.recipe.router, manifest.router
+    if settings is None or router is None:
+        return "No router: every call says gate or expert."
+    pairs = "; ".join(" and ".join(pair.experts) for pair in router.confused)
+    return (
+        f"Router: {settings.method} on features `{settings.features}`, {router.accuracy:.1%} right on\n"
+        f"held-out router data, calibration error {router.calibration_error:.3f}."
+        f"{f' Hard to tell apart: {pairs}.' if pairs else ''}"
+    )
 
 
 def _told(settings: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from twinmerge.errors import CheckError
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row, characters_of
+from twinmerge.hf.example import example_inputs
 from twinmerge.hf.heads import said
 from twinmerge.hf.inputs import encode, pad
 from twinmerge.hf.loading import backbone_from, load_backbone
@@ -90,7 +91,8 @@ def check_twin(
     for done, name in enumerate(sorted(plan.experts), start=1):
         agreements[name] = _agreement(model, plan, name, chosen[name], kept[name])
         progress("checking experts", done, len(plan.experts))
-    inputs = _encoded(model, [row for some in chosen.values() for row in some])
+    every = [row for some in chosen.values() for row in some]
+    inputs = _encoded(model, every)
     count = len(next(iter(inputs.values())))
     gate = _mixed_gates(count, len(model.expert_names)).to(model.device)
     together = _outputs(model, gate, inputs)
@@ -100,7 +102,7 @@ def check_twin(
     _require("a row alone must give what it gives in a batch", alone)
     forward = max(_distance(_merged_output(model, gate[i], _row(inputs, i)), together[i]) for i in (0, count - 1))
     _require("a gated forward must equal the model with merged weights", forward)
-    cached = _cached(model, gate[:2], [row for some in chosen.values() for row in some][:2])
+    cached = _cached(model, gate[:2], every[:2])
     return asdict(CheckReport(count, _short(forward), _short(alone), _short(cached), agreements))
 
 
@@ -118,7 +120,7 @@ def _precision(plan: Plan) -> torch.dtype | None:
 def _agreement(model: TwinModel, plan: Plan, name: str, rows: Sequence[Row], kept: float) -> Agreement:
     """The expert's own output on its rows beside the twin's and the shared expert's."""
     inputs = _encoded(model, rows)
-    count = len(rows)
+    count = len(next(iter(inputs.values())))
     ours = _outputs(model, model.one_hot([name] * count), inputs, name)
     own = _expert_outputs(model, plan, name, inputs)
     shared = _outputs(model, torch.zeros(count, len(model.expert_names), device=model.device), inputs, name)
@@ -191,8 +193,10 @@ def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None
         return None
     decodes = model.backbone.config.is_encoder_decoder
     # under padding on the left such a model may say something else, which `predict` does not do either
-    rows = [rows[0]] * len(rows) if reads_position_table(model.backbone) else rows
+    rows = [rows[0]] * len(rows) if rows and reads_position_table(model.backbone) else rows
     inputs: dict[str, Any] = _encoded(model, rows, side="right" if decodes else "left")
+    if not rows:  # of one length: their padding is on the right
+        inputs = {name: values[:1].repeat_interleave(len(gate), dim=0) for name, values in inputs.items()}
     inputs.pop("decoder_input_ids", None)
     if "attention_mask" not in inputs:  # nothing says what is padding: prompts of one length share a batch
         return None
@@ -229,10 +233,15 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def _few(rows: Sequence[Row]) -> list[Row]:
     """The shortest and the longest of the first rows: what shares a batch has different lengths."""
     by_length = sorted(rows[:64], key=characters_of)
+    if not rows:
+        return []
     return [by_length[0], by_length[-1]][:ROWS_PER_EXPERT]
 
 
 def _encoded(model: TwinModel, rows: Sequence[Row], *, side: Any = "right") -> dict[str, Tensor]:
+    """Rows as the model takes them; where there are none, ids or pixels that mean nothing."""
+    if not rows:
+        return example_inputs(model.backbone, ROWS_PER_EXPERT)
     encoded = encode(model, rows)
     if not model.reads_images:
         encoded = [{key: values[:TOKENS] for key, values in one.items()} for one in encoded]

@@ -61,7 +61,7 @@ class Options(TypedDict, total=False):
 
 
 def add(
-    twin: Path | str, name: str, *, model: Path | str, router_data: Path | str, **options: Unpack[Options]
+    twin: Path | str, name: str, *, model: Path | str, router_data: Path | str | None = None, **options: Unpack[Options]
 ) -> TwinArtifact:
     """Add an expert to a twin: its exclusive part and the router are computed, every other file keeps its bits.
 
@@ -72,7 +72,7 @@ def add(
         twin: the twin's folder, replaced whole once the new one is complete.
         name: of the new expert.
         model: a folder or hub id, fine-tuned from the twin's base.
-        router_data: JSON lines of inputs that belong to it.
+        router_data: JSON lines of inputs that belong to it; a twin without a router needs none.
         **options: see `Options`.
 
     Returns:
@@ -85,7 +85,7 @@ def add(
 
 
 def replace(
-    twin: Path | str, name: str, *, model: Path | str, router_data: Path | str, **options: Unpack[Options]
+    twin: Path | str, name: str, *, model: Path | str, router_data: Path | str | None = None, **options: Unpack[Options]
 ) -> TwinArtifact:
     """Exchange an expert of a twin for another of the same name; see `add`."""
     return _change(twin, "replace", name, _source(model, router_data), options)
@@ -155,18 +155,26 @@ def _fill(
 def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource | None) -> dict[str, object]:
     """What an interrupted change must have had in common with this one to be gone on with."""
     model = locate(Path.cwd(), source.model, "the new expert") if source else folder
-    files = [*model.glob("*.safetensors"), *model.glob("*.json"), *([Path(source.router_data)] if source else [])]
+    files = [
+        *model.glob("*.safetensors"),
+        *model.glob("*.json"),
+        *([Path(source.router_data)] if source and source.router_data else []),
+    ]
     asked = f"{change} {name}"
     return fingerprint_of(files, change=asked, twin=sha256_of(folder / MANIFEST), versions=versions())
 
 
-def _source(model: Path | str, router_data: Path | str) -> ExpertSource:
+def _source(model: Path | str, router_data: Path | str | None) -> ExpertSource:
     """Where a new expert is, as any working directory finds it again."""
-    path, rows = Path(model).expanduser(), Path(router_data).expanduser().resolve()
+    path = Path(model).expanduser()
     locate(Path.cwd(), str(model), "the new expert")
+    found = str(path.resolve()) if path.exists() else str(model)
+    if router_data is None:
+        return ExpertSource(model=found)
+    rows = Path(router_data).expanduser().resolve()
     if not rows.is_file():
         raise DataError(f"the new expert's router data: {rows} is not there; the router needs inputs of every expert")
-    return ExpertSource(model=str(path.resolve()) if path.exists() else str(model), router_data=str(rows))
+    return ExpertSource(model=found, router_data=str(rows))
 
 
 def _recipe(artifact: TwinArtifact, root: Path | str | None) -> Recipe:
@@ -206,8 +214,8 @@ def _changed_recipe(recipe: Recipe, change: Change, name: str, source: ExpertSou
     except ValidationError as error:
         raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     for expert, entry in changed.experts.items():
-        rows = recipe.root / Path(entry.router_data).expanduser()
-        if not rows.is_file():
+        rows = recipe.root / Path(entry.router_data or "").expanduser()
+        if entry.router_data is not None and not rows.is_file():
             raise RecipeError(
                 f"experts.{expert}.router_data: {rows} is not there, and the router is "
                 "fitted on the inputs of every expert; put it back, or name the folder that the recipe's paths start "

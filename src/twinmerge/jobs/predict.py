@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,6 +60,7 @@ def predict(
     leave_out: bool = False,
     skip_unreadable: bool = False,
     precision: PrecisionChoice | None = None,
+    gate: Mapping[str, float] | None = None,
 ) -> Iterator[Answer]:
     """Answer rows in input order, in bounded memory.
 
@@ -76,6 +78,7 @@ def predict(
         leave_out: rows that are uncertain get no answer at all.
         skip_unreadable: rows whose images cannot be read get an "error" instead of an answer.
         precision: of matrix products; weights stay as they were loaded. None leaves that to weights and caller.
+        gate: expert -> weight, of every row, instead of the router's; the head is `expert`'s, else the largest's.
 
     Yields:
         {"expert", "gate", "fallback", "confidence", "second", ..., and the row's fields}: the probability that the
@@ -85,11 +88,13 @@ def predict(
         "stop_reason".
 
     Raises:
-        GateError: if the expert is unknown.
+        GateError: if the expert is unknown, or there is no router and neither expert nor gate is given.
         DataError: if a row has a field of the answer's, or lacks a text that its head needs.
         MismatchError: if an expert's head answers no rows of text.
     """
-    settings = PredictSettings(expert, limits, max_new_tokens, uncertain_below, leave_out, skip_unreadable, precision)
+    settings = PredictSettings(
+        expert, limits, max_new_tokens, uncertain_below, leave_out, skip_unreadable, precision, gate
+    )
     return chain.from_iterable(predict_windows(model, rows, settings))
 
 
@@ -104,9 +109,10 @@ def predict_windows(
         settings: who answers, and how much at a time.
         answered: called with the number of rows of every batch, once it is answered.
     """
-    _require_settings(settings, model.expert_names)
+    _require_settings(settings, model.expert_names, routes=model.router is not None)
     kinds = answers_by_expert(model)
-    asked = [kinds[settings.expert]] if settings.expert is not None else list(dict.fromkeys(kinds.values()))
+    owner = settings.owner
+    asked = [kinds[owner]] if owner is not None else list(dict.fromkeys(kinds.values()))
     taken, seen = fields_of(kinds.values()) + (("error",) if settings.skip_unreadable else ()), 0
     for window in _windows(rows, WINDOW_IMAGES if model.reads_images else WINDOW_ROWS):
         for index, row in enumerate(window, start=seen + 1):
@@ -153,12 +159,17 @@ def _answers_in(artifact: TwinArtifact) -> dict[str, Answers]:
     return found
 
 
-def _require_settings(settings: PredictSettings, known: Sequence[str]) -> None:
-    if settings.expert is not None and settings.expert not in known:
-        raise GateError(f"unknown expert {settings.expert!r}; this twin has {', '.join(known)}")
+def _require_settings(settings: PredictSettings, known: Sequence[str], *, routes: bool) -> None:
+    named = [*([] if settings.expert is None else [settings.expert]), *(settings.gate or ())]
+    if unknown := [name for name in named if name not in known]:
+        raise GateError(f"unknown expert {unknown[0]!r}; this twin has {', '.join(known)}")
+    if not all(math.isfinite(weight) for weight in (settings.gate or {}).values()):
+        raise GateError(f"a gate's weights must be finite, found {dict(settings.gate or {})}")
+    if settings.owner is None and not routes:
+        raise GateError("this twin has no router; name an expert (--expert) or give a gate (--gate)")
     least = settings.uncertain_below
-    if least is not None and (settings.expert is not None or not 0 <= least <= 1):
-        found = f"{least} beside expert {settings.expert!r}" if settings.expert is not None else least
+    if least is not None and (settings.owner is not None or not 0 <= least <= 1):
+        found = f"{least} beside expert {settings.owner!r}" if settings.owner is not None else least
         raise GateError(f"uncertain_below is of the router's confidence, from 0 to 1, found {found}")
     if settings.leave_out and least is None:
         raise GateError("to leave out uncertain rows, say below which confidence they are (uncertain_below)")
@@ -199,7 +210,7 @@ def predict_file(
         InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
     """
     artifact = TwinArtifact.open(twin)
-    _require_settings(settings, artifact.expert_names)
+    _require_settings(settings, artifact.expert_names, routes=artifact.manifest.recipe.router is not None)
     running = Running.of(artifact.dtype, settings.precision, device)
     taken = fields_of(_answers_in(artifact).values())
     if resume and target == STANDARD:
@@ -350,7 +361,7 @@ def _answer(
     generates = CONTINUATION in kinds.values()
     new = settings.max_new_tokens if generates else 0
     # one gate for all: weights merged once, if they may be kept
-    kept = settings.expert is not None and model.merged.set_bytes <= model.merged.limit_bytes
+    kept = settings.owner is not None and model.merged.set_bytes <= model.merged.limit_bytes
     mode: Mode = "merge" if kept else "auto"
     device = model.device.type
     context = Running.of(model.backbone.dtype, settings.precision, device).context
@@ -374,9 +385,13 @@ def _answer(
 def _groups(model: TwinModel, rows: Sequence[Row], settings: PredictSettings, generates: bool) -> list[_Group]:
     """The rows of a window by how they are read and written; routed before, where that differs by expert."""
     every = range(len(rows))
-    if settings.expert is not None:
-        names = [settings.expert] * len(rows)
-        return [_Group(every, settings.expert, names, model.one_hot(names), [False] * len(rows))]
+    if settings.owner is not None:
+        names = [settings.owner] * len(rows)
+        gate = model.one_hot(names)
+        if settings.gate is not None:
+            weights = [settings.gate.get(name, 0.0) for name in model.expert_names]
+            gate = torch.tensor([weights], device=model.device).expand(len(rows), -1)
+        return [_Group(every, settings.owner, names, gate, [False] * len(rows))]
     alike = not any(own.reads or (generates and own.generation) for own in model.own.values())
     if alike and (not generates or model.routes_as_it_writes):
         return [_Group(every)]

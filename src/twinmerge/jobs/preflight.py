@@ -59,14 +59,15 @@ def checked(plan: Plan) -> Checked:
     Raises:
         MismatchError: if an expert answers no rows of text, has something of its own that it cannot have alone, or is
             no fine-tune of the base.
-        RecipeError: if the recipe asks for more positions than there are.
+        RecipeError: if the recipe asks for more positions than there are, or for what needs inputs that are missing.
         DataError: if router data are missing, too few, or unknown to the tokenizer.
         CheckpointError: if a head holds NaN or Inf.
     """
     base = plan.base.path
     model = without_weights(base)
     tokenizer = None if reads_images(model) else load_tokenizer(base)
-    reader = _reader(base, model, tokenizer)
+    rows = router_rows(plan)
+    reader = _reader(base, model, tokenizer) if any(rows.values()) else None
     answers, own, heads = {}, {}, {}
     for name, expert in plan.experts.items():
         answers[name] = answers_of(_config(expert, plan), f"expert {name!r}")
@@ -80,13 +81,12 @@ def checked(plan: Plan) -> Checked:
         raise MismatchError(
             f"expert {with_head[0]!r} has a head of its own, expert {without[0]!r} has none; give all or none"
         )
-    rows = router_rows(plan)
     with one_thread():
         require_fine_tunes(plan)
-    notes = [note for name, part in rows.items() for note in reader(name, part)]
-    longest, more = _length(plan, model, tokenizer) if not reads_images(model) else (None, [])
+    notes = [note for name, part in rows.items() if part and reader for note in reader(name, part)]
+    longest, more = _length(plan, model, tokenizer) if tokenizer else (plan.recipe.max_length, [])
     router, told = _router(plan.recipe, images=reads_images(model))
-    exclusive = plan.recipe.exclusive.model_copy(update={"weighting": _weighting(plan)})
+    exclusive = plan.recipe.exclusive.model_copy(update={"weighting": _weighting(plan, rows)})
     recipe = plan.recipe.model_copy(update={"max_length": longest, "exclusive": exclusive, "router": router})
     return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more, *told)), rows, answers, own)
 
@@ -134,15 +134,15 @@ def _require_images(name: str, rows: Sequence[Row], channels: int) -> list[str]:
     return []
 
 
-def _router(recipe: Recipe, *, images: bool) -> tuple[RouterSettings, list[str]]:
+def _router(recipe: Recipe, *, images: bool) -> tuple[RouterSettings | None, list[str]]:
     """Router settings as the inputs allow them, and a note on what they do not.
 
     Raises:
         RecipeError: if nothing of them is left.
     """
-    features = recipe.router.features
-    if not images or not features.tokens:
+    if recipe.router is None or not images or not recipe.router.features.tokens:
         return recipe.router, []
+    features = recipe.router.features
     if features.layers is None:
         raise RecipeError("router.features: images have no tokens, found tokens; use all, last or layer:K")
     left = replace(features, tokens=False, form="sum")
@@ -162,13 +162,19 @@ def _require_one_way(heads: Mapping[str, Any]) -> None:
             )
 
 
-def _weighting(plan: Plan) -> Literal["none", "inputs", "two_sided"]:
+def _weighting(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> Literal["none", "inputs", "two_sided"]:
     """What directions are weighed by, settled.
 
     Raises:
         MismatchError: if it is asked for and cannot be measured.
     """
     settings, stacks = plan.recipe.exclusive, plan.base.config.get("is_encoder_decoder")
+    without = next((name for name in plan.experts if not rows[name]), None)
+    if without is not None and settings.weighting in ("inputs", "two_sided"):
+        raise RecipeError(
+            f"exclusive.weighting: {settings.weighting} is measured on inputs of every expert, and "
+            f"experts.{without}.router_data is missing; name a file of them, or use none"
+        )
     if settings.weighting != "auto":
         if settings.weighting != "none" and stacks:
             raise MismatchError(
@@ -177,7 +183,7 @@ def _weighting(plan: Plan) -> Literal["none", "inputs", "two_sided"]:
             )
         return settings.weighting
     size = sum(spec.numel for spec in plan.base.specs.values() if spec.dtype.is_floating_point) * 4
-    fits = settings.budget is not None and not stacks and size <= _WEIGHED_BYTES
+    fits = without is None and settings.budget is not None and not stacks and size <= _WEIGHED_BYTES
     return "two_sided" if fits else "none"
 
 
@@ -209,12 +215,13 @@ def _length(plan: Plan, model: Any, tokenizer: Any) -> tuple[int | None, list[st
 
 
 def router_rows(plan: Plan) -> dict[str, list[Row]]:
-    """The router data of every expert, in the gate's order."""
-    recipe, rows = plan.recipe, {}
-    for name in plan.expert_names:
-        key = f"experts.{name}.router_data"
-        rows[name] = read_rows(recipe.locate(recipe.experts[name].router_data, key), labelled=False)
+    """The router data of every expert, in the gate's order; none of one that has no file, where there is no router."""
+    files = plan.recipe.router_files
+    rows: dict[str, list[Row]] = {name: [] for name in plan.expert_names}
+    for name in files:
+        rows[name] = read_rows(files[name], labelled=False)
         if len(rows[name]) < 2:
+            key = f"experts.{name}.router_data"
             raise DataError(f"{key} holds {len(rows[name])} row; the router needs at least 2 of every expert")
     return rows
 

@@ -32,7 +32,7 @@ class SourceRecord(Recorded):
     """Where an expert and its router data were."""
 
     model: str
-    router_data: str
+    router_data: str | None = None
 
 
 class ExclusiveRecord(Recorded):
@@ -55,7 +55,7 @@ class RecipeRecord(Recorded):
     experts: Mapping[ExpertName, SourceRecord]
     shared: Mapping[str, Any]
     exclusive: ExclusiveRecord
-    router: RouterSettingsRecord
+    router: RouterSettingsRecord | None = None
     max_length: int | None = None
     seed: int = 0
 
@@ -110,10 +110,6 @@ class RouterRecord(Recorded):
     precision: str | None = None
 
 
-NOT_FITTED = RouterRecord(accuracy=0.0, calibration_error=0.0, temperature=1.0, inputs_per_expert=0)
-"""Of a twin whose router is yet to be fitted."""
-
-
 class ChangeRecord(Recorded):
     """An expert that came, went or was exchanged."""
 
@@ -160,7 +156,7 @@ class Manifest(Recorded):
         experts: by name, in the gate's order.
         tensors: by name of the parameter.
         fallback: parameters that go by the exact fall-back; None in older twins, where loading finds out.
-        router: what it gives.
+        router: what it gives; None if there is none, or it is yet to be fitted.
         notes: differences that were allowed, and what is unusual.
         changes: experts that came and went since it was built.
         check: what trying it found; None if it was not tried.
@@ -176,7 +172,7 @@ class Manifest(Recorded):
     experts: Mapping[ExpertName, ExpertRecord]
     tensors: Mapping[str, ParameterRecord]
     fallback: list[str] | None = None
-    router: RouterRecord
+    router: RouterRecord | None = None
     notes: list[str] = []
     changes: list[ChangeRecord] = []
     check: CheckRecord | None = None
@@ -240,7 +236,7 @@ def record_recipe(recipe: Recipe) -> RecipeRecord:
     content = recipe.model_dump(mode="json", exclude={"root"})
     content["base"] = portable(recipe.root, recipe.base)
     content["experts"] = {
-        name: {"model": portable(recipe.root, source.model), "router_data": portable(recipe.root, source.router_data)}
+        name: {key: portable(recipe.root, path) for key, path in source.model_dump(exclude_none=True).items()}
         for name, source in recipe.experts.items()
     }
     if files := content["shared"].get("calibration_data"):

@@ -79,17 +79,19 @@ class Plan:
     def files(self) -> tuple[Path, ...]:
         """Everything the result depends on beside the recipe: weights and router data."""
         models = [Checkpoint.open(model.path) for model in (self.base, *(e.checkpoint for e in self.experts.values()))]
-        rows = (self.recipe.locate(s.router_data, "router_data") for s in self.recipe.experts.values())
         weights = {spec.file for model in models for spec in model.specs.values()}
-        return tuple(sorted({*weights, *rows, *self.calibration.values()}))
+        return tuple(sorted({*weights, *self.recipe.router_files.values(), *self.calibration.values()}))
 
     @property
     def calibration(self) -> dict[str, Path]:
         """Inputs of each expert for a merge method that measures on them: its own, or the router's."""
-        method, sources = self.recipe.shared, self.recipe.experts
+        method = self.recipe.shared
         given = method.calibration_data if isinstance(method, Calibrated) else {}
         if given is None:
-            return {n: self.recipe.locate(s.router_data, f"experts.{n}.router_data") for n, s in sources.items()}
+            files = self.recipe.router_files
+            if lacking := [name for name in self.recipe.experts if name not in files]:
+                raise RecipeError(f"experts.{lacking[0]}.router_data is missing, and {method.method} measures on it")
+            return files
         return {name: self.recipe.locate(path, f"shared.calibration_data.{name}") for name, path in given.items()}
 
     @property
@@ -190,8 +192,7 @@ def make_plan(
     kinds = kinds_of(shared)
     conv1d = {name for name, kind in kinds.items() if kind == "conv1d"}
     experts = {name: open_expert(name, folder, base, shared, conv1d, library) for name, folder in folders.items()}
-    for name, source in recipe.experts.items():
-        rows = recipe.locate(source.router_data, f"experts.{name}.router_data")
+    for name, rows in recipe.router_files.items():
         if rows.stat().st_size == 0:
             raise DataError(f"experts.{name}.router_data: {rows} is empty; the router needs inputs of every expert")
     found = shared.checkpoint

@@ -17,10 +17,10 @@ EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 class ExpertSource(Strict):
-    """Where an expert's weights are, and inputs that belong to it (for the router)."""
+    """Where an expert's weights are, and inputs that belong to it, which the router needs."""
 
     model: str
-    router_data: str
+    router_data: str | None = None
 
 
 class ExclusiveSettings(Strict):
@@ -148,7 +148,7 @@ class Recipe(Strict):
         experts: the models fine-tuned from it, by name; at least two.
         shared: how the shared expert is merged.
         exclusive: how much exclusive knowledge is kept.
-        router: how inputs find their experts.
+        router: how inputs find their experts; `none`, or null, if every call says gate or expert.
         max_length: tokens an input is cut at; null takes what the experts were trained on, else what the base allows.
         seed: of everything random.
         root: folder that relative paths start from (the recipe's own).
@@ -158,10 +158,31 @@ class Recipe(Strict):
     experts: dict[str, ExpertSource]
     shared: Method = Average()
     exclusive: ExclusiveSettings = ExclusiveSettings()
-    router: RouterSettings = RouterSettings()
+    router: RouterSettings | None = RouterSettings()
     max_length: Annotated[int, Field(ge=1, strict=True)] | None = None
     seed: Annotated[int, Field(ge=0, strict=True)] = 0
     root: Path = Path()
+
+    @field_validator("router", mode="before")
+    @classmethod
+    def _no_router(cls, router: object) -> object:
+        return None if router == "none" else router
+
+    @model_validator(mode="after")
+    def _inputs_for_the_router(self) -> "Recipe":
+        lacking = [name for name, source in self.experts.items() if source.router_data is None]
+        if lacking and self.router is not None:
+            raise ValueError(
+                f"experts.{lacking[0]}.router_data is missing: the router learns from inputs of every expert; name a "
+                "file of them, or say router: none and give gate or expert with every call"
+            )
+        return self
+
+    @property
+    def router_files(self) -> dict[str, Path]:
+        """Where the inputs of experts are, of those that have some."""
+        sources = {name: source.router_data for name, source in self.experts.items()}
+        return {n: self.locate(path, f"experts.{n}.router_data") for n, path in sources.items() if path is not None}
 
     @field_validator("experts")
     @classmethod
