@@ -212,11 +212,12 @@ def test_router_data_with_a_damaged_picture_are_refused_before_any_work(tmp_path
 
 def test_base_without_a_processor_and_urls_are_refused(tmp_path: Path) -> None:
     family = make(tmp_path / "family", "vit")
+    (family.base / "preprocessor_config.json").rename(tmp_path / "kept")
+    with pytest.raises(InputError, match=r"has no preprocessor_config.json"):
+        build(family.recipe(exclusive={"rank": 1}), tmp_path / "twin")
+    (tmp_path / "kept").rename(family.base / "preprocessor_config.json")
     (family.root / "ag.jsonl").write_text('{"image": "https://example.org/a.png"}\n' * 2)
     with pytest.raises(InputError, match="nothing is fetched"):
-        build(family.recipe(exclusive={"rank": 1}), tmp_path / "twin")
-    (family.base / "preprocessor_config.json").unlink()
-    with pytest.raises(InputError, match=r"has no preprocessor_config.json"):
         build(family.recipe(exclusive={"rank": 1}), tmp_path / "twin")
 
 

@@ -311,7 +311,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], dict[str, Any], type[InputError
         without_tokenizer,
         {},
         MismatchError,
-        "base has no tokenizer, which the texts of calibration",
+        "base has no tokenizer and no image processor",
     ),
     "config": (without_config, {}, MismatchError, "sms must be a transformers model folder"),
     "two stacks": (

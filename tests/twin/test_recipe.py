@@ -202,7 +202,7 @@ def test_wrong_section_is_named_with_its_line(tmp_path: Path, text: str, message
         ),
         (
             "base: x\nexperts:\n  a: {model: a}\n  b: {model: c, router_data: b}\n",
-            ":3: key 'experts.a.router_data' is missing",
+            ":1: experts.a.router_data is missing: the router learns from inputs of every expert",
         ),
         (
             "base: x\nexperts:\n  a:\n    model: a\n    router_dta: x\n  b: {model: c, router_data: b}\n",
