@@ -7,7 +7,10 @@ Each cell is what `build` keeps (same ranks, same rounding), its experts made wh
 given: the normalized score with its 95 % interval over seeds and rows, and how often twin and expert say the same.
 Protocol: oracle head, true gate.
 
-    python benchmarks/bench_exclusive.py suites/text/text8.yaml --rows 500 [--seeds 0 1 2] [--budgets 0.03 0.06]
+With `--refit STEPS` the factors of an expert then learn together, by gradients on its unlabelled router rows, to say
+what the expert says, before they are rounded.
+
+    python -m benchmarks.bench_exclusive suites/text/text8.yaml --rows 500 [--seeds 0 1 2] [--budgets 0.03 0.06]
 """
 
 import argparse
@@ -32,13 +35,13 @@ from twinmerge.eval.suite import Suite
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.target import durable_folder
 from twinmerge.hf.answers import label_of
-from twinmerge.hf.heads import load_head
+from twinmerge.hf.heads import answered, load_head
 from twinmerge.hf.inputs import tokenized_batches
 from twinmerge.hf.loading import backbone_from, load_tokenizer
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import open_plan
 from twinmerge.jobs.measure import for_weighting
-from twinmerge.jobs.preflight import checked
+from twinmerge.jobs.preflight import checked, router_rows
 from twinmerge.merging.statistics import Statistics
 from twinmerge.tensors.float8 import to_eight_bits
 from twinmerge.tensors.int4 import to_four_bits
@@ -52,6 +55,8 @@ from twinmerge.twin.weighting import Weighting
 
 BUDGETS = (0.02, 0.03, 0.05, 0.06, 0.12, 0.24)
 DTYPES = {16: "float16", 8: "float8_e4m3fn", 4: "int4"}
+_RATE, _BATCH = 1e-4, 32
+"""Of refitting."""
 WEIGHTINGS = ("none", "inputs", "two_sided")
 
 
@@ -71,7 +76,8 @@ class Cell:
 class Seed:
     """The experts of one seed, their shared expert, and every direction of what it loses."""
 
-    def __init__(self, suite: Suite, seed: int, weightings: list[str], split: str) -> None:
+    def __init__(self, suite: Suite, seed: int, weightings: list[str], split: str, refit: int = 0) -> None:
+        self.refit = refit
         self.run = SeedRun(suite, seed, lambda *_: None)
         tasks = self.run.tasks
         self.rows = {
@@ -159,6 +165,43 @@ class Seed:
         config: Any = self.model.heads[name].config
         return [label_of(config, index) for index in logits.argmax(dim=1).tolist()]
 
+    def refitted(self, name: str, state: Mapping[str, Tensor], pairs: Mapping[str, LowRank]) -> dict[str, LowRank]:
+        """Factors by parameter after `refit` steps of Adam on the KL divergence to the expert, on unlabelled inputs.
+
+        Args:
+            name: of the expert.
+            state: of the twin's backbone without the factors.
+            pairs: before.
+        """
+        if not self.refit:
+            return dict(pairs)
+        config = self.plan.base.config["architectures"][0]
+        model = backbone_from(self.plan.base.path, dict(state), config).requires_grad_(False)
+        expert, head = self.run.body(name), self.model.heads[name]
+        learnt = {
+            key: (pair.up.clone().requires_grad_(), pair.down.clone().requires_grad_()) for key, pair in pairs.items()
+        }
+        rows = router_rows(self.plan)[name]
+        optimizer = torch.optim.Adam([factor for both in learnt.values() for factor in both], lr=_RATE)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.refit)
+        order = torch.Generator().manual_seed(self.run.seed)
+        prefix = f"{model.base_model_prefix}." if model.base_model is not model else ""
+        for _ in range(self.refit):
+            picked = [rows[place] for place in torch.randint(len(rows), (_BATCH,), generator=order).tolist()]
+            for _, inputs in tokenized_batches(self.model, picked):
+                with torch.no_grad():
+                    said = answered(head, expert(**inputs, return_dict=True), inputs).log_softmax(dim=-1)
+                moved = {key: state[key] + (up @ down).view(state[key].shape) for key, (up, down) in learnt.items()}
+                moved = {key.removeprefix(prefix): value for key, value in moved.items()}
+                outputs = torch.func.functional_call(model.base_model, moved, kwargs={**inputs, "return_dict": True})
+                ours = answered(head, outputs, inputs).log_softmax(dim=-1)
+                loss = nn.functional.kl_div(ours, said, reduction="batchmean", log_target=True)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+                optimizer.step()
+            schedule.step()
+        return {key: LowRank(up.detach(), down.detach()) for key, (up, down) in learnt.items()}
+
     def predictions(self, cell: Cell) -> tuple[Predictions, dict[str, float], dict[str, float]]:
         """What a twin says under true gates; by task, how often the expert says the same, and KL to the expert."""
         plan = self.planned(cell.weighting, cell.bits, cell.budget)
@@ -171,10 +214,11 @@ class Seed:
             for (tensor, owner), vector in self.vectors.items():
                 if owner == name:
                     state[tensor] = state[tensor] + vector
-            for key, pair in self.pairs[cell.weighting].items():
-                if key[1] == name and ranks[key]:
-                    part = _rounded(pair.truncate(ranks[key]), cell.bits, self.sides[cell.weighting][key])
-                    state[key[0]] = state[key[0]] + part.dense().view(state[key[0]].shape)
+            pairs = self.pairs[cell.weighting].items()
+            cut = {key[0]: pair.truncate(ranks[key]) for key, pair in pairs if key[1] == name and ranks[key]}
+            for tensor, pair in self.refitted(name, state, cut).items():
+                part = _rounded(pair, cell.bits, self.sides[cell.weighting][tensor, name])
+                state[tensor] = state[tensor] + part.dense().view(state[tensor].shape)
             body = backbone_from(plan.base.path, state, plan.base.config["architectures"][0]).base_model
             logits, expert = self._logits(name, body), self.expert_logits[name]
             answers, own = self._labels(name, logits), self._labels(name, expert)
@@ -242,12 +286,13 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--bits", type=int, nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--weightings", nargs="+", choices=WEIGHTINGS, default=["none", "two_sided"])
+    parser.add_argument("--refit", type=int, default=0, metavar="STEPS", help="of Adam on all factors of an expert")
     parser.add_argument("--json", type=Path, help="write the table there too")
     options = parser.parse_args()
     suite = Suite.load(options.suite).model_copy(update={"test_rows": options.rows})
     results: dict[Cell, Found] = {}
     for number in options.seeds:
-        seed = Seed(suite, number, options.weightings, options.split)
+        seed = Seed(suite, number, options.weightings, options.split, options.refit)
         for cell in _cells(options):
             predictions, same, apart = seed.predictions(cell)
             found = results.setdefault(cell, Found())

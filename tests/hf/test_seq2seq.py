@@ -59,6 +59,14 @@ def test_the_encoder_routes(built: tuple[tiny.Family, Path]) -> None:
     assert model(**x, decoder_input_ids=torch.zeros(len(ROWS), 1, dtype=torch.long)).expert == EXPERTS
 
 
+def test_loss_is_that_of_each_rows_merged_model(built: tuple[tiny.Family, Path]) -> None:
+    model = TwinModel.from_pretrained(built[1], dtype=torch.float64)
+    ids = torch.tensor([[6, 7, 8], [30, 31, 32], [50, 51, 52]])
+    labels, gate = ids.roll(1, dims=1), tiny.random_gate(3, dtype=torch.float64)
+    alone = [model.materialize(gate[i])(input_ids=ids[i : i + 1], labels=labels[i : i + 1]).loss for i in range(3)]
+    assert torch.allclose(model(ids, gate=gate, labels=labels).loss, torch.stack(alone).mean())
+
+
 def test_texts_are_those_of_the_experts(built: tuple[tiny.Family, Path]) -> None:
     family, folder = built
     answers = list(predict(TwinModel.from_pretrained(folder), ROWS, max_new_tokens=6))

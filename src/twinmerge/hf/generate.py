@@ -38,6 +38,13 @@ def writer(backbone: PreTrainedModel, settings: GenerationConfig | None, asked: 
     return model
 
 
+def said_otherwise(config: GenerationConfig, base: GenerationConfig) -> dict[str, Any]:
+    """What a config says and the base's does not: as arguments of generate."""
+    theirs, ours = config.to_dict(), base.to_dict()
+    left_out = ("transformers_version", "_from_model_config")
+    return {key: value for key, value in theirs.items() if key not in left_out and value != ours.get(key)}
+
+
 def prompt(backbone: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Of generate's inputs those of one forward pass; positions count from the first real token, as generate does."""
     own = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}

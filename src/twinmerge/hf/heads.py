@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
-from twinmerge.errors import MismatchError
+from twinmerge.errors import GateError, MismatchError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.loading import model_class, model_from
 
@@ -24,6 +24,7 @@ class TwinOutput(ModelOutput):
     """What a twin says of a batch.
 
     Attributes:
+        loss: a mean over rows, where labels were given.
         logits: one tensor where all experts share the output layer (causal LM); else a list of (num_labels,) tensors,
             one a row, each by the head of its row's expert; None for a plain encoder.
         gate: (batch, expert), what was mixed.
@@ -32,8 +33,10 @@ class TwinOutput(ModelOutput):
         fallback: (batch,) bool, rows unlike every expert's inputs; None if the gate was given.
         last_hidden_state: (batch, seq, hidden) of the gated backbone; None for a causal LM.
         pooler_output: (batch, hidden) of the gated backbone, where its class pools.
+        past_key_values: of a language model that keeps them; a call that goes on from them needs the gate of this one.
     """
 
+    loss: Tensor | None = None
     logits: Any = None
     gate: Tensor = None  # type: ignore[assignment]  # always given; ModelOutput allows one field without default
     expert: Any = None
@@ -41,6 +44,7 @@ class TwinOutput(ModelOutput):
     fallback: Tensor | None = None
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
+    past_key_values: Any = None
 
 
 def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -84,6 +88,12 @@ def load_head(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PreTr
 def encode(model: Any, inputs: Mapping[str, Any]) -> ModelOutput:
     """The outputs of a model without its head."""
     outputs: ModelOutput = model.base_model(**inputs, return_dict=True)
+    return outputs
+
+
+def called(model: Any, inputs: Mapping[str, Any]) -> ModelOutput:
+    """The outputs of a whole model."""
+    outputs: ModelOutput = model(**inputs)
     return outputs
 
 
@@ -213,3 +223,21 @@ def overlaid(outputs: ModelOutput, rows: Tensor, others: ModelOutput) -> ModelOu
     count = len(outputs[0])
     found = {k: v for k, v in outputs.items() if isinstance(v, Tensor) and len(v) == count and k in others}
     return type(outputs)(**{name: value.index_copy(0, rows, others[name]) for name, value in found.items()})
+
+
+def tokens_of(inputs: Mapping[str, Any]) -> int:
+    """Of a batch of text; other inputs have as many as rows."""
+    ids = inputs.get("input_ids")
+    return ids.numel() if ids is not None else rows_of(inputs)
+
+
+def rows_of(inputs: Mapping[str, Any]) -> int:
+    """How many inputs a batch holds.
+
+    Raises:
+        GateError: if there is no tensor among them.
+    """
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            return len(value)
+    raise GateError("inputs must hold at least one tensor, (batch, ...)")

@@ -1,7 +1,6 @@
 """The twin as a torch module: a gated backbone, heads per expert, one router in front."""
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -11,19 +10,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.errors import GateError
 from twinmerge.hf.classes import backbone_name
 from twinmerge.hf.example import example_inputs
-from twinmerge.hf.features import EnoughError, Looked, Probe, Run, hidden_layers, pooled, read, show
-from twinmerge.hf.generate import begun, goes_on, join, keeps_cache, prompt, writer
-from twinmerge.hf.heads import TwinOutput, answered, asked, encode, load_head, overlaid, take, with_backbone
+from twinmerge.hf.features import EnoughError, Looked, Probe, hidden_layers, pooled, read, show
+from twinmerge.hf.heads import (
+    TwinOutput,
+    answered,
+    asked,
+    called,
+    encode,
+    load_head,
+    overlaid,
+    rows_of,
+    take,
+    tokens_of,
+    with_backbone,
+)
 from twinmerge.hf.images import load_processor, reads_images
 from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
+from twinmerge.hf.loss import before, loss_of, loss_of_texts, with_decoder_inputs
 from twinmerge.hf.own import OWN, Own
-from twinmerge.hf.positions import reads_position_table
+from twinmerge.hf.surface import Surface
+from twinmerge.hf.writing import Generation
 from twinmerge.routing.router import Router, Routing
 from twinmerge.routing.store import load_router
 from twinmerge.runtime.gate import keep_large
@@ -36,13 +48,9 @@ from twinmerge.twin.artifact import TwinArtifact
 from twinmerge.twin.features import Layers
 
 __all__ = ["Mode", "TwinModel"]
-_NEW_TOKENS = 20
-"""What transformers' generate makes when nobody says how many."""
-_OF_ONE_PASS = {"input_ids", "attention_mask", "max_new_tokens", "do_sample", "pad_token_id", "num_return_sequences"}
-"""What may be asked of generate where the pass that routes is its first one."""
 
 
-class TwinModel(nn.Module):
+class TwinModel(Generation, Surface):
     """A twin as a torch module: routes each row, mixes the experts for it, answers with its expert's head.
 
     Example:
@@ -189,42 +197,68 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def forward(
         self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         *,
         gate: Tensor | None = None,
         expert: str | Sequence[str] | None = None,
         mode: Mode = "auto",
+        labels: Any = None,
         **inputs: Any,
     ) -> TwinOutput:
         """Answer a batch; every row is mixed by its own gate.
 
         Args:
+            input_ids: (batch, seq), of texts.
+            attention_mask: (batch, seq), 1 for real tokens.
             gate: (batch, expert), the caller's own; None asks the router, or takes `expert` alone where one is given.
             expert: whose head answers, one name or one a row; None takes the gate's largest.
             mode: how gated layers compute (`module.TwinModule.run`), the same result each way.
-            **inputs: what the backbone takes: input_ids (batch, seq), attention_mask, pixel_values, ...
+            labels: (batch, seq) ids of which a language model's loss is asked, -100 where none is; the router sees the
+                tokens before the first of a row alone. With heads: one entry a row, as its head's class takes it.
+            **inputs: what else the backbone takes: pixel_values, past_key_values, use_cache, ...
 
         Returns:
-            Logits, gate, experts, fall-back flags.
+            Loss, logits, gate, experts, fall-back flags.
 
         Raises:
             GateError: if the gate has another shape, is not finite, or an expert's name is unknown.
         """
-        call, routing = encode if self.heads else _call, None
-        if gate is None and expert is None:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {**{name: value for name, value in given.items() if value is not None}, **inputs}
+        inputs = inputs if labels is None or self.heads else with_decoder_inputs(self.backbone, inputs, labels)
+        call, routing = encode if self.heads else called, None
+        if gate is None and expert is None and inputs.get("past_key_values") is not None:
+            raise GateError("a call that goes on from past_key_values needs the gate of its prompts")
+        if gate is None and expert is None and labels is not None and not self.heads:
+            routing = self._routing(before(inputs, labels))
+            gate, names = routing.gate, [self.expert_names[index] for index in routing.expert.tolist()]
+            outputs = self.twin.run(call, gate, self.asked(inputs), tokens=tokens_of(inputs), mode=mode)
+        elif gate is None and expert is None:
             routing, outputs = self._routed(call, inputs, mode)
             gate, names = routing.gate, [self.expert_names[index] for index in routing.expert.tolist()]
         else:
-            gate, names = self._given(gate, expert, _rows(inputs))
-            outputs = self.twin.run(call, gate, self.asked(inputs), tokens=_tokens(inputs), mode=mode)
+            gate, names = self._given(gate, expert, rows_of(inputs))
+            outputs = self.twin.run(call, gate, self.asked(inputs), tokens=tokens_of(inputs), mode=mode)
+        logits = self.answer(outputs, names, **inputs) if self.heads else outputs.get("logits")
         return TwinOutput(
-            logits=self.answer(outputs, names, **inputs) if self.heads else outputs.get("logits"),
+            loss=None if labels is None else self._loss(logits, labels, names),
+            logits=logits,
             gate=gate,
             expert=names,
             probability=None if routing is None else routing.probability,
             fallback=None if routing is None else routing.fallback,
             last_hidden_state=outputs.get("last_hidden_state"),
             pooler_output=outputs.get("pooler_output"),
+            past_key_values=outputs.get("past_key_values"),
         )
+
+    def _loss(self, logits: Any, labels: Any, names: Sequence[str]) -> Tensor:
+        """The mean over rows of what each row's class takes as its loss; of a language model over tokens."""
+        if not self.heads:
+            return loss_of_texts(self.backbone, logits, labels)
+        losses = [loss_of(self.heads[name], one, label) for one, label, name in zip(logits, labels, names, strict=True)]
+        return torch.stack(losses).mean()
 
     def route(self, **inputs: Any) -> Tensor:
         """The gate only, (batch, expert): rows sum to 1, zeros for an input left to the shared expert."""
@@ -238,7 +272,7 @@ class TwinModel(nn.Module):
     @torch.inference_mode()
     def encode(self, gate: Tensor | None, *, mode: Mode = "auto", **inputs: Any) -> ModelOutput:
         """The backbone's output under a gate (batch, expert), None for the shared expert alone."""
-        outputs: ModelOutput = self.twin.run(encode, gate, self.asked(inputs), tokens=_tokens(inputs), mode=mode)
+        outputs: ModelOutput = self.twin.run(encode, gate, self.asked(inputs), tokens=tokens_of(inputs), mode=mode)
         return outputs
 
     def asked(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -287,10 +321,10 @@ class TwinModel(nn.Module):
         if self.layers and layers.chosen != "last":
             chosen = layers.among(len(self.layers) + 1)
             if max(chosen) < len(self.layers):
-                seen: Tensor = self.twin.run(partial(self._seen, chosen), gate, inputs, tokens=_tokens(inputs))
+                seen: Tensor = self.twin.run(partial(self._seen, chosen), gate, inputs, tokens=tokens_of(inputs))
                 return seen
         more = {} if layers.chosen == "last" else {"output_hidden_states": True}
-        outputs = self.twin.run(read, gate, {**inputs, **more}, tokens=_tokens(inputs))
+        outputs = self.twin.run(read, gate, {**inputs, **more}, tokens=tokens_of(inputs))
         return pooled(outputs, layers, inputs.get("attention_mask"))
 
     def _seen(self, layers: Sequence[int], module: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -299,90 +333,6 @@ class TwinModel(nn.Module):
         with suppress(EnoughError), self.twin.slot.watch(probe):
             read(module, inputs)
         return probe.features()
-
-    def generate(
-        self,
-        *,
-        gate: Tensor | None = None,
-        expert: str | Sequence[str] | None = None,
-        mode: Mode = "auto",
-        **inputs: Any,
-    ) -> Any:
-        """Transformers' generate under gates fixed from the prompts (METHOD §5), each row by its expert's settings.
-
-        Args:
-            gate: (batch, expert); None asks the router, or takes `expert`.
-            expert: whose generation config and end tokens hold, one name or one a row; None takes the gate's largest.
-            mode: how gated layers compute (`module.TwinModule.run`), the same result each way.
-            **inputs: of transformers' generate: input_ids, attention_mask, max_new_tokens, num_beams, ...
-        """
-        return self.generate_routed(gate=gate, expert=expert, mode=mode, **inputs)[0]
-
-    @torch.inference_mode()
-    def generate_routed(
-        self,
-        *,
-        gate: Tensor | None = None,
-        expert: str | Sequence[str] | None = None,
-        mode: Mode = "auto",
-        **inputs: Any,
-    ) -> tuple[Any, Routing | None]:
-        """`generate`, and what the router said of the prompts; None where the caller gave gate or expert."""
-        rows, looked, routing = _rows(inputs), None, None
-        if gate is None and expert is None:
-            seen, run = prompt(self.backbone, inputs), self._prefill(inputs, mode)
-            if run is not None:  # generate's own positions, which count padding: distances are the same
-                seen.pop("position_ids", None)
-            looked = Looked(self.features_as, seen, run)
-            routing = self._ask(looked)
-            gate, names = routing.gate, [self.expert_names[index] for index in routing.expert.tolist()]
-        else:
-            gate, names = self._given(gate, expert, rows)
-        settings = [self.own_of(name).generation for name in names]
-        ready = [False] * rows  # whether the pass that routed is the row's prefill
-        if looked is not None and looked.gate is not None:
-            same = (gate == looked.gate).all(dim=1).tolist()
-            ready = [right and goes_on(self.backbone, own) for right, own in zip(same, settings, strict=True)]
-        padding = inputs.get("pad_token_id") or self.backbone.generation_config.pad_token_id or 0
-        parts = []
-        for one in dict.fromkeys(zip(map(id, settings), ready, strict=True)):
-            members = [row for row in range(rows) if (id(settings[row]), ready[row]) == one]
-            asked, picked = settings[members[0]], take(inputs, members, rows)
-            found = looked.outputs if looked is not None and ready[members[0]] else None
-            config = writer(self.backbone, asked, inputs).generation_config
-            if config.stop_strings or inputs.get("stop_strings"):
-                picked = {"tokenizer": self.own_of(names[members[0]]).tokenizer or self.tokenizer, **picked}
-            new = int(inputs.get("max_new_tokens") or config.max_new_tokens or _NEW_TOKENS)
-
-            write = partial(_write, asked, found, members)
-            calls = new if found is None else new - 1  # the pass over the prompts gives the first token
-            tokens = (_tokens(picked) if found is None else 0) + calls * len(members)
-            written = self.twin.run(write, gate[members], picked, tokens=tokens, calls=calls, mode=mode, pad=padding)
-            parts.append((members, written))
-        return join(parts, padding), routing
-
-    def _prefill(self, inputs: Mapping[str, Any], mode: Mode) -> Run | None:
-        """A pass over prompts that keeps a cache to write on from; None where that is another pass than generate's."""
-        plain = inputs.keys() <= _OF_ONE_PASS and inputs.get("num_return_sequences", 1) == 1
-        if not plain or self.twin.fallback.names or not keeps_cache(self.backbone):
-            return None
-        mask = inputs.get("attention_mask")
-        if mask is not None and not mask.all() and reads_position_table(self.backbone):
-            return None
-        last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.backbone.forward).parameters else {}
-
-        def run(gate: Tensor, own: Mapping[str, Any]) -> ModelOutput:
-            kept = {**own, "use_cache": True, **last}
-            outputs: ModelOutput = self.twin.run(_call, gate, kept, tokens=_tokens(own), mode=mode)
-            return outputs
-
-        return run
-
-    @property
-    def routes_as_it_writes(self) -> bool:
-        """Whether `generate` goes on from the pass that routes, so that routing before it would cost a pass more."""
-        looked = self.router is not None and self.router.settings.features.form == "speculative"
-        return looked and not self.twin.fallback.names and keeps_cache(self.backbone)
 
     def own_of(self, expert: str | None) -> Own:
         """What an expert has of its own beside weights."""
@@ -423,7 +373,7 @@ class TwinModel(nn.Module):
         """Route and answer; where the router looked at a pass under its own guess, only rows of wrong guesses run."""
 
         def run(gate: Tensor, own: Mapping[str, Any]) -> ModelOutput:
-            outputs: ModelOutput = self.twin.run(call, gate, self.asked(own), tokens=_tokens(own), mode=mode)
+            outputs: ModelOutput = self.twin.run(call, gate, self.asked(own), tokens=tokens_of(own), mode=mode)
             return outputs
 
         looked = Looked(self.features_as, inputs, run if self.asking is None else None)
@@ -474,32 +424,6 @@ class TwinModel(nn.Module):
         return names
 
 
-def _call(module: Any, inputs: Mapping[str, Any]) -> Any:
-    return module(**inputs)
-
-
-def _write(
-    asked: GenerationConfig | None, found: Any, members: Sequence[int], module: Any, inputs: Mapping[str, Any]
-) -> Any:
-    """Generate under an expert's settings, from what a pass over the prompts found, if there was one."""
-    model = writer(module, asked, inputs)
-    begin = {} if found is None else {"past_key_values": begun(model, found, members)}
-    return model.generate(**inputs, **begin)
-
-
 def _local_hooks(module: nn.Module) -> list[int]:
     """Hooks that are functions within functions."""
     return [key for key, hook in module._forward_hooks.items() if "<locals>" in getattr(hook, "__qualname__", "")]
-
-
-def _tokens(inputs: Mapping[str, Any]) -> int:
-    """Of a batch of text; other inputs have as many as rows."""
-    ids = inputs.get("input_ids")
-    return ids.numel() if ids is not None else _rows(inputs)
-
-
-def _rows(inputs: Mapping[str, Any]) -> int:
-    for value in inputs.values():
-        if isinstance(value, Tensor):
-            return len(value)
-    raise GateError("inputs must hold at least one tensor, (batch, ...)")
