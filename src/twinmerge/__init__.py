@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from twinmerge.jobs.build import build
     from twinmerge.jobs.export import export
     from twinmerge.jobs.grow import add, remove, replace
+    from twinmerge.jobs.modules import build_from_state_dicts
     from twinmerge.jobs.predict import predict
     from twinmerge.runtime.module import TwinModule
+    from twinmerge.runtime.wrapped import Wrapped, WrappedOutput, wrap
     from twinmerge.twin.artifact import TwinArtifact
     from twinmerge.twin.recipe import Recipe
 
@@ -26,11 +28,15 @@ _HOMES = {
     "TwinModule": "twinmerge.runtime.module",
     "TwinOutput": "twinmerge.hf.heads",
     "add": "twinmerge.jobs.grow",
+    "Wrapped": "twinmerge.runtime.wrapped",
+    "WrappedOutput": "twinmerge.runtime.wrapped",
     "build": "twinmerge.jobs.build",
+    "build_from_state_dicts": "twinmerge.jobs.modules",
     "export": "twinmerge.jobs.export",
     "predict": "twinmerge.jobs.predict",
     "remove": "twinmerge.jobs.grow",
     "replace": "twinmerge.jobs.grow",
+    "wrap": "twinmerge.runtime.wrapped",
 }
 
 __all__ = [
@@ -41,13 +47,17 @@ __all__ = [
     "TwinModel",
     "TwinModule",
     "TwinOutput",
+    "Wrapped",
+    "WrappedOutput",
     "__version__",
     "add",
     "build",
+    "build_from_state_dicts",
     "export",
     "predict",
     "remove",
     "replace",
+    "wrap",
 ]
 
 

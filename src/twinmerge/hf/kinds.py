@@ -14,11 +14,11 @@ from twinmerge.runtime.survey import survey
 from twinmerge.twin.plan import Kind
 
 
-def parameter_kinds(source: Path | PreTrainedModel) -> dict[str, Kind]:
+def parameter_kinds(source: Path | nn.Module) -> dict[str, Kind]:
     """What every parameter and stored buffer is.
 
     Args:
-        source: a model folder, of which no weight is read, or a model, a `loading.skeleton` perhaps.
+        source: a model folder, of which no weight is read, or a module, a `loading.skeleton` perhaps.
 
     Raises:
         MismatchError: if the folder's class is unknown to transformers.

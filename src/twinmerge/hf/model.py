@@ -134,7 +134,7 @@ class TwinModel(Generation, Surface):
         Raises:
             ArtifactError: if the folder is no twin of this version or a file has another size than its manifest says.
         """
-        artifact = TwinArtifact.open(folder)
+        artifact = TwinArtifact.open(folder).require_model()
         backbone = load_backbone(artifact.path, dtype=dtype or Running.of(artifact.dtype, device=device or "cpu").dtype)
         heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
         to = backbone.dtype

@@ -97,11 +97,11 @@ def check_twin(
     gate = _mixed_gates(count, len(model.expert_names)).to(model.device)
     together = _outputs(model, gate, inputs)
     alone = max(
-        _distance(_outputs(model, gate[i : i + 1], _row(inputs, i))[0], together[i]) for i in range(min(count, 4))
+        distance(_outputs(model, gate[i : i + 1], _row(inputs, i))[0], together[i]) for i in range(min(count, 4))
     )
-    _require("a row alone must give what it gives in a batch", alone)
-    forward = max(_distance(_merged_output(model, gate[i], _row(inputs, i)), together[i]) for i in (0, count - 1))
-    _require("a gated forward must equal the model with merged weights", forward)
+    require_law("a row alone must give what it gives in a batch", alone)
+    forward = max(distance(_merged_output(model, gate[i], _row(inputs, i)), together[i]) for i in (0, count - 1))
+    require_law("a gated forward must equal the model with merged weights", forward)
     cached = _cached(model, gate[:2], every[:2])
     return asdict(CheckReport(count, _short(forward), _short(alone), _short(cached), agreements))
 
@@ -214,11 +214,16 @@ def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None
         for place in range(prompt - start - 1, logits.shape[0] - 1):
             scores, said = logits[place], own[0, place + 1]
             worst = max(worst, float((scores.max() - scores[said]) / scores.norm()))
-    _require("a generation that keeps its cache must say what the merged model says", worst)
+    require_law("a generation that keeps its cache must say what the merged model says", worst)
     return worst
 
 
-def _require(law: str, found: float) -> None:
+def require_law(law: str, found: float) -> None:
+    """Refuse a twin that breaks a law by more than `TOLERANCE`.
+
+    Raises:
+        CheckError: naming it.
+    """
     if not found <= TOLERANCE:
         raise CheckError(
             f"{law}: the relative distance must be at most {TOLERANCE:g}, found {found:.3g}; nothing was published; "
@@ -226,7 +231,8 @@ def _require(law: str, found: float) -> None:
         )
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
+    """|found - expected| / |expected|."""
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 

@@ -55,7 +55,7 @@ def export(
         GateError: if `dense` has no gate or other than one, or another form has any; if an expert is unknown.
         ArtifactError: if the twin keeps entries, which no adapter holds.
     """
-    artifact = TwinArtifact.open(twin)
+    artifact = TwinArtifact.open(twin).require_model()
     weights = _gate(artifact, to, gate, expert)
     with durable_folder(Path(out), {"to": to}, overwrite=overwrite) as target:
         folder = target.folder

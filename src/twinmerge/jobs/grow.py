@@ -98,7 +98,7 @@ def remove(twin: Path | str, name: str, **options: Unpack[Options]) -> TwinArtif
 
 def _change(twin: Path | str, change: Change, name: str, source: ExpertSource | None, options: Options) -> TwinArtifact:
     require_known(options.get("precision"))
-    folder = TwinArtifact.open(twin).path.resolve()
+    folder = TwinArtifact.open(twin).require_model().path.resolve()
     out = Path(options.get("out") or folder).resolve()
     overwrite, resume = options.get("overwrite", False), options.get("resume", False)
     fingerprint = _fingerprint(folder, change, name, source)

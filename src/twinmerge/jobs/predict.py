@@ -209,7 +209,7 @@ def predict_file(
     Raises:
         InputError: whatever is wrong with twin, rows or settings, in one line; a bad row is named by file and line.
     """
-    artifact = TwinArtifact.open(twin)
+    artifact = TwinArtifact.open(twin).require_model()
     _require_settings(settings, artifact.expert_names, routes=artifact.manifest.recipe.router is not None)
     running = Running.of(artifact.dtype, settings.precision, device)
     taken = fields_of(_answers_in(artifact).values())

@@ -12,7 +12,7 @@ from twinmerge.hf.answers import Answers, answers_of
 from twinmerge.hf.heads import load_head
 from twinmerge.hf.images import PROCESSOR, load_processor, open_image, reads_images
 from twinmerge.hf.inputs import TEXTS, limit_of, text_of
-from twinmerge.hf.loading import load_tokenizer, without_weights
+from twinmerge.hf.loading import load_tokenizer, quiet, without_weights
 from twinmerge.hf.own import OWN, files_of, trained_length
 from twinmerge.hf.positions import position_table
 from twinmerge.merging.executor import one_thread
@@ -236,7 +236,8 @@ def _unknown_words(name: str, rows: Sequence[Row], tokenizer: Any) -> list[str]:
         if not any(field in row for field in TEXTS):
             raise DataError(f"experts.{name}.router_data: row {number} lacks 'text', and the base reads texts")
     texts = [text_of(tokenizer, row) for row in rows[:: max(1, len(rows) // _ROWS_LOOKED_AT)]]
-    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    with quiet():  # texts beyond the model's length, which are cut when they are read
+        tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
     unknown = sum(token == tokenizer.unk_token_id for token in tokens)
     if unknown == len(tokens):
         what = f"every token is {tokenizer.unk_token}" if tokens else "not a single token"

@@ -23,6 +23,8 @@ from twinmerge.twin.manifest import MANIFEST, Manifest, files_in, read_manifest
 from twinmerge.twin.plan import TRANSPOSED, Kind
 
 PEFT_PREFIX = "base_model.model."
+MODULE = "module.json"
+"""Where a twin of a plain torch module says how it is called."""
 IN_ADAPTER: tuple[Kind, ...] = ("linear", "conv1d", "conv", "embedding")
 
 
@@ -50,6 +52,19 @@ class TwinArtifact:
                     f"{path / name} must hold {entry.bytes:,} bytes, found {found}; copy or build the twin again"
                 )
         return artifact
+
+    def require_model(self) -> "TwinArtifact":
+        """Itself, if it is of a transformers model.
+
+        Raises:
+            ArtifactError: if it is of a plain torch module, which no file says how to make.
+        """
+        if (self.path / MODULE).is_file():
+            raise ArtifactError(
+                f"{self.path} is a twin of a plain torch module, of which a folder holds the weights alone: in "
+                "Python, twinmerge.wrap(module, folder) answers and its state_for(gate) gives plain weights"
+            )
+        return self
 
     @property
     def expert_names(self) -> tuple[str, ...]:

@@ -331,8 +331,10 @@ def _write_shared(plan: Plan, records: Mapping[str, TensorRecord], folder: Path)
     for task in plan.tasks:
         writer.write(task.name, 0, Checkpoint.open(records[task.name].part).read("shared").view(-1))
     writer.finish()
-    copy_side_files(plan.base.path, folder)
-    if read_json(plan.base.path / "config.json") != plan.base.config:  # the shared expert is the backbone alone
+    if plan.base.path.is_dir():
+        copy_side_files(plan.base.path, folder)
+    config = plan.base.config  # of the backbone alone, if the shared expert is that; none of a plain module
+    if config and read_json(plan.base.path / "config.json") != config:
         (folder / "config.json").write_text(json.dumps(plan.base.config, indent=2) + "\n", encoding="utf-8")
 
 

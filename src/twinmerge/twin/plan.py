@@ -1,7 +1,7 @@
 """Knows what a build will do before it does it: one task per parameter, checked on headers only."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -196,9 +196,6 @@ def make_plan(
         if rows.stat().st_size == 0:
             raise DataError(f"experts.{name}.router_data: {rows} is empty; the router needs inputs of every expert")
     found = shared.checkpoint
-    tasks = tuple(
-        _task(name, spec, kinds.get(name, "static"), experts, recipe) for name, spec in sorted(found.specs.items())
-    )
     notes = [left_out_note("base", shared.layout, shared.left_out)] if shared.left_out else []
     for name, expert in experts.items():
         path = expert.checkpoint.path
@@ -206,11 +203,38 @@ def make_plan(
         notes += compare_configs(found, name, expert.checkpoint, allow)
         notes += compare_vocabularies(found.path, name, path if path.is_dir() else path.parent, allow)
         notes += compare_dtypes(found, name, expert.checkpoint, expert.stored)
-    plan = Plan(recipe, found, experts, tasks, allow, tuple(notes))
+    return assemble(recipe, found, experts, kinds, allow, notes)
+
+
+def assemble(
+    recipe: Recipe,
+    base: Checkpoint,
+    experts: Mapping[str, Expert],
+    kinds: Mapping[str, Kind],
+    allow: Allow = Allow(),
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Lay out what experts that fit a base become.
+
+    Args:
+        recipe: what to build.
+        base: what the shared expert is made of.
+        experts: matched with it.
+        kinds: parameter name -> what its layer is.
+        allow: differences that were not refused.
+        notes: on them.
+
+    Raises:
+        RecipeError: if a budget cannot hold the dense parts.
+    """
+    tasks = tuple(
+        _task(name, spec, kinds.get(name, "static"), experts, recipe) for name, spec in sorted(base.specs.items())
+    )
+    plan = Plan(recipe, base, experts, tasks, allow, tuple(notes))
     if plan.budget_bytes is not None and plan.budget_bytes < 0:
-        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / found.nbytes / plan._share
+        needed = (recipe.exclusive.budget or 0) - plan.budget_bytes / base.nbytes / plan._share
         raise RecipeError(
-            f"exclusive.budget: {recipe.exclusive.budget} x {found.nbytes:,} bytes cannot hold the biases and norms of "
+            f"exclusive.budget: {recipe.exclusive.budget} x {base.nbytes:,} bytes cannot hold the biases and norms of "
             f"{len(recipe.experts)} experts; it must be at least {math.ceil(needed * 1e4) / 1e4}"
         )
     return plan
