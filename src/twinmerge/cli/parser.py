@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         help='JSON lines: {"text": ...}, perhaps "text_pair"; {"prompt": ...}, {"messages": [...]} or {"image": PATH}; '
-        "- is standard input",
+        "CSV, parquet or text, FILE#COLUMN; a folder of images; - is standard input",
     )
     predict.add_argument(
         "--output", type=Path, required=True, help="JSON lines in input order, must not exist; - is standard output"
@@ -204,7 +204,7 @@ def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
             "--router-data",
             type=Path,
             metavar="FILE",
-            help="JSON lines of inputs that belong to it; a twin without a router needs none",
+            help="inputs that belong to it, as `predict --input` takes them; a twin without a router needs none",
         )
     else:
         command.add_argument("--expert", required=True, metavar="NAME", help="which one")

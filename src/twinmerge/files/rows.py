@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from twinmerge.errors import DataError
 from twinmerge.files.hashes import sha256_of_first
 from twinmerge.files.strict_json import parse_json
+from twinmerge.files.tables import DATA_URI, RowFile
 
 Row = dict[str, Any]
 """One input: one of `INPUTS`, perhaps `text_pair`, perhaps `label`, and whatever else the file holds."""
@@ -18,24 +19,26 @@ INPUTS = ("text", "prompt", "messages", "image")
 """What a row may hold for a model to read: texts, chats, a picture."""
 STANDARD = Path("-")
 """Standard input or output."""
-DATA_URI, _URLS = "data:", ("http:", "https:", "ftp:")
+_URLS = "http:", "https:", "ftp:"
 _DEPTH = 100
 """How deep lists and objects of a row may lie in each other; what is deeper may be readable, but not writable again."""
 
 
-def read_rows(path: Path, *, labelled: bool) -> list[Row]:
-    """All rows of a file of JSON lines; see `iter_rows`."""
+def read_rows(path: Path | RowFile, *, labelled: bool) -> list[Row]:
+    """All rows of a file; see `iter_rows`."""
     return list(iter_rows(path, labelled=labelled))
 
 
-def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
+def iter_rows(path: Path | RowFile, *, labelled: bool) -> Iterator[Row]:
     """Read rows one by one from a file of JSON lines, `{"text": ..., "text_pair": ..., "label": ...}` and others.
+
+    What else rows may come in is in `tables`: CSV, parquet, texts, folders of images.
 
     Instead of `text` a row may hold `prompt`, `messages`, or `image`, whose relative path starts from the file's
     folder.
 
     Args:
-        path: the file, UTF-8, one JSON object a line.
+        path: the file; of JSON lines UTF-8, one object a line.
         labelled: whether each row must have a label. Then the label, a string or an
             integer in the file, is a string in the row.
 
@@ -45,32 +48,35 @@ def iter_rows(path: Path, *, labelled: bool) -> Iterator[Row]:
     Raises:
         DataError: if the file is missing or empty, or at the first bad line.
     """
-    with open_rows(path) as file:
-        for row in RowReader(file, str(path), labelled=labelled):
-            yield located(row, path.parent)
+    source = path if isinstance(path, RowFile) else RowFile(path)
+    with open_rows(source) as file:
+        for row in RowReader(file, str(source.path), labelled=labelled):
+            yield located(row, folder_of(source.path))
 
 
 @contextmanager
-def open_rows(path: Path) -> Iterator[BinaryIO]:
-    """Open a file of rows, `-` for standard input.
+def open_rows(source: RowFile) -> Iterator[BinaryIO]:
+    """Open a file of rows as JSON lines, `-` for standard input.
 
     Raises:
         DataError: if it cannot be opened.
     """
-    if path == STANDARD:
+    if source.path == STANDARD:
         yield sys.stdin.buffer
         return
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read rows from {path}: {error.strerror}") from error
-    with file:
+    with source.open() as file:
         yield file
 
 
-def count_lines(path: Path) -> int | None:
-    """Lines of a file without blank ones at its end, fast and in little memory; None of what can be read only once."""
-    if not path.is_file():
+def folder_of(path: Path) -> Path:
+    """Where the relative paths of a file's images start: its folder, or itself, if it is one."""
+    return path if path.is_dir() else path.parent
+
+
+def count_lines(source: RowFile) -> int | None:
+    """Lines of a file without blank ones at its end, fast and in little memory; None where they are not its rows."""
+    path = source.path
+    if not path.is_file() or not source.is_lines:
         return None
     count, blank = 0, 1
     with path.open("rb") as file:

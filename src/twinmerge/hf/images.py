@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from twinmerge.errors import DataError, MismatchError, MissingExtraError
-from twinmerge.files.rows import DATA_URI
+from twinmerge.files.tables import DATA_URI
 from twinmerge.hf.loading import LOCAL, quiet
 
 PROCESSOR = "preprocessor_config.json"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from twinmerge.errors import ArtifactError, DataError
-from twinmerge.files.rows import DATA_URI, Row, require_image
+from twinmerge.files.rows import Row, require_image
+from twinmerge.files.tables import DATA_URI
 from twinmerge.hf.answers import Span
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, batches
 from twinmerge.hf.images import open_image, prepare

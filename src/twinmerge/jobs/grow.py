@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from twinmerge.errors import ArtifactError, DataError, MismatchError, RecipeError
 from twinmerge.files.hashes import fingerprint_of, sha256_of
 from twinmerge.files.progress import Progress, silent
+from twinmerge.files.tables import RowFile
 from twinmerge.files.target import Folder, durable_folder
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.loading import skeleton
@@ -158,7 +159,7 @@ def _fingerprint(folder: Path, change: Change, name: str, source: ExpertSource |
     files = [
         *model.glob("*.safetensors"),
         *model.glob("*.json"),
-        *([Path(source.router_data)] if source and source.router_data else []),
+        *([RowFile.parse(source.router_data).path] if source and source.router_data else []),
     ]
     asked = f"{change} {name}"
     return fingerprint_of(files, change=asked, twin=sha256_of(folder / MANIFEST), versions=versions())
@@ -171,10 +172,15 @@ def _source(model: Path | str, router_data: Path | str | None) -> ExpertSource:
     found = str(path.resolve()) if path.exists() else str(model)
     if router_data is None:
         return ExpertSource(model=found)
-    rows = Path(router_data).expanduser().resolve()
-    if not rows.is_file():
-        raise DataError(f"the new expert's router data: {rows} is not there; the router needs inputs of every expert")
-    return ExpertSource(model=found, router_data=str(rows))
+    words = str(router_data)
+    rows = RowFile.parse(words)
+    if not rows.path.exists():
+        raise DataError(
+            f"the new expert's router data: {rows.path.resolve()} is not there; the router needs inputs of every expert"
+        )
+    if not words.startswith("hf://"):
+        words = str(rows.path.resolve()) + (f"#{words.rpartition('#')[2]}" if rows.columns else "")
+    return ExpertSource(model=found, router_data=words)
 
 
 def _recipe(artifact: TwinArtifact, root: Path | str | None) -> Recipe:
@@ -214,8 +220,8 @@ def _changed_recipe(recipe: Recipe, change: Change, name: str, source: ExpertSou
     except ValidationError as error:
         raise RecipeError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     for expert, entry in changed.experts.items():
-        rows = recipe.root / Path(entry.router_data or "").expanduser()
-        if entry.router_data is not None and not rows.is_file():
+        rows = RowFile.parse(entry.router_data or "", recipe.root).path
+        if entry.router_data is not None and not rows.exists():
             raise RecipeError(
                 f"experts.{expert}.router_data: {rows} is not there, and the router is "
                 "fitted on the inputs of every expert; put it back, or name the folder that the recipe's paths start "

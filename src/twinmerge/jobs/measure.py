@@ -15,6 +15,7 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.hashes import sha256_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row, read_rows
+from twinmerge.files.tables import RowFile
 from twinmerge.files.target import Folder
 from twinmerge.files.writer import save_tensors
 from twinmerge.hf.answers import CONTINUATION, EMBEDDING, Answers, answers_of, require_texts
@@ -156,7 +157,8 @@ def for_merge(plan: MergePlan) -> Calibration | None:
             f"{plan.reference.path} has no tokenizer and no image processor, one of which calibration_data need"
         )
     answers = {name: answers_of(load_config(path), f"expert {name!r}") for name, path in plan.merge.experts.items()}
-    rows = _checked(method, plan.merge.calibration, answers, plan.reference.config, plan.merge.seed)
+    files = {name: RowFile(path) for name, path in plan.merge.calibration.items()}
+    rows = _checked(method, files, answers, plan.reference.config, plan.merge.seed)
 
     def load(name: str) -> Subject:
         """An expert's own folder, as its class loads it; the merge's names are found by where the tensors lie."""
@@ -190,7 +192,7 @@ def _processor(model: Any, *folders: Path) -> Any:
 
 def _checked(
     method: Calibrated,
-    files: Mapping[str, Path],
+    files: Mapping[str, RowFile],
     answers: Mapping[str, Answers],
     config: Mapping[str, Any],
     seed: int,
@@ -213,7 +215,7 @@ def _checked(
                 "classes of an answer, and takes experts with heads"
             )
         for place, row in enumerate(part, start=1):
-            require_texts(answers[name], row, f"{files[name]}:{place}")
+            require_texts(answers[name], row, f"{files[name].path}:{place}")
     count = min(method.calibration_rows, *(len(part) for part in rows.values()))
     return {name: _drawn(part, count, seed) for name, part in rows.items()}
 

@@ -17,8 +17,19 @@ import torch
 from torch import Tensor
 
 from twinmerge.errors import DataError, GateError, InputError
-from twinmerge.files.rows import STANDARD, Row, RowReader, characters_of, count_lines, located, open_rows, refuse_taken
+from twinmerge.files.rows import (
+    STANDARD,
+    Row,
+    RowReader,
+    characters_of,
+    count_lines,
+    folder_of,
+    located,
+    open_rows,
+    refuse_taken,
+)
 from twinmerge.files.strict_json import read_json
+from twinmerge.files.tables import RowFile
 from twinmerge.files.target import GrowingFile, growing_file
 from twinmerge.hf.answers import CONTINUATION, Answer, Answers, Reading, answers_of, fields_of, require_texts
 from twinmerge.hf.batches import DEFAULTS, BatchLimits, PredictSettings
@@ -193,7 +204,7 @@ def predict_file(
 
     Args:
         twin: folder of a twin.
-        source: rows; `-` is standard input.
+        source: rows, as `RowFile.parse` takes them: JSON lines, CSV, ..., or a folder; `-` is standard input.
         target: answers in the order of the rows; `-` is standard output, which keeps nothing to go on with.
         settings: who answers, and how much at a time.
         device: where the twin computes.
@@ -223,12 +234,13 @@ def predict_file(
         "window": [WINDOW_ROWS, WINDOW_CHARACTERS, WINDOW_IMAGES],
         "versions": versions(),
     }
-    with open_rows(source) as file:
-        total = count_lines(source)
+    given = RowFile.parse(str(source))
+    with open_rows(given) as file:
+        total = count_lines(given)
         with _output(target, fingerprint, overwrite=overwrite, resume=resume) as output:
             before = output.last or {"rows": 0, "bytes": 0, "sha256": hashlib.sha256().hexdigest(), "experts": {}}
             if not output.complete:
-                name = "standard input" if source == STANDARD else str(source)
+                name = "standard input" if source == STANDARD else str(given.path)
                 reader = RowReader(file, name, taken=taken)
                 reader.skip(before["rows"], before["bytes"], before["sha256"])
                 rows = iter(reader)
@@ -237,7 +249,7 @@ def predict_file(
                 counted: Counter[str] = Counter(before["experts"])
                 every: Iterable[Row] = chain(first, rows)
                 if model.reads_images:
-                    every = (located(row, source.parent) for row in every)
+                    every = (located(row, folder_of(given.path)) for row in every)
                 _answer_all(model, reader, every, output, settings, counted, total, progress)
             note = output.last or before
     experts = dict(sorted(note["experts"].items()))

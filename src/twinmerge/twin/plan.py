@@ -10,6 +10,7 @@ import torch
 
 from twinmerge.errors import DataError, RecipeError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.files.tables import RowFile
 from twinmerge.merging.method import Calibrated
 from twinmerge.models.compatible import Allow, compare_configs, compare_dtypes, compare_vocabularies
 from twinmerge.models.expert import open_expert, shared_model
@@ -80,10 +81,12 @@ class Plan:
         """Everything the result depends on beside the recipe: weights and router data."""
         models = [Checkpoint.open(model.path) for model in (self.base, *(e.checkpoint for e in self.experts.values()))]
         weights = {spec.file for model in models for spec in model.specs.values()}
-        return tuple(sorted({*weights, *self.recipe.router_files.values(), *self.calibration.values()}))
+        rows = {one.path for one in (*self.recipe.router_files.values(), *self.calibration.values())}
+        images = {path for folder in rows if folder.is_dir() for path in folder.rglob("*") if path.is_file()}
+        return tuple(sorted({*weights, *images, *(path for path in rows if path.is_file())}))
 
     @property
-    def calibration(self) -> dict[str, Path]:
+    def calibration(self) -> dict[str, RowFile]:
         """Inputs of each expert for a merge method that measures on them: its own, or the router's."""
         method = self.recipe.shared
         given = method.calibration_data if isinstance(method, Calibrated) else {}
@@ -92,7 +95,7 @@ class Plan:
             if lacking := [name for name in self.recipe.experts if name not in files]:
                 raise RecipeError(f"experts.{lacking[0]}.router_data is missing, and {method.method} measures on it")
             return files
-        return {name: self.recipe.locate(path, f"shared.calibration_data.{name}") for name, path in given.items()}
+        return {name: self.recipe.rows(words, f"shared.calibration_data.{name}") for name, words in given.items()}
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -193,8 +196,10 @@ def make_plan(
     conv1d = {name for name, kind in kinds.items() if kind == "conv1d"}
     experts = {name: open_expert(name, folder, base, shared, conv1d, library) for name, folder in folders.items()}
     for name, rows in recipe.router_files.items():
-        if rows.stat().st_size == 0:
-            raise DataError(f"experts.{name}.router_data: {rows} is empty; the router needs inputs of every expert")
+        if rows.path.is_file() and rows.path.stat().st_size == 0:
+            raise DataError(
+                f"experts.{name}.router_data: {rows.path} is empty; the router needs inputs of every expert"
+            )
     found = shared.checkpoint
     notes = [left_out_note("base", shared.layout, shared.left_out)] if shared.left_out else []
     for name, expert in experts.items():

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.files.schema import Strict, load_yaml
+from twinmerge.files.tables import RowFile
 from twinmerge.merging.average import Average
 from twinmerge.merging.method import Method
 from twinmerge.models.source import locate
@@ -179,10 +181,32 @@ class Recipe(Strict):
         return self
 
     @property
-    def router_files(self) -> dict[str, Path]:
-        """Where the inputs of experts are, of those that have some."""
+    def router_files(self) -> dict[str, RowFile]:
+        """Where the inputs of experts are, of those that have some.
+
+        Raises:
+            RecipeError: if one is not there, or cannot be fetched.
+        """
         sources = {name: source.router_data for name, source in self.experts.items()}
-        return {n: self.locate(path, f"experts.{n}.router_data") for n, path in sources.items() if path is not None}
+        return {n: self.rows(words, f"experts.{n}.router_data") for n, words in sources.items() if words is not None}
+
+    def rows(self, words: str, key: str) -> RowFile:
+        """Where rows are that the recipe names.
+
+        Args:
+            words: as `RowFile.parse` takes them.
+            key: where the recipe says it, for the message.
+
+        Raises:
+            RecipeError: if they are not there, or cannot be fetched.
+        """
+        try:
+            found = RowFile.parse(words, self.root)
+        except DataError as error:
+            raise RecipeError(f"{key}: {error}") from error
+        if not found.path.exists():
+            raise RecipeError(f"{key}: no file or folder {found.path}; paths start from the recipe's folder")
+        return RowFile(found.path.resolve(), found.columns)
 
     @field_validator("experts")
     @classmethod
