@@ -211,7 +211,8 @@ def default_of(field: FieldInfo) -> Any:
 def recipe_defaults() -> dict[str, Any]:
     """Recipe keys and what the code takes for those that are left out."""
     found = {name: default_of(field) for name, field in Recipe.model_fields.items() if name != "root"}
-    found |= {f"experts.NAME.{name}": default_of(field) for name, field in ExpertSource.model_fields.items()}
+    sources = ExpertSource.model_fields.items()
+    found |= {f"experts.NAME.{field.alias or name}": default_of(field) for name, field in sources}
     for name in ("shared", "exclusive", "router"):
         found |= {f"{name}.{key}": value for key, value in found.pop(name).items()}
     return found | {"exclusive.budget": ExclusiveSettings.model_validate({}).budget}

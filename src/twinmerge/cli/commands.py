@@ -27,6 +27,13 @@ def build(options: argparse.Namespace) -> None:
     show_twin(artifact, options.json)
 
 
+def init(options: argparse.Namespace) -> None:
+    """Draft a recipe."""
+    from twinmerge.jobs.init import draft_recipe
+
+    sys.stdout.write(draft_recipe(options.models, base=options.base))
+
+
 def merge(options: argparse.Namespace) -> None:
     """Merge models."""
     from twinmerge.jobs.merge import merge_models

@@ -38,6 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_work_options(build)
 
+    init = _command(
+        commands, "init", run.init, "draft a recipe of models: what they are, and what is missing", json=False
+    )
+    init.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id of an expert, or of the base")
+    init.add_argument("--base", help="folder or hub id of the base (default: looked for among the models)")
+
     merge = _command(
         commands, "merge", run.merge, "merge models into one plain model folder (recipes of ours or mergekit's)"
     )
@@ -218,10 +224,11 @@ def _add_change_options(command: argparse.ArgumentParser, *, new: bool) -> None:
     )
 
 
-def _command(commands: Any, name: str, action: Any, help_text: str) -> argparse.ArgumentParser:
+def _command(commands: Any, name: str, action: Any, help_text: str, *, json: bool = True) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=help_text, description=help_text)
     command.set_defaults(run=action, command=name)
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    if json:
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
     return command
 
 

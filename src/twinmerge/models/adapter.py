@@ -112,9 +112,27 @@ def adapted_class(folder: Path, base: Model, library: Library) -> str:
 
 
 def open_adapter(
-    name: str, folder: Path, base: Model, shared: Model, conv1d: Collection[str], library: Library
+    name: str,
+    folder: Path,
+    base: Model,
+    shared: Model,
+    conv1d: Collection[str],
+    library: Library,
+    *,
+    cls: str | None = None,
+    head: Checkpoint | None = None,
 ) -> Expert:
     """Open an adapter: a plain LoRA from headers only, others merged by PEFT; see `expert.open_expert`.
+
+    Args:
+        name: the expert's name.
+        folder: of the adapter.
+        base: the base model, of its own class.
+        shared: see `expert.shared_model`.
+        conv1d: parameters that are stored transposed, as Conv1D's.
+        library: knows classes.
+        cls: the class that it was trained on; None is the one that its files name.
+        head: tensors of its head that it lacks.
 
     Raises:
         MismatchError: if it holds what is not understood, trains what the base lacks or is no change of weights.
@@ -125,10 +143,15 @@ def open_adapter(
     checkpoint = Checkpoint.open(folder / "adapter_model.safetensors")
     require_values(checkpoint)
     modules, others = _parse(name, checkpoint)
-    cls = adapted_class(folder, base, library)
+    cls = cls or adapted_class(folder, base, library)
     wanted = [*others, *(f"{module}.weight" for module in modules)]
     layout, names, joined = library.names(base.checkpoint.path, cls, wanted)
     require_backbone(name, layout, shared, base.checkpoint.config.get("model_type"))
+    if head is not None and (joined or not _is_plain(settings)):
+        raise MismatchError(
+            f"experts.{name}.head is for plain LoRA adapters, and {folder} is merged by PEFT; merge it into a model "
+            "with its head and give that folder"
+        )
     if joined or not _is_plain(settings):
         held = {names[p]: checkpoint.specs[stored].shape for p, stored in others.items() if p in names}
         own_head = {own: shape for own, shape in held.items() if place(layout, shared, own)[0]}
@@ -145,7 +168,7 @@ def open_adapter(
         name, checkpoint.renamed({stored: names[plain] for plain, stored in others.items()}), layout, base
     )
     whole = {own: checkpoint.specs[own] for plain in others if (own := names[plain]) in checkpoint.specs}
-    stored, head, extra = fit(f"adapter {name!r}", layout, shared, whole)
+    stored, of_head, extra = fit(f"adapter {name!r}", layout, shared, whole)
     if extra:
         raise MismatchError(
             f"adapter {name!r} trains {extra[0]!r}, which the base lacks; was it trained on the same base?"
@@ -171,16 +194,18 @@ def open_adapter(
         found[in_head][target] = Pair(pair["A"], pair["B"], float(scale), transposed)
     config: dict[str, Any] = {}
     if needed := [own for own in sorted(layout.required) if place(layout, shared, own) == (True, own)]:
-        config = _head_config(folder, layout, {own: whole[own].shape for own in head}, base)
-        of_base = base.checkpoint.specs if cls == base.layout.cls else ()
-        if lacking := [own for own in needed if own not in head and own not in of_base]:
+        beside = head or base.checkpoint
+        shapes = {own: head.specs[own].shape for own in needed if own in head.specs} if head is not None else {}
+        config = _head_config(folder, layout, {**shapes, **{own: whole[own].shape for own in of_head}}, base)
+        known = beside.specs if head is not None or cls == base.layout.cls else ()
+        if lacking := [own for own in needed if own not in of_head and own not in known]:
             raise MismatchError(
                 f"adapter {name!r} was trained on a {cls}, whose {lacking[0]!r} neither it nor the base holds; "
-                "merge it into the model it was trained on and give the folder"
+                f"name a file that has it as experts.{name}.head, or merge it into the model it was trained on"
             )
-        head = tuple(needed)
+        of_head = tuple(needed)
     checkpoint = replace(checkpoint, config=config)
-    return AdapterExpert(name, checkpoint, stored, head, tuple(notes), *found, base.checkpoint)
+    return AdapterExpert(name, checkpoint, stored, of_head, tuple(notes), *found, head or base.checkpoint)
 
 
 def _parse(name: str, checkpoint: Checkpoint) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

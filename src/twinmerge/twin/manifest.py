@@ -236,8 +236,11 @@ def record_recipe(recipe: Recipe) -> RecipeRecord:
     content = recipe.model_dump(mode="json", exclude={"root"})
     content["base"] = portable(recipe.root, recipe.base)
     content["experts"] = {
-        name: {key: portable(recipe.root, path) for key, path in source.model_dump(exclude_none=True).items()}
+        name: {
+            key: value if key in ("labels", "class") else portable(recipe.root, value) for key, value in said.items()
+        }
         for name, source in recipe.experts.items()
+        if (said := source.model_dump(exclude_none=True))
     }
     if files := content["shared"].get("calibration_data"):
         content["shared"]["calibration_data"] = {name: portable(recipe.root, file) for name, file in files.items()}

@@ -13,7 +13,7 @@ from twinmerge.files.checkpoint import Checkpoint, TensorSpec
 from twinmerge.files.tables import RowFile
 from twinmerge.merging.method import Calibrated
 from twinmerge.models.compatible import Allow, compare_configs, compare_dtypes, compare_vocabularies
-from twinmerge.models.expert import open_expert, shared_model
+from twinmerge.models.expert import open_expert, shared_model, with_labels
 from twinmerge.models.match import left_out_note, require_whole
 from twinmerge.models.source import Expert, Library, Model, open_model
 from twinmerge.tensors.int4 import FOUR_BITS, direction_bytes
@@ -194,7 +194,7 @@ def make_plan(
     require_whole("base", shared)
     kinds = kinds_of(shared)
     conv1d = {name for name, kind in kinds.items() if kind == "conv1d"}
-    experts = {name: open_expert(name, folder, base, shared, conv1d, library) for name, folder in folders.items()}
+    experts = {name: _opened(name, folder, recipe, base, shared, conv1d, library) for name, folder in folders.items()}
     for name, rows in recipe.router_files.items():
         if rows.path.is_file() and rows.path.stat().st_size == 0:
             raise DataError(
@@ -209,6 +209,16 @@ def make_plan(
         notes += compare_vocabularies(found.path, name, path if path.is_dir() else path.parent, allow)
         notes += compare_dtypes(found, name, expert.checkpoint, expert.stored)
     return assemble(recipe, found, experts, kinds, allow, notes)
+
+
+def _opened(
+    name: str, folder: Path, recipe: Recipe, base: Model, shared: Model, conv1d: set[str], library: Library
+) -> Expert:
+    """An expert with what the recipe says of it."""
+    source = recipe.experts[name]
+    head = None if source.head is None else Checkpoint.open(recipe.locate(source.head, f"experts.{name}.head"))
+    expert = open_expert(name, folder, base, shared, conv1d, library, cls=source.cls, head=head)
+    return expert if source.labels is None else with_labels(expert, source.labels)
 
 
 def assemble(

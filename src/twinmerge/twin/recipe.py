@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from twinmerge.errors import DataError, RecipeError
 from twinmerge.files.schema import Strict, load_yaml
@@ -19,10 +19,23 @@ EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
 class ExpertSource(Strict):
-    """Where an expert's weights are, and inputs that belong to it, which the router needs."""
+    """Where an expert's weights are, inputs that belong to it, and what its folder may not say.
+
+    Attributes:
+        model: folder or hub id of a full fine-tune or a PEFT adapter.
+        router_data: inputs that belong to it, as `RowFile.parse` takes them; needed with a router.
+        labels: names of its head's classes, in their order; without it those of its config.json.
+        head: folder or safetensors file with the tensors of its head, which its adapter lacks.
+        cls: the transformers class that it is, which its adapter or config.json does not name.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
 
     model: str
     router_data: str | None = None
+    labels: list[str] | None = None
+    head: str | None = None
+    cls: Annotated[str | None, Field(alias="class")] = None
 
 
 class ExclusiveSettings(Strict):
