@@ -66,6 +66,12 @@ def test_images_in_a_parquet_file_become_data_uris(tmp_path: Path) -> None:
     assert second == str(tmp_path / "b.png")
 
 
+def test_rows_may_be_longer_than_what_is_read_at_a_time(tmp_path: Path) -> None:
+    long = "a b" * 50_000
+    (tmp_path / "x.txt").write_text(f"{long}\nc\n")
+    assert read_rows(tmp_path / "x.txt", labelled=False) == [{"text": long}, {"text": "c"}]
+
+
 def test_empty_cells_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text,text_pair\na,\nb,c\n")
     assert read_rows(tmp_path / "x.csv", labelled=False) == [{"text": "a"}, {"text": "b", "text_pair": "c"}]

@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from tests import tiny
-from tests.tiny import EXPERTS, GATE_ORDER, Family
+from tests.tiny import EXPERTS, Family
 from tests.twin.test_decompose import dense, expert_state, written
 from twinmerge.tensors.low_rank import LowRank
+from twinmerge.twin import shared as shared_module
+from twinmerge.twin.shared import merge_parameter, prepare
 
 # ---- LoRA experts
 
@@ -69,7 +71,30 @@ def test_rank_of_a_lora_difference_is_at_most_that_of_all_factors(
 def test_matrix_that_no_adapter_trains_has_no_exclusive_part(adapters: tuple[Family, Family], tmp_path: Path) -> None:
     artifact, report = written(adapters[0].plan(shared={"method": "average"}), tmp_path)
     assert "embeddings.position_embeddings.weight" not in artifact.exclusive("trec")
-    assert report.tensors["embeddings.position_embeddings.weight"]["ranks"] == dict.fromkeys(GATE_ORDER, 0)
+    assert report.tensors["embeddings.position_embeddings.weight"]["ranks"] == {}
+
+
+def test_no_budget_is_kept_for_what_no_adapter_trains(adapters: tuple[Family, Family]) -> None:
+    lora, full = (found.plan(exclusive={"budget": 3}) for found in adapters)
+    assert lora.vector_bytes == 0 < full.vector_bytes
+    assert lora.budget_bytes > full.budget_bytes  # type: ignore[operator]
+    assert all(task.experts for task in lora.tasks if any(e.trains(task.name) for e in lora.experts.values()))
+
+
+@pytest.mark.parametrize("entries", [1, 7, 100])
+@pytest.mark.parametrize("method", [{"method": "average"}, {"method": "ties"}])
+def test_adapters_are_merged_in_stretches_of_any_size(
+    adapters: tuple[Family, Family], monkeypatch: pytest.MonkeyPatch, entries: int, method: dict[str, Any]
+) -> None:
+    """No matrix of an adapter's pair is made, and the sums are those of whole matrices."""
+    plan = adapters[0].plan(shared=method)
+    whole = prepare(plan)
+    for task in [task for task in plan.tasks if task.experts][:6]:
+        expected = merge_parameter(task, plan, whole)[0]
+        monkeypatch.setattr(shared_module, "_ADAPTED_ENTRIES", entries)
+        found = merge_parameter(task, plan, prepare(plan))[0]
+        monkeypatch.undo()
+        assert torch.allclose(found, expected, atol=1e-6), task.name
 
 
 @pytest.mark.parametrize(

@@ -297,3 +297,11 @@ def test_hub_id_that_cannot_be_fetched_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^base: .*hub id 'nobody/nothing' cannot be fetched: ") as caught:
         recipe.locate("nobody/nothing", "base")
     assert "\n" not in str(caught.value)
+
+
+def test_rows_that_are_named_in_another_form_are_refused_by_their_key(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\nx\n")
+    experts = {name: {"model": name, "router_data": "a.csv#text="} for name in ("a", "b")}
+    recipe = Recipe.model_validate({"base": "base", "experts": experts, "root": tmp_path})
+    with pytest.raises(RecipeError, match=r"^experts\.a\.router_data: a.csv#text=: after # stands a column"):
+        recipe.router_files  # noqa: B018

@@ -16,7 +16,7 @@ from twinmerge.files.strict_json import read_json
 from twinmerge.models.compatible import require_values
 from twinmerge.models.match import fit, match, place, require_backbone
 from twinmerge.models.source import Expert, Layout, Library, Model, open_model
-from twinmerge.tensors.difference import require_finite
+from twinmerge.tensors.difference import require_finite, task_vector
 from twinmerge.tensors.low_rank import LowRank
 
 _PREFIX = "base_model.model."
@@ -72,6 +72,26 @@ class AdapterExpert(Expert):
         zeros = torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32))
         vector = zeros if name not in self.stored else super().task_vector(name, base, bound)
         return vector if name not in self.pairs else vector + self._product(self.pairs[name], base.shape)
+
+    def change_flat(self, name: str, base: Tensor, start: int, shape: Sequence[int], bound: float | None) -> Tensor:
+        """Entries of the task vector, flattened, without the matrix that a pair makes.
+
+        Args:
+            name: of the base parameter.
+            base: its entries from `start` on, flattened.
+            start: the first of them.
+            shape: of the parameter.
+            bound: as for `task_vector`.
+        """
+        zeros = torch.zeros(base.shape, dtype=torch.promote_types(base.dtype, torch.float32))
+        stop = start + len(base)
+        vector = zeros if name not in self.stored else task_vector(base, self.read_flat(name, start, stop, bound))
+        if name not in self.pairs or not len(base):
+            return vector
+        columns, pair = math.prod(shape[1:]), self._factors(self.pairs[name])
+        first, last = start // columns, -(-stop // columns)
+        rows = (pair.up[first:last] @ pair.down).flatten()
+        return vector + rows[start - first * columns : stop - first * columns]
 
     def factors(self, name: str) -> LowRank | None:
         """The pair as `up` (out, rank), `down` (rank, in) of the stored orientation, scale folded into `up`."""

@@ -58,8 +58,7 @@ class Needs:
 
 def streams(plan: Plan, task: TensorTask) -> bool:
     """Whether a parameter is merged stretch by stretch, so that the merge takes no memory of the parameter's size."""
-    whole = plan.recipe.shared.whole or plan.recipe.shared.automatic
-    return not whole and not any(plan.experts[name].is_adapter for name in task.experts)
+    return not (plan.recipe.shared.whole or plan.recipe.shared.automatic)
 
 
 def _memory(plan: Plan, task: TensorTask) -> int:

@@ -259,5 +259,8 @@ def _task(name: str, spec: TensorSpec, kind: Kind, experts: Mapping[str, Expert]
     if not spec.dtype.is_floating_point:
         return TensorTask(name, spec, kind, (), False)
     with_value = [e.name for e in experts.values() if e.is_adapter or name in e.stored]  # all whose class reads it
+    whole = len(experts) == len(recipe.experts)  # else others have moved the shared expert
+    if whole and not any(e.trains(name) for e in experts.values()):
+        with_value = []
     exclusive = kind != "static" and not (kind in EMBEDDINGS and recipe.exclusive.embeddings == "shared")
     return TensorTask(name, spec, kind, tuple(sorted(with_value)), exclusive and bool(with_value))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,12 +11,15 @@ from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.merging.engine import merge_tensor, merged_chunks
 from twinmerge.merging.method import Chunk, Scaled
 from twinmerge.merging.statistics import Statistics
+from twinmerge.models.adapter import AdapterExpert
 from twinmerge.models.compatible import plausible_bound, require_plausible, require_related
 from twinmerge.twin.plan import EMBEDDINGS, MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import best_scaling
 
 _CHUNK_ENTRIES = 1 << 16
 """Entries merged at a time: what they need stays in the cache."""
+_ADAPTED_ENTRIES = 1 << 22
+"""The same where adapters' pairs are multiplied out, which are read for each stretch."""
 
 
 def prepare(plan: Plan, measured: Mapping[str, Checkpoint] = {}) -> Statistics:
@@ -70,9 +74,9 @@ def require_fine_tunes(plan: Plan) -> None:
 
 
 def chunks_of(plan: Plan, task: TensorTask, whole: bool = False) -> Iterator[Chunk]:
-    """One parameter of all models, finite; in stretches, unless an adapter gives it whole or that is asked for."""
-    adapters = [name for name in task.experts if plan.experts[name].is_adapter]
-    entries = task.spec.numel if whole or adapters else _CHUNK_ENTRIES
+    """One parameter of all models, finite; in stretches, unless it is asked for whole."""
+    adapters = [name for name in task.experts if isinstance(plan.experts[name], AdapterExpert)]
+    entries = task.spec.numel if whole else _ADAPTED_ENTRIES if adapters else _CHUNK_ENTRIES
     shape = task.spec.shape if whole else (-1,)
     for start in range(0, task.spec.numel, max(entries, 1)):
         stop = min(start + entries, task.spec.numel)
@@ -84,7 +88,9 @@ def chunks_of(plan: Plan, task: TensorTask, whole: bool = False) -> Iterator[Chu
             if name not in adapters
         }
         changes = {
-            name: plan.experts[name].task_vector(task.name, base.view(task.spec.shape), bound).view(shape)
+            name: cast(AdapterExpert, plan.experts[name])
+            .change_flat(task.name, base, start, task.spec.shape, bound)
+            .view(shape)
             for name in adapters
         }
         yield Chunk(task.name, start, base.view(shape), experts, changes)
