@@ -308,9 +308,6 @@ def _factored_differences(task: TensorTask, plan: Plan, scaling: float | None) -
     if any(pairs[n] is None and task.name in plan.experts[n].stored for n in task.experts):
         return None
     trained = {name: pair for name, pair in sorted(pairs.items()) if pair is not None}
-    out, columns = task.matrix_shape
-    if not trained:
-        return dict.fromkeys(task.experts, LowRank(torch.zeros(out, 0), torch.zeros(0, columns)))
     downs = torch.cat([pair.down for pair in trained.values()])
     result = {}
     for name in task.experts:

@@ -58,8 +58,6 @@ def compress_factors(
 ) -> tuple[LowRank, Tensor]:
     """As `compress`, of a matrix that is given as a pair of any rank; it is not formed."""
     up, down = difference.up, difference.down
-    if not difference.rank:
-        return difference, torch.zeros(0)
     if whitening is not None:
         up, down = whitening.apply_up(up), whitening.apply_down(down)
     factors, values = compress_product([up], [down])
