@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from twinmerge.cli.progress import shown_progress
-from twinmerge.cli.show import show_notes, show_plan, show_result, show_twin
+from twinmerge.cli.show import show_notes, show_plan, show_result, show_systems, show_twin
 from twinmerge.hf.batches import BatchLimits, PredictSettings
 
 
@@ -32,6 +32,13 @@ def init(options: argparse.Namespace) -> None:
     from twinmerge.jobs.init import draft_recipe
 
     sys.stdout.write(draft_recipe(options.models, base=options.base))
+
+
+def methods(options: argparse.Namespace) -> None:
+    """List merge methods."""
+    from twinmerge.merging.catalogue import systems
+
+    show_systems(systems(), options.json)
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -56,6 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--seed", type=_whole, default=0, help=SEED_HELP)
     _add_work_options(merge)
 
+    _command(
+        commands, "methods", run.methods, "list every merge method: paper, protocol, data, options, where it works"
+    )
+
     plan = _command(commands, "plan", run.plan, "check a recipe before it runs: what is read, written and needed")
     plan.add_argument("recipe", type=Path, help="YAML file of `twinmerge build` or `twinmerge merge`")
     plan.add_argument("--seed", type=_whole, default=0, help=SEED_HELP)

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 
@@ -10,6 +11,21 @@ def show_result(result: Mapping[str, Any], as_json: bool, sentence: str, *, to_s
     """A result as one JSON line, or a sentence."""
     stream = sys.stderr if to_stderr else sys.stdout
     stream.write((json.dumps(result) if as_json else sentence) + "\n")
+
+
+def show_systems(systems: Sequence[Any], as_json: bool) -> None:
+    """Merge methods: what each does and needs, in a few lines, or all of them as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(system) for system in systems], indent=1) + "\n")
+        return
+    for system in systems:
+        options = ", ".join(f"{key} {json.dumps(value)}" for key, value in system.options.items())
+        sys.stdout.write(
+            f"{system.name}: {system.summary}\n"
+            f"  {system.paper}; protocol {system.protocol}; {', '.join(system.uses)}\n"
+            f"  data: {system.data}\n"
+            f"  options: {options or 'none'}\n"
+        )
 
 
 def show_notes(notes: Sequence[str]) -> None:

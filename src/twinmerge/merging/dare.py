@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twinmerge.merging.method import Chunk, Density, Scaled, Scaling, Seed, merge_method, of_expert
+from twinmerge.merging.method import Chunk, Density, Normalized, Scaled, Scaling, Seed, merge_method, of_expert
 from twinmerge.merging.statistics import Statistics
 from twinmerge.merging.ties import elect
 from twinmerge.tensors.sparse import drop_mask
 
 
-class _Dare(Scaled):
+class _Dare(Scaled, Normalized):
     """An entry's draw depends on seed, expert, tensor and entry alone."""
 
     density: Density = 0.2

@@ -33,15 +33,26 @@ class _Theirs:
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     required: tuple[str, ...] = ("weight",)
+    only: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters that may say nothing else than this."""
 
 
 _THEIRS: Mapping[str, _Theirs] = {
     "linear": _Theirs("average"),
-    "task_arithmetic": _Theirs("task_arithmetic", {"scaling": 1.0}),
-    "ties": _Theirs("ties", {"scaling": 1.0, "density": 1.0, "scope": "tensor"}),
+    "task_arithmetic": _Theirs("task_arithmetic", {"scaling": 1.0}, only={"rescale": False}),
+    "ties": _Theirs("ties", {"scaling": 1.0, "density": 1.0, "scope": "tensor"}, only={"rescale": False}),
     "dare_linear": _Theirs("dare_linear", {"scaling": 1.0, "density": 1.0}),
     "dare_ties": _Theirs("dare_ties", {"scaling": 1.0, "density": 1.0, "normalize": False}),
     "slerp": _Theirs("slerp", required=("t",)),
+    "nuslerp": _Theirs("nuslerp", only={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
+    "multislerp": _Theirs("multislerp"),
+    "karcher": _Theirs("karcher", required=()),
+    "model_stock": _Theirs("model_stock", required=(), only={"filter_wise": False}),
+    "della": _Theirs("della", {"density": 1.0}),
+    "della_linear": _Theirs("della_linear", {"scaling": 1.0, "density": 1.0}),
+    "breadcrumbs": _Theirs("breadcrumbs", {"scaling": 1.0, "density": 1.0}, only={"rescale": False}),
+    "breadcrumbs_ties": _Theirs("breadcrumbs_ties", {"scaling": 1.0, "density": 1.0}, only={"rescale": False}),
+    "sce": _Theirs("sce", required=()),
 }
 _NOT_THEIRS = ("method", "scope", "seed")
 """Settings that mergekit would ignore."""
@@ -191,8 +202,9 @@ def kit_recipe(name: str) -> type[KitRecipe]:
         parse = partial(_parse_setting, check=TypeAdapter(each.number if each else plain).validate_python, kind=kind)
         common[key] = (Annotated[Setting | None, BeforeValidator(parse)], Field(default=None, alias=alias))
         own |= {key: common[key]} if each else {}
-    if theirs and "scaling" in common:
+    if theirs and {"scaling", "select_topk"} & common.keys():
         common["int8_mask"] = (bool, False)  # saves memory in mergekit and changes nothing here
+    common |= {key: (Literal[value], value) for key, value in (theirs.only if theirs else {}).items()}
     parameters = create_model("Parameters", __base__=_Model, **common)
     own_parameters = create_model("Own", __base__=_Model, **own)
     source = create_model("Source", __base__=_Source, parameters=(own_parameters, own_parameters()))
@@ -270,7 +282,7 @@ def compile_methods(recipe: KitRecipe, seed: int) -> PerTensor:
 
 
 def _given(parameters: BaseModel) -> dict[str, Any]:
-    return {key: getattr(parameters, key) for key in parameters.model_fields_set if key != "int8_mask"}
+    return {key: getattr(parameters, key) for key in parameters.model_fields_set}
 
 
 def expert_names(recipe: KitRecipe) -> dict[str, int]:
@@ -279,7 +291,8 @@ def expert_names(recipe: KitRecipe) -> dict[str, int]:
     Raises:
         RecipeError: if there are none, one stands twice, or the method needs a base and has none.
     """
-    uses_base = form_of(recipe.merge_method).uses_base
+    form = form_of(recipe.merge_method)
+    uses_base = form.uses_base
     names: dict[str, int] = {}
     for place, source in enumerate(recipe.models):
         if source.model == recipe.base_model and uses_base:
@@ -287,7 +300,12 @@ def expert_names(recipe: KitRecipe) -> dict[str, int]:
         if source.model in names:
             raise RecipeError(f"models.{place}: {source.model!r} stands twice in the list")
         names[source.model] = place
-    if uses_base and recipe.base_model is None:
+    if not uses_base and recipe.base_model is not None and recipe.base_model not in names:
+        raise RecipeError(
+            f"mergekit counts the base_model of {recipe.merge_method} as one of the models; list it under models, or "
+            "leave base_model out"
+        )
+    if uses_base and form.needs_base and recipe.base_model is None:
         raise RecipeError(f"{recipe.merge_method} needs a base_model")
     if not names:
         raise RecipeError("models: none is left to merge besides the base_model")

@@ -28,11 +28,28 @@ OWN = {
     "fisher": "fisher",
     "regmean": "regmean",
     "slerp": "slerp",
+    "nuslerp": "nuslerp",
+    "multislerp": "multislerp",
+    "karcher": "karcher",
+    "model_stock": "model_stock",
     "ties": "ties",
     "dare_linear": "dare",
     "dare_ties": "dare",
+    "della": "della",
+    "della_linear": "della",
+    "breadcrumbs": "breadcrumbs",
+    "breadcrumbs_ties": "breadcrumbs",
+    "sce": "sce",
+    "consensus": "consensus",
+    "tsv_m": "tsv",
+    "iso_c": "iso",
+    "iso_cts": "iso",
 }
 """This package's methods and their modules, in the order they are shown."""
+Knowledge = Literal["A", "B", "C"]
+"""What a system is told of a row: A its task's name picks the head, B the head and weights, C nothing."""
+Use = Literal["merge", "shared expert", "contestant"]
+"""Where a method may stand: in a static merge, under `shared` of a twin, in a suite."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +150,17 @@ class Method(Variant, BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     paper: ClassVar[str]
+    protocol: ClassVar[Knowledge] = "A"
+    """Of its merged model; under a twin's router every one is C."""
+    data: ClassVar[str] = "none"
+    """What it must see beside the models."""
+    uses: ClassVar[tuple[Use, ...]] = ("merge", "shared expert", "contestant")
     whole: ClassVar[bool] = False
     """Whether it looks at a tensor as a whole and gets it as one chunk in its shape; else in stretches, flattened."""
     uses_base: ClassVar[bool] = True
-    """Whether it needs a base."""
+    """Whether it starts from a base."""
+    needs_base: ClassVar[bool] = True
+    """Whether one that starts from a base cannot do without."""
     method: str = ""
     """What it is called; the decorator says it."""
 
@@ -214,6 +238,7 @@ class Calibrated(Weighted):
     """
 
     measurement: ClassVar[str]
+    data = "unlabelled inputs of each expert"
     calibration_data: dict[str, str] | None = None
     """JSON lines of inputs by expert; in a twin's recipe, what is left out is its router data."""
     calibration_rows: Annotated[int, Field(ge=1)] = 256
@@ -246,9 +271,10 @@ class Normalized(Weighted):
         return f"the weights must not sum to zero when they are normalised, found {given}"
 
 
-class Scaled(Normalized):
+class Scaled(Method):
     """A method that moves the base by a multiple of a direction; a scaling of `auto` is left to be found."""
 
+    data = "none, or labelled validation rows to choose the scaling"
     scaling: Scaling = 1.0
 
     @property

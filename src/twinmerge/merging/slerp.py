@@ -20,6 +20,7 @@ _PARALLEL = 0.9995
 class Slerp(Method):
     """The point at `t` of the arc, 0 being the base and 1 the expert (Shoemake 1985)."""
 
+    uses = ("merge",)
     t: Annotated[float, Field(ge=0, le=1, description="in [0, 1]")] = 0.5
 
     def misfit(self, experts: Collection[str]) -> str | None:

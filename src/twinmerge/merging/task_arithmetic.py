@@ -7,12 +7,12 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from twinmerge.merging.method import Chunk, Scaled, Scaling, merge_method
+from twinmerge.merging.method import Chunk, Normalized, Scaled, Scaling, merge_method
 from twinmerge.merging.statistics import Statistics
 
 
 @merge_method("task_arithmetic", paper="arXiv:2212.04089")
-class TaskArithmetic(Scaled):
+class TaskArithmetic(Scaled, Normalized):
     """theta_0 + lambda sum_t w_t tau_t (METHOD §2); lambda is about 0.3 in the paper."""
 
     scaling: Scaling = 0.3

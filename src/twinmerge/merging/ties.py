@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32
 from torch import Tensor
 
-from twinmerge.merging.method import Chunk, Chunks, Density, Scaled, merge_method, of_expert
+from twinmerge.merging.method import Chunk, Chunks, Density, Normalized, Scaled, merge_method, of_expert
+from twinmerge.merging.order import kth_largest
 from twinmerge.merging.statistics import Statistics
 from twinmerge.tensors.sparse import kept_count
 
-_LOW_BITS = 16
-
 
 @merge_method("ties", paper="arXiv:2306.01708")
-class Ties(Scaled):
+class Ties(Scaled, Normalized):
     """theta_0 + lambda times the elected mean of the trimmed task vectors (METHOD §2, algorithm 1 of the paper)."""
 
     density: Density = 0.2
@@ -71,11 +70,9 @@ def elect(
 
 
 def thresholds(chunks: Chunks, density: float | Mapping[str, float]) -> Mapping[str, float]:
-    """The `kept_count`-th largest magnitude of each expert's task vector, over all chunks.
+    """The `kept_count`-th largest magnitude of each expert's task vector, over all chunks; see `kth_largest`.
 
-    Exact, in two passes and without sorting: magnitudes of float32 are ordered as their bit patterns, so a histogram
-    of the upper 16 bits finds the bin of the threshold, and one of the lower 16 bits inside that bin finds the
-    threshold. Entries equal to it are all kept.
+    Entries equal to it are all kept.
 
     Args:
         chunks: gone through twice; not at all where every density is 1.
@@ -84,38 +81,13 @@ def thresholds(chunks: Chunks, density: float | Mapping[str, float]) -> Mapping[
     Raises:
         RecipeError: if `density` is outside (0, 1].
     """
-    upper: dict[str, Int64[Tensor, " bins"]] = {}
-    for expert, bits in _magnitude_bits(chunks, density):
-        upper[expert] = upper.get(expert, 0) + torch.bincount(bits >> _LOW_BITS, minlength=1 << 15)
-    bins = {
-        expert: _find(histogram, kept_count(int(histogram.sum()), of_expert(density, expert)))
-        for expert, histogram in upper.items()
-    }
-    lower = {expert: torch.zeros(1 << _LOW_BITS, dtype=torch.int64) for expert in bins}
-    for expert, bits in _magnitude_bits(chunks, density):
-        inside = bits[bits >> _LOW_BITS == bins[expert][0]] & ((1 << _LOW_BITS) - 1)
-        lower[expert] += torch.bincount(inside, minlength=1 << _LOW_BITS)
-    found = {}
-    for expert, (bin_, missing) in bins.items():
-        bits = torch.tensor(bin_ << _LOW_BITS | _find(lower[expert], missing)[0], dtype=torch.int32)
-        found[expert] = bits.view(torch.float32).item()
-    return found
 
+    def magnitudes() -> Iterator[tuple[str, Float32[Tensor, " entries"]]]:
+        if all(kept == 1 for kept in (density.values() if isinstance(density, Mapping) else [density])):
+            return
+        for chunk in chunks():
+            for expert in chunk.names:
+                if of_expert(density, expert) != 1:
+                    yield expert, chunk.task_vector(expert).abs_()
 
-def _magnitude_bits(
-    chunks: Chunks, density: float | Mapping[str, float]
-) -> Iterator[tuple[str, Int32[Tensor, " entries"]]]:
-    """Of every chunk's task vectors that are trimmed."""
-    if all(kept == 1 for kept in (density.values() if isinstance(density, Mapping) else [density])):
-        return
-    for chunk in chunks():
-        for expert in chunk.names:
-            if of_expert(density, expert) != 1:
-                yield expert, chunk.task_vector(expert).abs_().flatten().view(torch.int32)
-
-
-def _find(histogram: Int64[Tensor, " bins"], k: int) -> tuple[int, int]:
-    """The bin of the k-th largest entry, and which largest of that bin it is."""
-    from_top = histogram.flip(0).cumsum(0)
-    above = int((from_top < k).sum())
-    return len(histogram) - 1 - above, k - (int(from_top[above - 1]) if above else 0)
+    return kth_largest(magnitudes, lambda expert, numel: kept_count(numel, of_expert(density, expert)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Float64, Int32
 from torch import Tensor
 
 from twinmerge.errors import InputError, RecipeError
@@ -161,6 +161,12 @@ def drop_mask(
         for place in np.flatnonzero(draws == upper):  # one in 65,536: the lower half decides
             part[place] = _lower_half(key, begin + int(place)) > lower
     return torch.from_numpy(dropped)
+
+
+def uniform(numel: int, seed: int, expert: str, name: str) -> Float64[Tensor, " entries"]:
+    """A number in [0, 1) for every entry of a tensor, which depends on `(seed, expert, name)` and its place alone."""
+    key = int.from_bytes(hashlib.sha256(json.dumps([seed, expert, name]).encode()).digest()[:16], "little")
+    return torch.from_numpy(np.random.Generator(np.random.PCG64DXSM(key)).random(numel))
 
 
 def _lower_half(key: int, entry: int) -> int:

@@ -1,0 +1,71 @@
+"""What merges of matrices by their singular directions share: which tensors those are, and orthonormal directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from twinmerge.merging.method import Chunk
+from twinmerge.tensors.low_rank import decompose
+
+_NONE = 1e-6
+"""Of the largest singular value: what is smaller is rounding, and no direction."""
+_EMBEDDINGS = ("embed", "wte", "wpe", "shared", "relative_attention_bias")
+"""What names of tables that are looked up in have in them."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Leading singular directions of a matrix: `left` (out, k), `values` (k,), `right` (in, k), float64."""
+
+    left: Float64[Tensor, "out k"]
+    values: Float64[Tensor, " k"]
+    right: Float64[Tensor, "in k"]
+
+
+def is_layer(chunk: Chunk) -> bool:
+    """Whether a tensor is a matrix that inputs are multiplied with: two axes, and by its name no embeddings."""
+    parts = chunk.tensor.split(".")
+    return len(shape_of(chunk)) == 2 and not any(word in part for part in parts for word in _EMBEDDINGS)
+
+
+def shape_of(chunk: Chunk) -> tuple[int, ...]:
+    """Of the tensor, in a method that gets it whole."""
+    return tuple(next(iter({**chunk.experts, **chunk.changes}.values())).shape)
+
+
+def mean_change(chunk: Chunk) -> Float64[Tensor, "..."]:
+    """What these methods do with every other tensor: the mean of the task vectors."""
+    return torch.stack([chunk.task_vector(name, torch.float64) for name in chunk.names]).mean(0)
+
+
+def leading(matrix: Float[Tensor, "out in"], count: int | None = None) -> Directions:
+    """Singular directions of a matrix, the largest first: all, or at most `count`; none that is rounding."""
+    factors, _ = decompose(matrix, None if count is None else min(count, *matrix.shape))
+    up, down = factors.up.double(), factors.down.double()
+    values = up.norm(dim=0)
+    there = values > _NONE * values.max() if len(values) else values > 0
+    return Directions((up / values)[:, there], values[there], down.T[:, there])
+
+
+def orthonormal(columns: Float64[Tensor, "side k"]) -> Float64[Tensor, "side k"]:
+    """The nearest matrix of orthonormal columns: P Q' of the singular value decomposition P S Q'.
+
+    Directions that columns have in common count once: they are shared out, and none is made up for what is missing.
+    """
+    values, vectors = torch.linalg.eigh(columns.T @ columns)
+    there = values > _NONE**2 * values.max() if len(values) else values > 0
+    basis = vectors[:, there]
+    found: Tensor = columns @ ((basis / values[there].sqrt()) @ basis.T)
+    return found
+
+
+def memory_bytes(shape: tuple[int, ...], experts: int) -> int:
+    """What a merge by directions takes: matrices of directions in float64, and Gram matrices of the shorter side."""
+    if len(shape) != 2:
+        return 0
+    short, long = sorted(shape)
+    return 8 * short * (6 * long + 6 * short) + 8 * short * long * experts
