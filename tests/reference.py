@@ -96,6 +96,146 @@ def regmean(experts: list[Tensor], inputs: list[Tensor], alpha: float) -> Tensor
     return torch.linalg.inv(total) @ product
 
 
+def tsv_m(vectors: list[Tensor]) -> Tensor:
+    """Each task's top min / T triplets, both sides replaced by P Q' of their P S Q' (arXiv:2412.00081)."""
+    count = min(vectors[0].shape) // len(vectors)
+    cut = [torch.linalg.svd(vector, full_matrices=False) for vector in vectors]
+    left = nearest_orthonormal(torch.cat([u[:, :count] for u, _, _ in cut], dim=1))
+    right = nearest_orthonormal(torch.cat([vh[:count] for _, _, vh in cut]).T)
+    return left @ torch.diag(torch.cat([s[:count] for _, s, _ in cut])) @ right.T
+
+
+def nearest_orthonormal(matrix: Tensor) -> Tensor:
+    """P Q' of P S Q'."""
+    p, _, q = torch.linalg.svd(matrix, full_matrices=False)
+    return p @ q
+
+
+def iso_c(vectors: list[Tensor]) -> Tensor:
+    """The sum's singular values replaced by their mean (arXiv:2502.04959)."""
+    u, s, vh = torch.linalg.svd(sum(vectors), full_matrices=False)
+    return u @ torch.diag(torch.full_like(s, float(s.mean()))) @ vh
+
+
+def iso_cts(vectors: list[Tensor], common_fraction: float) -> Tensor:
+    """The sum's first directions and, in equal shares, each task's top ones off them (arXiv:2502.04959)."""
+    sides = min(vectors[0].shape)
+    own = round((sides - int(sides * common_fraction)) / len(vectors))
+    u, s, vh = (part for part in torch.linalg.svd(sum(vectors), full_matrices=False))
+    common = sides - own * len(vectors)
+    u, s, vh = u[:, :common], s[:common], vh[:common]
+    lefts, values, rights = [], [], []
+    for vector in vectors:
+        of_task = torch.linalg.svd(vector - u @ u.T @ vector, full_matrices=False)
+        lefts.append(of_task[0][:, :own])
+        values.append(of_task[1][:own])
+        rights.append(of_task[2][:own])
+    left = nearest_orthonormal(torch.cat([*lefts, u], dim=1))
+    right = nearest_orthonormal(torch.cat([*rights, vh]).T)
+    return float(torch.cat([*values, s]).mean()) * left @ right.T
+
+
+def consensus(vectors: list[Tensor], threshold: float, agreement: int) -> Tensor:
+    """The sum where at least so many tasks have |tau_t| > threshold |sum - tau_t| (arXiv:2405.07813)."""
+    total = sum(vectors).flatten()
+    for i in range(len(total)):
+        needed = 0
+        for vector in vectors:
+            own = float(vector.flatten()[i])
+            needed += abs(own) > threshold * abs(float(total[i]) - own)
+        if needed < agreement:
+            total[i] = 0
+    return total.view(vectors[0].shape)
+
+
+def model_stock(vectors: list[Tensor]) -> Tensor:
+    """t times the mean, t = T cos / (1 + (T - 1) cos) of the mean cosine of pairs (arXiv:2403.19522)."""
+    found = []
+    for i, first in enumerate(vectors):
+        for second in vectors[i + 1 :]:
+            found.append(float((first * second).sum() / first.norm() / second.norm()))
+    cosine, count = sum(found) / len(found), len(vectors)
+    return count * cosine / (1 + (count - 1) * cosine) * sum(vectors) / count
+
+
+def slerp_of(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """The point at t of the arc (Shoemake 1985)."""
+    angle = math.acos(float((first * second).sum() / first.norm() / second.norm()))
+    return (math.sin((1 - t) * angle) * first + math.sin(t * angle) * second) / math.sin(angle)
+
+
+def multislerp(vectors: list[Tensor], weights: list[float]) -> Tensor:
+    """Barycentric interpolation on the sphere, with its step in the tangent space."""
+    units = [vector / vector.norm() for vector in vectors]
+    mean = sum(w * unit for w, unit in zip(weights, units, strict=True))
+    mean = mean / mean.norm()
+    tangent = sum(w * (unit - (unit * mean).sum() * mean) for w, unit in zip(weights, units, strict=True))
+    length = float(tangent.norm()) + 1e-12
+    point = math.cos(length) * mean + math.sin(length) / length * tangent
+    return point * sum(w * float(vector.norm()) for w, vector in zip(weights, vectors, strict=True))
+
+
+def karcher(vectors: list[Tensor], steps: int = 200) -> Tensor:
+    """Where the mean of the tangents towards all directions is zero, at the mean length (arXiv:2603.04972)."""
+    units = [vector / vector.norm() for vector in vectors]
+    mean = sum(units) / sum(units).norm()
+    for _ in range(steps):
+        tangent = torch.zeros_like(mean)
+        for unit in units:
+            cosine = min(max(float((unit * mean).sum()), -1.0), 1.0)
+            angle = math.acos(cosine)
+            tangent = tangent + (angle / math.sin(angle) if angle > 1e-9 else 1.0) * (unit - cosine * mean) / len(units)
+        length = float(tangent.norm())
+        if length < 1e-12:
+            break
+        mean = math.cos(length) * mean + math.sin(length) * tangent / length
+    return mean * sum(float(vector.norm()) for vector in vectors) / len(vectors)
+
+
+def magprune(vector: Tensor, draws: Tensor, density: float, epsilon: float) -> Tensor:
+    """Row by row: chances rise with the rank of a magnitude; what is drawn is divided by its (arXiv:2406.11617)."""
+    rows, of_rows = vector.reshape(len(vector) if vector.ndim > 1 else 1, -1), draws.flatten().tolist()
+    kept = torch.zeros_like(rows)
+    for i, row in enumerate(rows):
+        order = sorted(range(len(row)), key=lambda j: abs(float(row[j])))
+        for rank, j in enumerate(order):
+            chance = density - epsilon + 2 * epsilon * rank / (len(row) - 1)
+            if of_rows[i * len(row) + j] < chance:
+                kept[i, j] = row[j] / chance
+    return kept.view(vector.shape)
+
+
+def breadcrumbs(vector: Tensor, density: float, gamma: float) -> Tensor:
+    """Sorted by magnitude: without the top gamma, the next density (arXiv:2312.06795)."""
+    flat, count = vector.flatten(), vector.numel()
+    kept = max(1, round(density * count))
+    top = min(int(gamma * count), count - kept)
+    order = sorted(range(count), key=lambda i: -abs(float(flat[i])))
+    result = torch.zeros_like(flat)
+    for i in order[top : top + kept]:
+        result[i] = flat[i]
+    return result.view(vector.shape)
+
+
+def sce(vectors: list[Tensor], select_topk: float) -> Tensor:
+    """Select by variance, calculate weights from squares, erase minority signs (arXiv:2408.07990)."""
+    stacked = torch.stack([vector.flatten() for vector in vectors])
+    variance = stacked.var(dim=0, unbiased=False)
+    count = int(select_topk * int((variance > 0).sum()))
+    chosen = range(len(variance)) if select_topk == 1 else variance.argsort(descending=True)[:count].tolist()
+    selected = torch.zeros_like(stacked)
+    for i in chosen:
+        selected[:, i] = stacked[:, i]
+    weights = selected.square().sum(dim=1)
+    merged = torch.zeros_like(variance)
+    for i in range(len(merged)):
+        sign = torch.sign(selected[:, i].sum())
+        agrees = [t for t in range(len(vectors)) if sign != 0 and torch.sign(selected[t, i]) == sign]
+        if agrees:
+            merged[i] = sum(weights[t] * selected[t, i] for t in agrees) / sum(weights[t] for t in agrees)
+    return merged.view(vectors[0].shape)
+
+
 def flatten(tensors: StateDict) -> Tensor:
     """All tensors of a state dict, one after the other, as one vector."""
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])

@@ -39,6 +39,19 @@ def twin(family: tiny.Family) -> Path:
     return out
 
 
+def test_methods_are_listed_with_what_they_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    printed = capsys.readouterr().out
+    assert "tsv_m: " in printed
+    assert "  arXiv:2212.04089; protocol A; merge, shared expert, contestant\n" in printed
+    assert '  options: weight 1.0, normalize true, scaling 1.0, density 0.2, scope "model"\n' in printed
+    assert "  options: none\n" in printed
+    assert main(["methods", "--json"]) == 0
+    found = {system["name"]: system for system in json.loads(capsys.readouterr().out)}
+    assert found["fisher"]["data"] == "unlabelled inputs of each expert"
+    assert found["tsv_m"]["options"] == {"scaling": 1.0}
+
+
 def test_inspect_shows_experts_bytes_and_router(twin: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(twin)]) == 0
     printed = capsys.readouterr().out

@@ -22,6 +22,7 @@ from benchmarks import plot_results
 from scripts import generate_cli_docs
 from twinmerge.cli.parser import build_parser
 from twinmerge.eval.suite import ContestantSpec, Suite, TaskSpec, UnseenSpec
+from twinmerge.merging.catalogue import systems
 from twinmerge.merging.method import find_method, method_names
 from twinmerge.merging.recipe import MergeRecipe
 from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe
@@ -247,6 +248,15 @@ def test_recipe_page_names_every_merge_method_and_its_defaults() -> None:
         given = find_method(name)().model_dump(exclude={"method"})
         shown = {key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): (\S+)`", rows[name])}
         assert shown == given
+
+
+def test_page_of_systems_agrees_with_the_registry() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", read("docs/systems.md"), re.MULTILINE)
+    expected = {}
+    for system in (system for system in systems() if system.name in OURS):
+        uses = [("no", "yes")[use in system.uses] for use in ("merge", "shared expert", "contestant")]
+        expected[system.name] = " | ".join([system.protocol, system.data, *uses])
+    assert dict(rows) == expected
 
 
 # --- links --------------------------------------------------------------------------------------------------------
