@@ -1,6 +1,7 @@
 """Tiny models with random weights, made from configs: a base, its experts and rows that belong to them."""
 
 import json
+import string
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -92,6 +93,14 @@ def tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
         padding_side=padding_side,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def by_letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, as language models have them; one of whole words knows no strings within."""
+    letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Ġ", *string.ascii_lowercase, *string.digits]
+    made = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", eos_token="[SEP]")
 
 
 def make_family(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from twinmerge.errors import InputError, TwinMergeError
+    from twinmerge.hf.batches import Writing
     from twinmerge.hf.heads import TwinOutput
     from twinmerge.hf.model import TwinModel
     from twinmerge.jobs.build import build
@@ -30,6 +31,7 @@ _HOMES = {
     "add": "twinmerge.jobs.grow",
     "Wrapped": "twinmerge.runtime.wrapped",
     "WrappedOutput": "twinmerge.runtime.wrapped",
+    "Writing": "twinmerge.hf.batches",
     "build": "twinmerge.jobs.build",
     "build_from_state_dicts": "twinmerge.jobs.modules",
     "export": "twinmerge.jobs.export",
@@ -49,6 +51,7 @@ __all__ = [
     "TwinOutput",
     "Wrapped",
     "WrappedOutput",
+    "Writing",
     "__version__",
     "add",
     "build",

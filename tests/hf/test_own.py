@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -110,17 +109,9 @@ def test_rows_of_a_batch_are_each_written_under_the_settings_of_their_expert(wri
         assert written[row, len(one) :].eq(0).all()
 
 
-def by_letters() -> Any:
-    """A tokenizer of bytes, as language models have them; one of whole words knows no strings within."""
-    letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Ġ", *string.ascii_lowercase, *string.digits]
-    made = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", eos_token="[SEP]")
-
-
 def test_stop_strings_of_an_expert_end_its_texts(family: Get, tmp_path: Path) -> None:
     made, rows = copied(family, "llama", tmp_path), [{"text": text.lower()} for text in TEXTS]
-    by_letters().save_pretrained(made.root / "base")
+    tiny.by_letters().save_pretrained(made.root / "base")
     build(made.recipe(exclusive=WHOLE, router={"features": "tokens"}), tmp_path / "free")
     free = [
         a["continuation"]

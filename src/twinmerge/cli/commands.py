@@ -6,7 +6,7 @@ from typing import Any
 
 from twinmerge.cli.progress import shown_progress
 from twinmerge.cli.show import show_notes, show_plan, show_result, show_systems, show_twin
-from twinmerge.hf.batches import BatchLimits, PredictSettings
+from twinmerge.hf.batches import BatchLimits, PredictSettings, Writing
 
 
 def build(options: argparse.Namespace) -> None:
@@ -150,6 +150,9 @@ def predict(options: argparse.Namespace) -> None:
         options.skip_unreadable,
         options.precision,
         options.gate,
+        Writing(
+            options.num_beams, options.temperature, options.top_p, options.top_k, options.seed, tuple(options.stop)
+        ),
     )
     with shown_progress(quiet=True) as progress:
         found = predict_file(

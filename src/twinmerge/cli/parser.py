@@ -7,7 +7,7 @@ from typing import Any
 
 from twinmerge import __version__
 from twinmerge.cli import commands as run
-from twinmerge.hf.batches import BatchLimits, PredictSettings
+from twinmerge.hf.batches import BatchLimits, PredictSettings, Writing
 
 OVERWRITE_HELP = "replace the folder, once the new one is complete, and drop what an interrupted run left"
 FORMS = ("dense", "peft", "stacked-lora")
@@ -125,6 +125,16 @@ def build_parser() -> argparse.ArgumentParser:
         type=_positive,
         default=PredictSettings.max_new_tokens,
         help="of a causal LM's continuation (default: %(default)s)",
+    )
+    predict.add_argument("--num-beams", type=_positive, help="of a beam search (default: as the expert's config says)")
+    predict.add_argument(
+        "--temperature", type=float, help="sample at this temperature; 0 takes the likeliest token (default: that)"
+    )
+    predict.add_argument("--top-p", type=float, help="sample from the likeliest tokens of this probability")
+    predict.add_argument("--top-k", type=_positive, help="sample from so many of the likeliest tokens")
+    predict.add_argument("--seed", type=_whole, default=Writing.seed, help="of sampling (default: %(default)s)")
+    predict.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="a text ends before this; may be given again"
     )
     predict.add_argument(
         "--uncertain-below",

@@ -35,6 +35,7 @@ class Reading:
         decode: makes a text of (seq,) ids.
         ends: ids that end a text.
         stops: strings that end it.
+        ends_before: strings that end it and are no part of it.
     """
 
     row: Row
@@ -45,6 +46,7 @@ class Reading:
     decode: Callable[[Tensor], str] = field(default=lambda ids: "")
     ends: Collection[int] = ()
     stops: Sequence[str] = ()
+    ends_before: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,15 @@ def _continuation(reading: Reading) -> Answer:
     """What was written up to the first end token or string; what follows it only fills the batch."""
     ids = reading.output.tolist()
     end = next((place for place, token in enumerate(ids) if token in reading.ends), None)
-    for place in range(len(ids) if end is None else end) if reading.stops else ():
+    stops = (*reading.stops, *reading.ends_before)
+    for place in range(len(ids) if end is None else end) if stops else ():
         text = reading.decode(reading.output[: place + 1])
-        if any(stop in text for stop in reading.stops):
+        if any(stop in text for stop in stops):
             end = place
             break
-    written = reading.output if end is None else reading.output[: end + 1]
-    return {"continuation": reading.decode(written), "stop_reason": "length" if end is None else "stop"}
+    text = reading.decode(reading.output if end is None else reading.output[: end + 1])
+    text = text[: min((text.find(stop) for stop in reading.ends_before if stop in text), default=len(text))]
+    return {"continuation": text, "stop_reason": "length" if end is None else "stop"}
 
 
 CONTINUATION = Answers("continuation", ("continuation", "stop_reason"), _continuation)

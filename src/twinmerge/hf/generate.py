@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation.stopping_criteria import StopStringCriteria
 
-from twinmerge.errors import GateError
+from twinmerge.errors import GateError, InputError
 from twinmerge.hf.features import reader
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -21,6 +22,27 @@ def end_ids(settings: GenerationConfig) -> tuple[int, ...]:
     """The tokens that end a text; none where only its length does."""
     ends = settings.eos_token_id
     return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+def stops_of(settings: GenerationConfig) -> tuple[str, ...]:
+    """The strings that end a text."""
+    stops = settings.stop_strings or ()
+    return (stops,) if isinstance(stops, str) else tuple(stops)
+
+
+def require_stops(tokenizer: Any, stops: Sequence[str], whose: str) -> None:
+    """Refuse strings that transformers cannot find in the texts of a tokenizer.
+
+    Raises:
+        InputError: if the tokenizer's tokens have no text of their own, such as those of whole words.
+    """
+    try:
+        StopStringCriteria(tokenizer, list(stops))
+    except ValueError as fault:
+        raise InputError(
+            f"stop strings need a tokenizer whose tokens have a text of their own; that of {whose} has not ({fault}); "
+            "leave the stop strings out, or use an end token"
+        ) from fault
 
 
 def sees_padding(settings: GenerationConfig) -> bool:

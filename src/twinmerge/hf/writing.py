@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils.generic import ModelOutput
 
 from twinmerge.hf.features import Looked, Run
-from twinmerge.hf.generate import begun, goes_on, join, keeps_cache, prompt, said_otherwise, writer
+from twinmerge.hf.generate import begun, goes_on, join, keeps_cache, prompt, said_otherwise, stops_of, writer
 from twinmerge.hf.heads import called, rows_of, take, tokens_of
 from twinmerge.hf.positions import reads_position_table
 from twinmerge.routing.router import Routing
@@ -95,8 +95,10 @@ class Generation(nn.Module):
             asked, picked = settings[members[0]], take(inputs, members, rows)
             found = looked.outputs if looked is not None and ready[members[0]] else None
             config = writer(self.backbone, asked, inputs).generation_config
-            if config.stop_strings or inputs.get("stop_strings"):
-                picked = {"tokenizer": self.own_of(names[members[0]]).tokenizer or self.tokenizer, **picked}
+            stops = (*stops_of(config), *_texts(inputs.get("stop_strings")))
+            if stops:
+                tokenizer = self.own_of(names[members[0]]).tokenizer or self.tokenizer
+                picked = {"tokenizer": tokenizer, **picked, "stop_strings": list(stops)}
             new = int(inputs.get("max_new_tokens") or config.max_new_tokens or _NEW_TOKENS)
 
             write = partial(_write, asked, found, members)
@@ -128,6 +130,10 @@ class Generation(nn.Module):
         """Whether `generate` goes on from the pass that routes, so that routing before it would cost a pass more."""
         looked = self.router is not None and self.router.settings.features.form == "speculative"
         return looked and not self.twin.fallback.names and keeps_cache(self.backbone)
+
+
+def _texts(given: str | Sequence[str] | None) -> Sequence[str]:
+    return (given,) if isinstance(given, str) else given or ()
 
 
 def _write(
