@@ -389,10 +389,11 @@ def test_what_is_asked_wrongly_is_refused_before_the_model_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise SystemError
 
+    folder = twin("bert")  # built before: a build loads its twin
     monkeypatch.setattr(TwinModel, "from_pretrained", never)
     good, bad = write(tmp_path / "x", rows()), write(tmp_path / "bad", [{"text": "w5", "label": 1}])
     with pytest.raises(GateError, match="unknown expert 'smss'; this twin has ag, sms, trec"):
-        predict_file(twin("bert"), good, tmp_path / "y", PredictSettings("smss"))
+        predict_file(folder, good, tmp_path / "y", PredictSettings("smss"))
     with pytest.raises(DataError, match="bad:1: the answer has a field 'label' of its own"):
-        predict_file(twin("bert"), bad, tmp_path / "y")
+        predict_file(folder, bad, tmp_path / "y")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "x"]
