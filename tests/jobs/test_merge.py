@@ -181,6 +181,46 @@ def test_mergekit_ties_is_ties_within_each_tensor(models: Path) -> None:
     assert all(torch.allclose(tensor, found[name], atol=1e-6) for name, tensor in floats(read(models / "ours")).items())
 
 
+@pytest.mark.parametrize(
+    ("theirs", "parameters", "more", "same"),
+    [
+        ("sce", "", "parameters: {select_topk: 0.3, int8_mask: true}\n", "{method: sce, select_topk: 0.3}"),
+        ("model_stock", "", "parameters: {filter_wise: false}\n", "{method: model_stock}"),
+        ("nuslerp", "weight: 0.5", "parameters: {nuslerp_flatten: true}\n", "{method: nuslerp, weight: 0.5}"),
+        ("multislerp", "weight: 0.5", "", "{method: multislerp, weight: 0.5}"),
+        ("della", "weight: 0.5", "", "{method: della, density: 1.0, weight: 0.5}"),
+        (
+            "della_linear",
+            "weight: 1, epsilon: 0.2",
+            "parameters: {lambda: 0.7}\n",
+            "{method: della_linear, density: 1.0, scaling: 0.7}",
+        ),
+        (
+            "breadcrumbs",
+            "weight: 1, density: 0.6, gamma: 0.1",
+            "",
+            "{method: breadcrumbs, density: 0.6, gamma: 0.1, scaling: 1.0}",
+        ),
+        ("breadcrumbs_ties", "weight: 1", "", "{method: breadcrumbs_ties, density: 1.0}"),
+    ],
+)
+def test_mergekit_names_mean_our_methods(models: Path, theirs: str, parameters: str, more: str, same: str) -> None:
+    merge_models(kit(models, theirs, parameters, more), models / "theirs")
+    merge_models(ours(models, same), models / "ours")
+    found = floats(read(models / "theirs"))
+    assert all(torch.allclose(tensor, found[name], atol=1e-6) for name, tensor in floats(read(models / "ours")).items())
+
+
+def test_mergekit_karcher_counts_every_model_it_lists(models: Path) -> None:
+    entries = "".join(f"  - model: {models / name}\n" for name in ("base", "a", "b"))
+    more = "parameters: {max_iter: 50, tol: 1.0e-9}\n"
+    text = f"merge_method: karcher\nbase_model: {models / 'base'}\nmodels:\n{entries}{more}"
+    merge_models(recipe(models, text), models / "out")
+    states = [floats(tensors(seed)) for seed in (0, 1, 2)]
+    for name, merged in floats(read(models / "out")).items():
+        assert torch.allclose(merged, reference.karcher([state[name] for state in states]), atol=1e-6)
+
+
 def test_gradients_and_filters_give_each_tensor_its_weight(models: Path) -> None:
     text = f"""
 merge_method: linear

@@ -113,6 +113,7 @@ def test_wrong_mergekit_parameters_are_named_with_their_line(models: Path, param
 
 
 KIT_UNSUPPORTED = {
+    "parameters: {rescale: true}": "parameters.rescale: input should be False, found True",
     "tokenizer_source: union": "tokenizer_source: only 'base' is supported, found 'union'",
     "chat_template: auto": "mergekit's key 'chat_template' is not supported",
     "typo: 1": "recipe.yaml:8: unknown key 'typo'; did you mean 'dtype'",
@@ -132,6 +133,7 @@ def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str)
     [
         ("merge_method: passthrough\n", "merge_method 'passthrough' is not supported; known are linear"),
         ("merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]\n", "ties needs a base_model"),
+        ("merge_method: karcher\nbase_model: base\nmodels: [{model: a}]\n", "counts the base_model of karcher as one"),
         ("merge_method: linear\nmodels: []\n", "none is left to merge"),
         ("merge_method: linear\nmodels: [{model: a}, {model: a}]\n", "'a' stands twice"),
         ("merge_method: linear\nmodels: [{model: a+lora}]\n", "a model with a LoRA added"),
