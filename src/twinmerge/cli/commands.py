@@ -1,12 +1,14 @@
 """What each command does: calls the library, shows what came of it."""
 
 import argparse
+import os
 import sys
 from typing import Any
 
 from twinmerge.cli.progress import shown_progress
 from twinmerge.cli.show import show_notes, show_plan, show_result, show_systems, show_twin
 from twinmerge.hf.batches import BatchLimits, PredictSettings, Writing
+from twinmerge.serve.settings import KEY_VARIABLE, ServeSettings
 
 
 def build(options: argparse.Namespace) -> None:
@@ -174,6 +176,28 @@ def predict(options: argparse.Namespace) -> None:
     sentence = f"{found['rows']} rows{resumed} in {found['precision']}: {counts}"
     result = {"output": str(options.output), **found}
     show_result(result, options.json, sentence, to_stderr=options.output == STANDARD)
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer requests over HTTP."""
+    from twinmerge.serve.server import serve
+
+    settings = ServeSettings(
+        host=options.host,
+        port=options.port,
+        name=options.name,
+        api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
+        max_batch_rows=options.max_batch_rows,
+        max_batch_tokens=options.max_batch_tokens,
+        wait_ms=options.wait_ms,
+        max_queue=options.max_queue,
+        max_new_tokens=options.max_new_tokens,
+        cache_tokens=options.cache_tokens,
+        max_body_bytes=options.max_body,
+        timeout_s=options.timeout,
+        drain_s=options.drain,
+    )
+    serve(options.twin, settings, device=options.device)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from twinmerge import __version__
 from twinmerge.cli import commands as run
 from twinmerge.hf.batches import BatchLimits, PredictSettings, Writing
+from twinmerge.serve.settings import KEY_VARIABLE, ServeSettings
 
 OVERWRITE_HELP = "replace the folder, once the new one is complete, and drop what an interrupted run left"
 FORMS = ("dense", "peft", "stacked-lora")
@@ -151,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_precision_option(predict)
     predict.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
+    _add_serve(commands)
+
     evaluate = _command(
         commands, "eval", run.evaluate, "run every contestant of a suite and write results.json and report.html"
     )
@@ -159,6 +162,80 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seeds", type=_whole, nargs="+", help="only these seeds (default: the suite's)")
     evaluate.add_argument("--contestants", nargs="+", help="only these contestants (default: the suite's)")
     return parser
+
+
+def _add_serve(commands: Any) -> None:
+    default = ServeSettings()
+    serve = _command(
+        commands,
+        "serve",
+        run.serve,
+        "answer requests over HTTP, in OpenAI's forms, each by its own mix",
+        json=False,
+    )
+    serve.add_argument("twin", type=Path, help="folder of a twin")
+    serve.add_argument("--host", default=default.host, help="address to listen at (default: %(default)s)")
+    serve.add_argument("--port", type=_whole, default=default.port, help="0 takes a free one (default: %(default)s)")
+    serve.add_argument("--name", help="of the twin in requests (default: its folder's)")
+    serve.add_argument(
+        "--api-key",
+        help=f"without it nothing is answered but /health (default: {KEY_VARIABLE}, or none)",
+    )
+    serve.add_argument(
+        "--max-batch-rows",
+        type=_positive,
+        default=default.max_batch_rows,
+        help="requests in one batch or pass, at most (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-batch-tokens",
+        type=_positive,
+        default=default.max_batch_tokens,
+        help="tokens of one batch or pass, at most (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--wait-ms",
+        type=_milliseconds,
+        default=default.wait_ms,
+        help="a batch waits so long for more requests (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-queue",
+        type=_positive,
+        default=default.max_queue,
+        help="requests accepted and not yet answered; more get status 429 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-new-tokens",
+        type=_positive,
+        default=default.max_new_tokens,
+        help="that a request may ask for, and what a chat gets that does not say (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--cache-tokens",
+        type=_positive,
+        default=default.cache_tokens,
+        help="prompts and continuations under way, together; what does not fit waits (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-body",
+        type=_bytes,
+        default="1MB",
+        help="of a request, at most; more gets status 413 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=default.timeout_s,
+        help="seconds that a request may take, its answer sent (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--drain",
+        type=_seconds,
+        default=default.drain_s,
+        help="seconds that requests under way get to finish when the server is stopped (default: %(default)s)",
+    )
+    serve.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
 
 def _add_precision_option(command: argparse.ArgumentParser) -> None:
@@ -296,6 +373,24 @@ def _integer(text: str, least: int) -> int:
         number = least - 1
     if number < least:
         raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, found {text!r}")
+    return number
+
+
+def _milliseconds(text: str) -> float:
+    return _number(text, "milliseconds, 0 or more", least=0.0)
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "seconds, 1 or more", least=1.0)
+
+
+def _number(text: str, what: str, *, least: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not least <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be {what}, found {text!r}")
     return number
 
 

@@ -14,7 +14,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from twinmerge.errors import GateError, InputError
 from twinmerge.hf.features import reader
 
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generate that are idle where the likeliest token is taken."""
 _BY_PADDED_LENGTH = ("repetition_penalty", "no_repeat_ngram_size", "min_length", "exponential_decay_length_penalty")
 
 
@@ -54,7 +55,7 @@ def writer(backbone: PreTrainedModel, settings: GenerationConfig | None, asked: 
     """The same model under other settings, less those that what is asked makes idle; calls run side by side."""
     model: Any = copy.copy(backbone)
     model.generation_config = chosen = copy.deepcopy(settings or backbone.generation_config)
-    idle = _SAMPLING if asked.get("do_sample", chosen.do_sample) in (False, None) else ()
+    idle = SAMPLING if asked.get("do_sample", chosen.do_sample) in (False, None) else ()
     for name in (*idle, *(("max_length",) if asked.get("max_new_tokens") else ())):
         setattr(chosen, name, None)
     return model

@@ -36,7 +36,13 @@ class GateContext(Paths):
     """The gate of one forward pass, or of one generation, as the layers need it."""
 
     def __init__(
-        self, gate: Tensor, *, path: Path | None = None, keep: bool = False, merged: Merged | None = None
+        self,
+        gate: Tensor,
+        *,
+        path: Path | None = None,
+        keep: bool = False,
+        merged: Merged | None = None,
+        packed: bool = False,
     ) -> None:
         """Look at a gate.
 
@@ -46,8 +52,10 @@ class GateContext(Paths):
             path: forced; None chooses by cost.
             keep: the gate serves many calls (a generation): what is copied for a short call is kept.
             merged: weights to be used, where the layers do not compute with factors.
+            packed: inputs of layers are (1, token, ...), texts end to end, and the gate has a row a token.
         """
         super().__init__(without_repeats(gate), path=path, keep=keep)
+        self.packed = packed and self.row_count > 1
         self.merged = merged
         self.projected: tuple[object, Tensor, tuple[Tensor, Tensor | None]] | None = None
         """The last projection, its input and what came out: layers that read one input share it."""
@@ -83,8 +91,15 @@ class GateContext(Paths):
         """
         if x.ndim == 3 and x.shape[0] == self.row_count:
             return x
-        self.repeats(x.shape[0])
+        if not self.packed:
+            self.repeats(x.shape[0])
         return x.reshape(self.row_count, -1, x.shape[-1])
+
+    def column(self, expert: int, rows: int, ndim: int) -> Tensor:
+        """One expert's gate, to multiply an input of so many rows and axes with."""
+        if self.packed:
+            return self.gate[:, expert].reshape(1, -1, *(1,) * (ndim - 2))
+        return self.rows(rows)[:, expert].reshape(-1, *(1,) * (ndim - 1))
 
 
 def without_repeats(gate: Tensor) -> Tensor:

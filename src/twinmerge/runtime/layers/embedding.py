@@ -50,7 +50,7 @@ class GatedEmbedding(GatedLayer):
         context = self.slot.context
         if context is None or not (self.has_factors or self.sparse):
             return y
-        rows = max(len(ids), len(context.gate)) if len(ids) == 1 else len(ids)
+        rows = max(len(ids), len(context.gate)) if len(ids) == 1 and not context.packed else len(ids)
         if len(y) < rows:
             ids, y = ids.expand(rows, *ids.shape[1:]), y.repeat(rows, *(1,) * ids.ndim)
         if self.has_factors:
@@ -72,7 +72,7 @@ class GatedEmbedding(GatedLayer):
             else:
                 y.view(-1, size).addmm_(hidden.flatten(0, 1), down)
         for index, matrix in self.used_sparse(context):
-            weight = (self.scale * context.rows(rows)[:, index]).reshape(-1, *(1,) * ids.ndim)
+            weight = self.scale * context.column(index, rows, ids.ndim + 1)
             y += F.embedding(ids, matrix.to_dense()) * weight.to(y.dtype)
         return y
 

@@ -104,7 +104,7 @@ class GatedLinear(GatedLayer):
 
     def _add_sparse_parts(self, y: Tensor, x: Tensor, context: GateContext) -> None:
         for index, matrix in self.used_sparse(context):
-            weight = context.rows(len(x))[:, index].to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+            weight = context.column(index, len(x), x.ndim).to(x.dtype)
             y += self.sparse_product((x * weight).reshape(-1, x.shape[-1]), matrix)
 
     def _by_merged_weights(self, x: Tensor, bias: Tensor | None, context: GateContext, merged: Merged) -> Tensor:

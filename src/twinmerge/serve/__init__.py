@@ -1,0 +1,1 @@
+"""Answers requests over HTTP, each under its own mix of experts."""
