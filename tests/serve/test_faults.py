@@ -58,11 +58,13 @@ def answers(server: Running) -> bool:
     return server.ask("/v1/completions", long(max_tokens=2), **KEY)[0] == 200
 
 
+def with_key(wire: bytes) -> bytes:
+    return wire.replace(b"Host", b"Authorization: Bearer k\xc3\xb6\r\nHost")
+
+
 def begin(server: Running, **more: Any) -> socket.socket:
     """A stream whose first bytes have come."""
-    wire = post("/v1/completions", long(stream=True, **more)).replace(
-        b"Host", b"Authorization: Bearer k\xc3\xb6\r\nHost"
-    )
+    wire = with_key(post("/v1/completions", long(stream=True, **more)))
     connection = server.connect()
     connection.sendall(wire)
     assert b"200 OK" in connection.recv(200)
@@ -75,9 +77,7 @@ def idle(server: Running) -> bool:
     return not writer._texts and not writer._manager.batch_processor.has_pending_requests()
 
 
-@pytest.mark.parametrize(
-    "given", [{}, {"Authorization": "Bearer k"}, {"Authorization": "kö".encode().decode("latin-1")}]
-)
+@pytest.mark.parametrize("given", [{}, {"Authorization": "Bearer k"}, {"Authorization": "Bearer"}])
 def test_without_the_key_nothing_but_health_and_the_page_is_answered(server: Running, given: dict[str, str]) -> None:
     for path in ("/v1/models", "/metrics", "/version", "/v1/none"):
         status, message = server.refused(path, None, **given)
@@ -94,8 +94,7 @@ def test_a_client_that_goes_away_ends_the_work_on_its_text(server: Running) -> N
             connection = begin(server)
         else:
             connection = server.connect()
-            wire = post("/v1/completions", long())
-            connection.sendall(wire.replace(b"Host", b"Authorization: Bearer k\xc3\xb6\r\nHost"))
+            connection.sendall(with_key(post("/v1/completions", long())))
             assert until(lambda: not idle(server))
         assert answers(server)
         connection.close()
@@ -149,9 +148,8 @@ def test_unknown_paths_and_methods_are_refused_in_the_same_form(server: Running)
 
 def test_a_full_queue_says_when_to_come_again(server: Running) -> None:
     held = [begin(server) for _ in range(4)]
-    wire = post("/v1/completions", long()).replace(b"Host", b"Authorization: Bearer k\xc3\xb6\r\nHost")
     connection = server.connect()
-    connection.sendall(wire)
+    connection.sendall(with_key(post("/v1/completions", long())))
     said = ""
     while "}}" not in said:
         said += connection.recv(2000).decode().lower()

@@ -38,7 +38,7 @@ class _Choice:
         self.finish = piece.finish
 
 
-class Writing:
+class Draft:
     """A request for texts on its way: begun, then answered whole or as a stream."""
 
     def __init__(self, body: Chat | Completion, choices: Sequence[_Choice]) -> None:
@@ -54,7 +54,7 @@ class Writing:
         """Whether probabilities are told."""
 
     @classmethod
-    async def begin(cls, engine: Engine, body: Chat | Completion) -> "Writing":
+    async def begin(cls, engine: Engine, body: Chat | Completion) -> "Draft":
         """Route prompts and check them; nothing is written yet.
 
         Raises:

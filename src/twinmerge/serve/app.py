@@ -24,13 +24,9 @@ from twinmerge.serve.bodies import Body, Chat, Completion, Embedding, Inputs, re
 from twinmerge.serve.engine import Engine
 from twinmerge.serve.faults import Fault, GoneError
 
-_OPEN = frozenset({"/health", "/", "/page.css", "/page.js"})
+_OPEN = frozenset({"/health", "/", "/page.css"})
 """What needs no key: whether the server is well, and the page, which holds no data."""
-_PAGE = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-}
+_PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -58,7 +54,7 @@ def make_app(engine: Engine) -> ASGIApp:
     def text_route(path: str, kind: type[Chat | Completion]) -> Route:
         async def handle(request: Request) -> Response:
             body = await _body(request, kind, engine.settings.max_body_bytes)
-            writing = await _while_waited_for(request.receive, answers.Writing.begin(engine, body))
+            writing = await _while_waited_for(request.receive, answers.Draft.begin(engine, body))
             if body.stream:
                 return _Stream(writing.stream())
             return JSONResponse(await _while_waited_for(request.receive, writing.whole()))

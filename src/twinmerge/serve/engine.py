@@ -17,11 +17,12 @@ from twinmerge.files.rows import Row
 from twinmerge.files.tables import DATA_URI
 from twinmerge.hf.answers import CONTINUATION, Answer, require_texts
 from twinmerge.hf.batches import BatchLimits
-from twinmerge.hf.generate import end_ids
+from twinmerge.hf.generate import end_ids, stops_of
 from twinmerge.hf.inputs import batches_of, encode, fault_of, is_chat, length_limit, pad, require_readable, tokenizer_of
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.paged import PagedWriter, Wish
-from twinmerge.jobs.predict import answers_by_expert, predict
+from twinmerge.jobs.answering import answers_by_expert
+from twinmerge.jobs.predict import predict
 from twinmerge.serve.batches import Gathered
 from twinmerge.serve.faults import Fault
 from twinmerge.serve.metrics import Metrics
@@ -239,9 +240,8 @@ class Engine:
             )
         wish = replace(wish, max_new_tokens=min(wish.max_new_tokens, room))
         own = self.model.own_of(routed.expert).generation or self.model.backbone.generation_config
-        always = [own.stop_strings] if isinstance(own.stop_strings, str) else own.stop_strings or []
         decode = partial(tokenizer.decode, skip_special_tokens=True)
-        reader = Reader(decode, ends=end_ids(own), stops=[*stops, *always], limit=wish.max_new_tokens)
+        reader = Reader(decode, ends=end_ids(own), stops=[*stops, *stops_of(own)], limit=wish.max_new_tokens)
         self.metrics.routed(routed.said["gate"], bool(routed.said["fallback"]))
         return Text(len(encoded), routed.said, self._pieces(encoded, routed, wish, reader), tokenizer.decode)
 
