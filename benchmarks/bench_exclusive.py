@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from twinmerge.eval.results import Predictions, TaskPredictions
 from twinmerge.eval.scores import normalized_interval
-from twinmerge.eval.seed import SeedRun, texts
+from twinmerge.eval.seed import SeedRun, inputs_of
 from twinmerge.eval.suite import Suite
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.target import durable_folder
@@ -151,7 +151,7 @@ class Seed:
 
     def _logits(self, name: str, body: Any) -> Tensor:
         """(row, class) of a task's test rows, by its head on an encoder."""
-        rows = texts(self.rows[name])
+        rows = inputs_of(self.rows[name])
         found: list[Tensor] = [torch.empty(0)] * len(rows)
         for places, inputs in tokenized_batches(self.model, rows):
             with self.run.autocast(), torch.inference_mode():

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import twinmerge as tm
+from suites.archives import fetch
 from suites.text import data, prepare, train
-from suites.text.archives import fetch
 from twinmerge.cli import main
 from twinmerge.files.cache import cache_folder
 from twinmerge.files.rows import read_rows

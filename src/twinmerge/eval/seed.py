@@ -80,9 +80,10 @@ class SeedRun:
             kind = found.answers[name]
             if kind is not LABEL or not expert.head:
                 gives = kind.kind if expert.head else "none of its own"
+                classes = ", ".join(expert.config.get("architectures") or ["no class"])
                 raise MismatchError(
-                    f"expert {name!r}: a suite compares labels of texts, so every expert needs a head for sequence "
-                    f"classification; found {gives} ({', '.join(expert.config.get('architectures') or ['no class'])})"
+                    f"expert {name!r}: a suite compares labels of texts or images, so every expert needs a head for "
+                    f"their classification; found {gives} ({classes})"
                 )
             known = set((expert.config.get("id2label") or {}).values())
             for rows in asked[name]:
@@ -157,7 +158,7 @@ class SeedRun:
         rows = [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
         answers = []
         with self.autocast():
-            for answer in predict(built.model, texts(rows)):
+            for answer in predict(built.model, inputs_of(rows)):
                 answers.append(answer)
                 self.progress("predicting", len(answers), len(rows))
         gate = torch.tensor([list(answer["gate"].values()) for answer in answers])
@@ -234,6 +235,6 @@ class SeedRun:
         return found
 
 
-def texts(rows: Iterable[Row]) -> list[Row]:
+def inputs_of(rows: Iterable[Row]) -> list[Row]:
     """Rows without their labels, which nobody who predicts may see."""
-    return [{key: row[key] for key in ("text", "text_pair") if key in row} for row in rows]
+    return [{key: row[key] for key in ("text", "text_pair", "image") if key in row} for row in rows]

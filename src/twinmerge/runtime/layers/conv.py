@@ -85,4 +85,4 @@ class GatedGroupedConv(GatedLayer):
 
 
 def _padded_with_zeros(module: Any) -> bool:
-    return untouched(module, nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same"
+    return untouched(module, nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros"

@@ -1,0 +1,1 @@
+"""The vision suite: image tasks, their experts, and what is measured of them."""
