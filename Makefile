@@ -11,10 +11,10 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint walk docs demo clean
+.PHONY: help setup test lint walk docs demo demo-vision clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## .venv with everything in it
 
@@ -48,6 +48,9 @@ docs: $(STAMP) ## the documentation, in site/
 
 demo: $(STAMP) ## real experts into one twin, measured: the report's path at the end
 	$(BIN)/python examples/demo.py
+
+demo-vision: $(STAMP) ## the same with image classifiers
+	$(BIN)/python examples/demo.py vision
 
 clean: ## caches and generated files, not .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage site dist

@@ -261,11 +261,13 @@ def split(task: Task, pictures: Sequence[Picture], seed: int) -> dict[str, list[
         DataError: if a part lacks a label that others have.
     """
     chosen = [one for one in pictures if task.labels is None or one.label in task.labels]
-    parts: dict[str, list[Picture]] = {name: [] for name in SIZES}
-    for one in sorted(chosen, key=lambda one: (_hash(one.png, f"order {seed}"), one.png)):
-        part = _part(one.group, seed)
-        if len(parts[part]) < SIZES[part]:
-            parts[part].append(one)
+    found: dict[str, list[Picture]] = {name: [] for name in SIZES}
+    for one in chosen:
+        found[_part(one.group, seed)].append(one)
+    parts = {}
+    for part, members in found.items():
+        salt = f"order {0 if part in FIXED else seed}"
+        parts[part] = sorted(members, key=lambda one: (_hash(one.png, salt), one.png))[: SIZES[part]]
     labels = {one.label for one in chosen}
     for part in ("test", "train"):
         if lacking := labels - {one.label for one in parts[part]}:

@@ -322,8 +322,16 @@ def _other_head(suite: Suite, root: Path, cls: str, **settings: Any) -> Suite:
     [
         ("BertForMaskedLM", {}, "expert 'sms' is a BertForMaskedLM, whose output layer all experts share"),
         ("BertForTokenClassification", {}, "'sms': a suite compares labels .* found entities .BertForTokenClassif"),
-        ("BertForQuestionAnswering", {"num_labels": 2}, "'sms': a suite compares labels of texts or images, .* found span"),
-        ("BertForSequenceClassification", {"num_labels": 1}, "'sms': a suite compares labels of texts or images, .* found value"),
+        (
+            "BertForQuestionAnswering",
+            {"num_labels": 2},
+            "'sms': a suite compares labels .* found span",
+        ),
+        (
+            "BertForSequenceClassification",
+            {"num_labels": 1},
+            "'sms': a suite compares labels .* found value",
+        ),
         ("BertForSequenceClassification", {"problem_type": "multi_label_classification"}, "'sms': .* found labels"),
         ("BertModel", {}, "'sms'"),
         (

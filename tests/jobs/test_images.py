@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 from tests import tiny
-from tests.hf.test_vision import convnext, dinov2, resnet, vit
+from tests.hf.test_vision import TRANSFORMER, convnext, dinov2, resnet, vit
 from tests.tiny import EXPERTS, GATE_ORDER, Family
 from twinmerge.cli import main
 from twinmerge.errors import DataError, InputError
@@ -40,6 +40,18 @@ def siglip() -> transformers.PreTrainedModel:
     return tiny.seeded(transformers.SiglipVisionModel, config)
 
 
+def deit() -> transformers.PreTrainedModel:
+    config = transformers.DeiTConfig(**TRANSFORMER, intermediate_size=32, initializer_range=0.2)
+    return tiny.seeded(transformers.DeiTModel, config)
+
+
+def swin() -> transformers.PreTrainedModel:
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2], window_size=4, initializer_range=0.2
+    )
+    return tiny.seeded(transformers.SwinModel, config)
+
+
 MODELS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], str]] = {
     "vit": (vit, "ViTForImageClassification"),
     "dinov2": (dinov2, "Dinov2ForImageClassification"),
@@ -47,6 +59,8 @@ MODELS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], str]] = {
     "resnet": (resnet, "ResNetForImageClassification"),
     "clip": (clip, "CLIPVisionModel"),
     "siglip": (siglip, "SiglipVisionModel"),
+    "deit": (deit, "DeiTForImageClassification"),
+    "swin": (swin, "SwinForImageClassification"),
 }
 
 
@@ -100,6 +114,20 @@ def test_answers_are_those_of_each_expert_as_its_own_class_gives_them(made: tupl
                 assert answer["score"] == pytest.approx(float(scores.max()), abs=1e-4)
             else:
                 assert torch.allclose(torch.tensor(answer["embedding"]), out.pooler_output[index], atol=1e-4)
+
+
+def test_exported_expert_answers_in_its_own_class_of_plain_transformers(made: tuple[Family, Path]) -> None:
+    family, twin = made
+    out = family.root / "exported"
+    assert main(["export", str(twin), "--to", "dense", "--expert", "sms", "--out", str(out)]) == 0
+    cls: Any = getattr(transformers, MODELS[family.root.name[:-1]][1])
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = (
+            cls.from_pretrained(folder).eval()(pixel_values=pixels) for folder in (out, family.root / "sms")
+        )
+    name = "logits" if "logits" in expected else "pooler_output"
+    assert torch.allclose(found[name], expected[name], atol=1e-4)
 
 
 def test_pictures_are_routed_each_by_itself(made: tuple[Family, Path]) -> None:
