@@ -259,14 +259,14 @@ def test_addresses_names_and_folders_that_cannot_be_are_refused(
         port = taken.getsockname()[1]
         assert main(["serve", str(endless), "--port", str(port)]) == 2
         assert f"cannot listen at 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
-    assert main(["serve", str(endless), "--name", "a:b"]) == 2
+    assert main(["serve", str(endless), "--port", "0", "--name", "a:b"]) == 2
     assert "must be without a colon, found 'a:b'" in capsys.readouterr().err
-    assert main(["serve", str(endless.parent)]) == 2
+    assert main(["serve", str(endless.parent), "--port", "0"]) == 2
 
 
 def test_what_is_not_installed_is_named(
     endless: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert main(["serve", str(endless)]) == 1
+    assert main(["serve", str(endless), "--port", "0"]) == 1
     assert "a server needs uvicorn: pip install 'twinmerge[serve]'" in capsys.readouterr().err

@@ -186,7 +186,7 @@ def serve(options: argparse.Namespace) -> None:
         host=options.host,
         port=options.port,
         name=options.name,
-        api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
+        api_key=_key(options),
         max_batch_rows=options.max_batch_rows,
         max_batch_tokens=options.max_batch_tokens,
         wait_ms=options.wait_ms,
@@ -198,6 +198,66 @@ def serve(options: argparse.Namespace) -> None:
         drain_s=options.drain,
     )
     serve(options.twin, settings, device=options.device)
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Talk to a twin."""
+    from twinmerge.serve.client import client_of
+
+    said = [] if options.system is None else [{"role": "system", "content": options.system}]
+    wish = {"max_tokens": options.max_tokens, "temperature": options.temperature, "seed": options.seed}
+    with client_of(options.target, _key(options)) as client:
+        asked = {**_asked(client, options), **{name: value for name, value in wish.items() if value is not None}}
+        for text in [options.text] if options.text is not None else map(str.strip, sys.stdin):
+            said.append({"role": "user", "content": text})
+            answer = ""
+            for event in client.stream("/v1/chat/completions", {**asked, "messages": said}):
+                new = event["choices"][0]["delta"].get("content") or ""
+                sys.stdout.write(new)
+                sys.stdout.flush()
+                answer += new
+                twin = event["twin"]
+            said.append({"role": "assistant", "content": answer})
+            sys.stdout.write("\n")
+            sys.stderr.write(f"{twin['expert'] or 'the shared expert'}: {_gate_line(twin['gate'])}\n")
+
+
+def classify(options: argparse.Namespace) -> None:
+    """Label texts."""
+    from twinmerge.serve.client import client_of
+
+    with client_of(options.target, _key(options)) as client:
+        found = client.ask("/classify", {**_asked(client, options), "input": options.texts})["data"]
+    left_out = {"index", "expert", "gate", "fallback", "confidence", "second"}
+    for answer in found:
+        said = ", ".join(f"{name} {value}" for name, value in answer.items() if name not in left_out)
+        show_result(answer, options.json, f"{said}; {answer['expert']}: {_gate_line(answer['gate'])}")
+
+
+def route(options: argparse.Namespace) -> None:
+    """Say where texts go."""
+    from twinmerge.serve.client import client_of
+
+    with client_of(options.target, _key(options)) as client:
+        found = client.ask("/v1/route", {"model": client.model(), "input": options.texts})["data"]
+    for answer in found:
+        left = ", left to the shared expert" if answer["fallback"] else ""
+        sentence = f"{answer['expert']} ({answer['confidence']:.1%} sure{left}): {_gate_line(answer['gate'])}"
+        show_result(answer, options.json, sentence)
+
+
+def _key(options: argparse.Namespace) -> str | None:
+    return options.api_key or os.environ.get(KEY_VARIABLE) or None
+
+
+def _asked(client: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Who is to answer."""
+    asked = {"model": options.model or client.model()}
+    return asked if options.gate is None else {**asked, "twin": {"gate": options.gate}}
+
+
+def _gate_line(gate: dict[str, float]) -> str:
+    return ", ".join(f"{name} {weight:.2f}" for name, weight in gate.items() if weight) or "nothing mixed in"
 
 
 def evaluate(options: argparse.Namespace) -> None:

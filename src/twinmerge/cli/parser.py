@@ -237,6 +237,30 @@ def _add_serve(commands: Any) -> None:
     )
     serve.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
+    chat = _command(commands, "chat", run.chat, "talk to a served twin, or to a folder", json=False)
+    _add_asking(chat)
+    chat.add_argument("text", nargs="?", help="one message; without it every line of standard input is one")
+    chat.add_argument("--system", metavar="TEXT", help="a system message that goes before")
+    chat.add_argument("--max-tokens", type=_positive, help="of an answer (default: the server's)")
+    chat.add_argument("--temperature", type=_warmth, default=0.0, help="0 takes the likeliest token (default: 0)")
+    chat.add_argument("--seed", type=_whole, help="of sampling")
+
+    classify = _command(commands, "classify", run.classify, "label texts by a served twin, or by a folder")
+    _add_asking(classify)
+    classify.add_argument("texts", nargs="+", metavar="TEXT", help="to be labelled")
+
+    route = _command(commands, "route", run.route, "where texts go at a served twin, or in a folder")
+    _add_asking(route, chooses=False)
+    route.add_argument("texts", nargs="+", metavar="TEXT", help="to be routed")
+
+
+def _add_asking(command: argparse.ArgumentParser, *, chooses: bool = True) -> None:
+    command.add_argument("target", help="http://HOST:PORT of a server, or the folder of a twin")
+    command.add_argument("--api-key", help=f"of the server (default: {KEY_VARIABLE})")
+    if chooses:
+        command.add_argument("--model", help="NAME, NAME:shared or NAME:EXPERT (default: the router says)")
+        command.add_argument("--gate", type=_weights, help='a mix such as "sms=0.7,trec=0.3", others are 0')
+
 
 def _add_precision_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
@@ -374,6 +398,10 @@ def _integer(text: str, least: int) -> int:
     if number < least:
         raise argparse.ArgumentTypeError(f"must be a whole number, {least} or more, found {text!r}")
     return number
+
+
+def _warmth(text: str) -> float:
+    return _number(text, "a number, 0 or more", least=0.0)
 
 
 def _milliseconds(text: str) -> float:

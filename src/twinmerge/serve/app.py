@@ -3,13 +3,12 @@
 import asyncio
 import hmac
 import json
-import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,9 +23,13 @@ from twinmerge.serve.bodies import Body, Chat, Completion, Embedding, Inputs, re
 from twinmerge.serve.engine import Engine
 from twinmerge.serve.faults import Fault, GoneError
 
-_OPEN = frozenset({"/health", "/", "/page.css"})
+_OPEN = frozenset({"/health", "/", "/page.css", "/page.js"})
 """What needs no key: whether the server is well, and the page, which holds no data."""
-_PAGE = {"/": ("index.html", "text/html"), "/page.css": ("page.css", "text/css")}
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,11 +39,12 @@ Kind = TypeVar("Kind", bound=Body)
 Result = TypeVar("Result")
 
 
-def make_app(engine: Engine) -> ASGIApp:
+def make_app(engine: Engine, *, log: TextIO | None = None) -> ASGIApp:
     """An ASGI application that answers with an engine, which it starts and stops.
 
     Args:
         engine: not started yet.
+        log: where a line of JSON a request goes; nothing of what was asked is in it.
     """
     created = int(time.time())
 
@@ -70,7 +74,7 @@ def make_app(engine: Engine) -> ASGIApp:
         return JSONResponse({"status": "ok"})
 
     async def version(_: Request) -> Response:
-        return JSONResponse({"version": __version__, "model": engine.name, "experts": list(engine.model.expert_names)})
+        return JSONResponse({"version": __version__, **engine.about})
 
     async def metrics(_: Request) -> Response:
         return Response(engine.metrics.page(), media_type="text/plain; version=0.0.4")
@@ -99,14 +103,14 @@ def make_app(engine: Engine) -> ASGIApp:
         exception_handlers={Fault: _refused, HTTPException: _unknown, GoneError: _gone, ClientDisconnect: _gone},
         lifespan=lifespan,
     )
-    return _Gate(app, engine)
+    return _Gate(app, engine, log)
 
 
 class _Gate:
     """Around all routes: key, queue, time, and what is counted and logged."""
 
-    def __init__(self, app: ASGIApp, engine: Engine) -> None:
-        self.app, self.engine, self.settings = app, engine, engine.settings
+    def __init__(self, app: ASGIApp, engine: Engine, log: TextIO | None) -> None:
+        self.app, self.engine, self.settings, self.log = app, engine, engine.settings, log
         self.waiting = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,7 +145,7 @@ class _Gate:
             if not status:
                 failed = Fault(500, f"the server failed at this request, {name}")
                 await JSONResponse(failed.body, failed.status)(scope, receive, sent)
-            _log(id=name, error=f"{type(error).__name__}: {error}")
+            self._log(id=name, error=f"{type(error).__name__}: {error}")
         finally:
             self.waiting -= counted
             self.engine.metrics.queue.set(self.waiting)
@@ -161,7 +165,11 @@ class _Gate:
         route = known.path if isinstance(known, Route) else "other"
         self.engine.metrics.requests.labels(route, str(status or 499)).inc()
         self.engine.metrics.seconds.labels(route).observe(seconds)
-        _log(id=name, method=scope["method"], route=route, status=status or 499, seconds=round(seconds, 4))
+        self._log(id=name, method=scope["method"], route=route, status=status or 499, seconds=round(seconds, 4))
+
+    def _log(self, **said: Any) -> None:
+        if self.log is not None:
+            self.log.write(json.dumps({"time": round(time.time(), 3), **said}) + "\n")
 
 
 class _Stream(Response):
@@ -243,8 +251,3 @@ async def _unknown(request: Request, error: Exception) -> Response:
 
 async def _gone(_: Request, __: Exception) -> Response:
     return Response(status_code=499)
-
-
-def _log(**said: Any) -> None:
-    """A line of JSON; nothing of what was asked is in it."""
-    sys.stderr.write(json.dumps({"time": round(time.time(), 3), **said}) + "\n")

@@ -146,6 +146,19 @@ class Engine:
         shared = [] if self.model.heads else [f"{self.name}:{SHARED}"]
         return [*routed, *shared, *(f"{self.name}:{expert}" for expert in self.model.expert_names)]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the twin is: its name and experts, what it reads, how it answers, whether it routes and has heads."""
+        kinds = sorted({kind.kind for kind in self.kinds.values()})
+        return {
+            "model": self.name,
+            "experts": list(self.model.expert_names),
+            "reads": "images" if self.model.reads_images else "texts",
+            "answers": kinds[0] if len(kinds) == 1 else "several",
+            "routes": self.model.router is not None,
+            "heads": bool(self.model.heads),
+        }
+
     def target(self, model: str, gate: Mapping[str, float] | None, expert: str | None) -> Target:
         """Who answers a request.
 
