@@ -117,7 +117,7 @@ KIT_UNSUPPORTED = {
     "tokenizer_source: union": "tokenizer_source: only 'base' is supported, found 'union'",
     "chat_template: auto": "mergekit's key 'chat_template' is not supported",
     "typo: 1": "recipe.yaml:8: unknown key 'typo'; did you mean 'dtype'",
-    "slices: []": "slices are supported only as one slice over all layers",
+    "slices: []": "a recipe has either models or slices",
     "parameters: {normalise: true}": "unknown key 'normalise' under parameters; did you mean 'normalize'",
 }
 
@@ -131,7 +131,9 @@ def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("merge_method: passthrough\n", "merge_method 'passthrough' is not supported; known are linear"),
+        ("merge_method: nearswap\n", "merge_method 'nearswap' is not supported; known are linear"),
+        ("merge_method: passthrough\n", "a recipe has either models or slices"),
+        ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n", "passthrough takes one model, found 2"),
         ("merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]\n", "ties needs a base_model"),
         ("merge_method: karcher\nbase_model: base\nmodels: [{model: a}]\n", "counts the base_model of karcher as one"),
         ("merge_method: linear\nmodels: []\n", "none is left to merge"),
@@ -141,11 +143,20 @@ def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str)
             "merge_method: slerp\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
             "found 2 others",
         ),
-        ("merge_method: linear\nslices: [{sources: 1}]\n", "a slice needs its sources"),
-        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [1, 2]}]}]\n", "only over all layers"),
+        ("merge_method: linear\nslices: [{sources: 1}]\n", "slices.0.sources: input should be a valid list"),
+        ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "'slices.0.sources.0.layer_range' is missing"),
         (
-            "merge_method: linear\nslices: [{parameters: {}, sources: [{model: a, layer_range: [0, 2]}]}]\n",
-            "a slice takes sources alone here, found parameters",
+            "merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [1, 1]}]}]\n",
+            r"slices.0.sources.0.layer_range must be \[FIRST, END\] with as many layers .*, found \[1, 1\]",
+        ),
+        (
+            "merge_method: ties\nbase_model: base\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
+            "slices.0.sources must list the base_model once, found it 0 times",
+        ),
+        (
+            "merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1]}, "
+            "{model: b, layer_range: [0, 1]}]}, {sources: [{model: a, layer_range: [1, 2]}]}]\n",
+            "slices.1.sources must be as many as those of the first slice, 2, found 1",
         ),
         ("base: base\nexperts: {a: a}\nshared: {method: ties, scaling: auto}\n", "a static merge needs a number"),
         ("base: base\nexperts: {}\n", "experts"),
@@ -158,10 +169,10 @@ def test_recipes_that_make_no_merge_are_refused(models: Path, text: str, words: 
         merge_models(recipe(models, text), models / "out")
 
 
-def test_a_slice_must_cover_all_layers(models: Path) -> None:
-    sources = "[{model: a, layer_range: [0, 1], parameters: {weight: 1}}]"
-    path = recipe(models, f"merge_method: linear\nslices: [{{sources: {sources}}}]\n")
-    with pytest.raises(MismatchError, match="layer_range ends at 1, the models have 2 layers"):
+def test_a_slice_must_have_its_layers(models: Path) -> None:
+    sources = "[{model: a, layer_range: [1, 3]}]"
+    path = recipe(models, f"merge_method: passthrough\nslices: [{{sources: {sources}}}]\n")
+    with pytest.raises(MismatchError, match="layers 1 to 3 are asked of a; it has 2"):
         merge_models(path, models / "out")
 
 

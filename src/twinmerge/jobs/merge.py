@@ -181,8 +181,8 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
     copy_side_files(plan.reference.path, folder)
     config = folder / "config.json"
     labels = plan.labels.names
-    if (plan.merge.dtype or labels) and config.exists():
-        content = json.loads(config.read_text(encoding="utf-8"))
+    if (plan.merge.dtype or labels or plan.merge.pieces) and config.exists():
+        content = dict(plan.reference.config)
         for key in ("dtype", "torch_dtype") if plan.merge.dtype else ():
             if key in content:
                 content[key] = str(plan.merge.dtype).removeprefix("torch.")
@@ -194,7 +194,7 @@ def _copy_side_files(plan: MergePlan, folder: Path) -> None:
 
 def _manifest(plan: MergePlan, folder: Path, hash_inputs: bool) -> dict[str, Any]:
     merge = plan.merge
-    inputs = {merge.sources[model.path]: model for model in (plan.reference, *plan.experts.values())}
+    inputs = {merge.sources[model.path]: model for model in plan.inputs}
     files = {
         file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.glob("*.safetensors"))

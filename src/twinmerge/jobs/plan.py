@@ -11,7 +11,7 @@ from twinmerge.jobs.measure import for_merge, for_twin
 from twinmerge.jobs.preflight import checked
 from twinmerge.merging.executor import OWN_BYTES, Executor
 from twinmerge.merging.plan import MergePlan
-from twinmerge.merging.recipe import layer_count
+from twinmerge.merging.slices import layer_count
 from twinmerge.models.compatible import VOCABULARY_FILES
 from twinmerge.twin.budget import Needs
 from twinmerge.twin.plan import MATRICES, Plan

@@ -1,7 +1,8 @@
 """Reads mergekit's YAML: which of its keys are understood, and the method it asks for on each tensor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -21,6 +22,7 @@ from pydantic import (
 from twinmerge.errors import RecipeError
 from twinmerge.files.schema import Strict, members
 from twinmerge.merging.method import OWN, Method, find_method, method_names, per_expert
+from twinmerge.merging.slices import comes_first, layer_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 _UNSUPPORTED = ("tokenizer", "chat_template", "modules", "parallel", "embed_slerp")
@@ -35,6 +37,8 @@ class _Theirs:
     required: tuple[str, ...] = ("weight",)
     only: Mapping[str, Any] = field(default_factory=dict)
     """Parameters that may say nothing else than this."""
+    called: Mapping[str, str] = field(default_factory=lambda: {"scaling": "lambda"})
+    """Settings that mergekit calls otherwise; those called nothing it does not have."""
 
 
 _THEIRS: Mapping[str, _Theirs] = {
@@ -43,6 +47,9 @@ _THEIRS: Mapping[str, _Theirs] = {
     "ties": _Theirs("ties", {"scaling": 1.0, "density": 1.0, "scope": "tensor"}, only={"rescale": False}),
     "dare_linear": _Theirs("dare_linear", {"scaling": 1.0, "density": 1.0}),
     "dare_ties": _Theirs("dare_ties", {"scaling": 1.0, "density": 1.0, "normalize": False}),
+    "passthrough": _Theirs(
+        "average", {"normalize": False, "weight": 1.0}, required=(), called={"weight": "scale", "normalize": ""}
+    ),
     "slerp": _Theirs("slerp", required=("t",)),
     "nuslerp": _Theirs("nuslerp", only={"nuslerp_flatten": True, "nuslerp_row_wise": False}),
     "multislerp": _Theirs("multislerp"),
@@ -116,36 +123,19 @@ class KitRecipe(_Model):
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
     name: str | None = None
-    models: list[Any]
+    models: list[Any] = []
+    slices: list[Any] = []
     parameters: Any = None
-    layers: int | None = Field(default=None, exclude=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _whole_models(cls, data: dict[str, Any]) -> dict[str, Any]:
-        """Write a single slice over all layers as the list of models it is."""
+    def _known_keys(cls, data: dict[str, Any]) -> dict[str, Any]:
         for key in _UNSUPPORTED:
             if key in data:
                 raise ValueError(f"mergekit's key {key!r} is not supported; remove it or use mergekit for this recipe")
-        if "slices" not in data:
-            return data
-        slices = data["slices"]
-        if not isinstance(slices, list) or len(slices) != 1 or "models" in data:
-            raise ValueError("slices are supported only as one slice over all layers of the models")
-        [part] = slices
-        sources = part.get("sources") if isinstance(part, dict) else None
-        if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
-            raise ValueError("a slice needs its sources, each a model with its layer_range")
-        ranges = {tuple(source.get("layer_range") or ()) for source in sources}
-        if len(ranges) != 1 or len(whole := ranges.pop()) != 2 or whole[0] != 0:
-            raise ValueError(
-                "slices are supported only over all layers: the same layer_range [0, LAYERS] in each source"
-            )
-        models = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
-        rest = {key: value for key, value in data.items() if key != "slices"}
-        if unknown := set(part) - {"sources"}:
-            raise ValueError(f"a slice takes sources alone here, found {', '.join(sorted(unknown))}")
-        return {**rest, "models": models, "layers": whole[1]}
+        if ("models" in data) == ("slices" in data):
+            raise ValueError("a recipe has either models or slices")
+        return data
 
     @field_validator("tokenizer_source")
     @classmethod
@@ -153,6 +143,10 @@ class KitRecipe(_Model):
         if source not in (None, "base"):
             raise ValueError(f"only 'base' is supported, found {source!r}")
         return source
+
+
+_Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+"""First layer, and the one after the last."""
 
 
 class _Source(_Model):
@@ -187,12 +181,13 @@ def kit_recipe(name: str) -> type[KitRecipe]:
         RecipeError: if the method is not known.
     """
     theirs, form = _THEIRS.get(name), form_of(name)
+    called: Mapping[str, str] = theirs.called if theirs else {}
     common: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for key, info in form.model_fields.items():
-        if key == "method" or (theirs and key in _NOT_THEIRS):
+        if key == "method" or (theirs and key in _NOT_THEIRS) or called.get(key) == "":
             continue
-        alias = "lambda" if theirs and key == "scaling" else None
+        alias = called.get(key)
         each = per_expert(form).get(key)
         plain: Any = info.rebuild_annotation()
         if each is None and float not in members(info.annotation):
@@ -208,7 +203,15 @@ def kit_recipe(name: str) -> type[KitRecipe]:
     parameters = create_model("Parameters", __base__=_Model, **common)
     own_parameters = create_model("Own", __base__=_Model, **own)
     source = create_model("Source", __base__=_Source, parameters=(own_parameters, own_parameters()))
-    fields: dict[str, Any] = {"models": (list[source], ...), "parameters": (parameters, parameters())}  # type: ignore[valid-type]
+    piece: Any = create_model("Piece", __base__=source, layer_range=(_Range, ...))
+    part: Any = create_model(
+        "Slice", __base__=_Model, sources=(list[piece], ...), parameters=(parameters, parameters())
+    )
+    fields: dict[str, Any] = {
+        "models": (list[source], []),  # type: ignore[valid-type]
+        "slices": (list[part], []),
+        "parameters": (parameters, parameters()),
+    }
     return create_model("Recipe", __base__=KitRecipe, **fields)
 
 
@@ -223,7 +226,7 @@ class PerTensor:
     """Of all experts: values and `Setting`s."""
     own: Mapping[str, Mapping[str, Setting]] = field(default_factory=dict)
     """By expert."""
-    places: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
     """Where the recipe lists each expert, for messages."""
     required: tuple[str, ...] = ()
     """Settings that must be said for every tensor."""
@@ -245,7 +248,7 @@ class PerTensor:
             rest = self.defaults.get(key) if rest is None else rest
             missing = [expert for expert, value in found.items() if value is None]
             if rest is None and key in self.required and (missing or not found):
-                whose = f"models.{self.places[missing[0]]}.parameters or " if key in per_expert(self.form) else ""
+                whose = f"{self.places[missing[0]]}.parameters or " if key in per_expert(self.form) else ""
                 raise RecipeError(f"{whose}parameters must give {key!r} for tensor {tensor!r}, found none")
             if len(missing) < len(found):
                 values[key] = {expert: rest if value is None else value for expert, value in found.items()}
@@ -263,12 +266,55 @@ def _resolve(setting: Any, tensor: str, depth: float) -> Any:
     return setting.at(tensor, depth) if isinstance(setting, Setting) else setting
 
 
-def compile_methods(recipe: KitRecipe, seed: int) -> PerTensor:
-    """The recipe's method for every tensor.
+@dataclass(frozen=True)
+class PerSlice(PerTensor):
+    """The same, where slices differ too; the fields are the first slice's."""
+
+    slices: tuple[tuple[int, PerTensor], ...] = ()
+    """How many layers of the result each slice gives, and its methods."""
+
+    def at(self, tensor: str, depth: float) -> Method:
+        """The method of the slice that a tensor lies in; lists of values go from its first layer to its last."""
+        layer = layer_of(tensor)
+        if layer is None:
+            return self.slices[0 if comes_first(tensor) else -1][1].at(tensor, 0.0)
+        for count, methods in self.slices:
+            if layer < count:
+                return methods.at(tensor, layer / (count - 1) if count > 1 else 0.0)
+            layer -= count
+        raise ValueError(f"{tensor!r} lies beyond the last slice")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Where a source of a slice takes its layers from."""
+
+    model: str
+    place: str
+    """Of the source in the recipe, for messages."""
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class KitMerge:
+    """A recipe's methods and models."""
+
+    methods: PerTensor
+    layers: Mapping[str, Sequence[Layers]] = field(default_factory=dict)
+    """Of a recipe of slices: what each expert is made of, and the base, which is called nothing."""
+
+
+def compile_methods(recipe: KitRecipe, seed: int) -> KitMerge:
+    """The recipe's method for every tensor, and what its models are made of.
 
     Args:
         recipe: the parsed YAML.
         seed: of random draws, for which mergekit's recipes have no place.
+
+    Raises:
+        RecipeError: if there are no models, one stands twice, slices do not fit each other, or the method needs a base
+            and has none.
     """
     theirs = _THEIRS.get(recipe.merge_method, _Theirs(recipe.merge_method, required=()))
     form = form_of(recipe.merge_method)
@@ -276,37 +322,75 @@ def compile_methods(recipe: KitRecipe, seed: int) -> PerTensor:
     fields = {key: info for key, info in form.model_fields.items() if key not in required}
     defaults = {key: info.get_default(call_default_factory=True) for key, info in fields.items()}
     defaults |= {"seed": seed} if "seed" in defaults else {}
-    places = expert_names(recipe)
-    own = {expert: _given(recipe.models[place].parameters) for expert, place in places.items()}
-    return PerTensor(form, {**defaults, **theirs.defaults}, _given(recipe.parameters), own, places, required)
+    parts = [(f"slices.{i}.sources", part.sources, _given(part.parameters)) for i, part in enumerate(recipe.slices)]
+    parts = parts or [("models", recipe.models, {})]
+    found = [_experts(recipe, form, sources, where) for where, sources, _ in parts]
+    alike = all(list(places) == list(found[0]) for places in found)
+    layers: dict[str, list[Layers]] = {}
+    of_slices = []
+    for (where, sources, given), places in zip(parts, found, strict=True):
+        if len(places) != len(found[0]):
+            wanted = len(found[0])
+            raise RecipeError(f"{where} must be as many as those of the first slice, {wanted}, found {len(places)}")
+        called = {model if alike else f"source {i}": place for i, (model, place) in enumerate(places.items())}
+        common = {**_given(recipe.parameters), **given}
+        own = {name: _given(sources[place].parameters) for name, place in called.items()}
+        named = {name: f"{where}.{place}" for name, place in called.items()}
+        of_slices.append(PerTensor(form, {**defaults, **theirs.defaults}, common, own, named, required))
+        if recipe.slices:
+            for name, one in _layers(recipe, form, sources, where, called).items():
+                layers.setdefault(name, []).append(one)
+    if len(of_slices) == 1:
+        return KitMerge(of_slices[0], layers)
+    counts = [one.stop - one.start for one in next(iter(layers.values()))]
+    first = {key.name: getattr(of_slices[0], key.name) for key in dataclass_fields(PerTensor)}
+    return KitMerge(PerSlice(**first, slices=tuple(zip(counts, of_slices, strict=True))), layers)
 
 
 def _given(parameters: BaseModel) -> dict[str, Any]:
     return {key: getattr(parameters, key) for key in parameters.model_fields_set}
 
 
-def expert_names(recipe: KitRecipe) -> dict[str, int]:
-    """The models that are merged into the base, by what the recipe calls them, and their places in its list.
+def _layers(
+    recipe: KitRecipe, form: type[Method], sources: Sequence[Any], where: str, called: Mapping[str, int]
+) -> dict[str, Layers]:
+    """What a slice takes from each of its sources, the base among them."""
+    found = dict(called)
+    if form.uses_base and recipe.base_model is not None:
+        places = [place for place, source in enumerate(sources) if source.model == recipe.base_model]
+        if len(places) != 1:
+            raise RecipeError(f"{where} must list the base_model once, found it {len(places)} times")
+        found[""] = places[0]
+    ranges = {place: sources[place].layer_range for place in found.values()}
+    for place, (start, stop) in ranges.items():
+        count = stop - start
+        if count < 1 or count != ranges[min(ranges)][1] - ranges[min(ranges)][0]:
+            raise RecipeError(
+                f"{where}.{place}.layer_range must be [FIRST, END] with as many layers in each source of the slice, "
+                f"found [{start}, {stop}]"
+            )
+    return {name: Layers(sources[p].model, f"{where}.{p}", *ranges[p]) for name, p in found.items()}
 
-    Raises:
-        RecipeError: if there are none, one stands twice, or the method needs a base and has none.
-    """
-    form = form_of(recipe.merge_method)
-    uses_base = form.uses_base
+
+def _experts(recipe: KitRecipe, form: type[Method], sources: Sequence[Any], where: str) -> dict[str, int]:
+    """The models that are merged into the base, by what the recipe calls them, and their places in a list of it."""
     names: dict[str, int] = {}
-    for place, source in enumerate(recipe.models):
-        if source.model == recipe.base_model and uses_base:
+    for place, source in enumerate(sources):
+        if source.model == recipe.base_model and form.uses_base:
             continue
         if source.model in names:
-            raise RecipeError(f"models.{place}: {source.model!r} stands twice in the list")
+            raise RecipeError(f"{where}.{place}: {source.model!r} stands twice in the list")
         names[source.model] = place
-    if not uses_base and recipe.base_model is not None and recipe.base_model not in names:
+    counted = recipe.merge_method != "passthrough" and not form.uses_base
+    if counted and recipe.base_model is not None and recipe.base_model not in names:
         raise RecipeError(
-            f"mergekit counts the base_model of {recipe.merge_method} as one of the models; list it under models, or "
+            f"mergekit counts the base_model of {recipe.merge_method} as one of the models; list it under {where}, or "
             "leave base_model out"
         )
-    if uses_base and form.needs_base and recipe.base_model is None:
+    if form.uses_base and form.needs_base and recipe.base_model is None:
         raise RecipeError(f"{recipe.merge_method} needs a base_model")
     if not names:
-        raise RecipeError("models: none is left to merge besides the base_model")
+        raise RecipeError(f"{where}: none is left to merge besides the base_model")
+    if recipe.merge_method == "passthrough" and len(names) > 1:
+        raise RecipeError(f"{where}: passthrough takes one model, found {len(names)}")
     return names

@@ -12,7 +12,8 @@ from twinmerge.merging.align import Labels, align, backbone_root, order_labels
 from twinmerge.merging.average import Average
 from twinmerge.merging.executor import OWN_BYTES
 from twinmerge.merging.method import Chunk, Method
-from twinmerge.merging.recipe import StaticMerge, depths, layer_count
+from twinmerge.merging.recipe import StaticMerge, depths
+from twinmerge.merging.slices import as_deep_as, assemble
 from twinmerge.models.compatible import (
     Allow,
     compare_configs,
@@ -47,6 +48,8 @@ class MergePlan:
     notes: tuple[str, ...]
     """Differences that were allowed, and what is unusual."""
     allow: Allow
+    inputs: tuple[Checkpoint, ...] = ()
+    """Every model that is read, as it lies on disk."""
 
     @property
     def merged(self) -> list[TensorSpec]:
@@ -154,18 +157,21 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
             require_values(opened[path])
         return opened[path]
 
-    reference = open_once(merge.reference)
-    base = open_once(merge.base) if merge.base else None
-    experts, copied, notes = _align_all(reference, {name: open_once(path) for name, path in merge.experts.items()})
+    def model(name: str, path: Path) -> Checkpoint:
+        return assemble(merge.pieces[name], opened) if name in merge.pieces else open_once(path)
+
+    for piece in [piece for parts in merge.pieces.values() for piece in parts]:
+        open_once(piece.path)
+    found = {name: model(name, path) for name, path in merge.experts.items()}
+    base = model("", merge.base) if merge.base else None
+    reference = base or (next(iter(found.values())) if merge.pieces else open_once(merge.reference))
+    experts, copied, notes = _align_all(reference, found)
     for name, expert in experts.items():
-        notes += compare_configs(reference, name, expert, allow)
-        notes += compare_vocabularies(reference.path, name, expert.path, allow)
         notes += compare_dtypes(reference, name, expert, {n: n for n in expert.specs if n in reference.specs})
-    layers = layer_count(reference.specs)
-    if merge.layers is not None and merge.layers != layers:
-        raise MismatchError(
-            f"layer_range ends at {merge.layers}, the models have {layers} layers; only whole models are merged"
-        )
+    compared = {p.model: opened[p.path] for parts in merge.pieces.values() for p in parts} or experts
+    for name, other in compared.items():
+        notes += compare_configs(reference, name, as_deep_as(other, reference) if merge.pieces else other, allow)
+        notes += compare_vocabularies(reference.path, name, other.path, allow)
     specs = tuple(
         replace(spec, dtype=merge.dtype) if merge.dtype and spec.dtype.is_floating_point else spec
         for spec in reference.specs.values()
@@ -173,7 +179,9 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
     merged = [name for name, spec in reference.specs.items() if spec.dtype.is_floating_point and name not in copied]
     labels = order_labels(reference, experts, merged)
     deep, notes = depths(list(reference.specs)), [*notes, *labels.notes]
-    plan = MergePlan(merge, reference, base, experts, specs, copied, labels, deep, tuple(notes), allow)
+    plan = MergePlan(
+        merge, reference, base, experts, specs, copied, labels, deep, tuple(notes), allow, tuple(opened.values())
+    )
     for spec in plan.merged:
         if fault := plan.method(spec.name).misfit(experts):
             raise RecipeError(fault)

@@ -1,8 +1,7 @@
 """Reads the recipe of a static merge, ours or mergekit's, and finds its models."""
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +12,12 @@ from pydantic import Field, model_validator
 
 from twinmerge.errors import RecipeError
 from twinmerge.files.schema import Strict, load_yaml
-from twinmerge.merging.mergekit import Dtype, PerTensor, compile_methods, kit_names, kit_recipe
+from twinmerge.merging.mergekit import Dtype, Layers, PerTensor, compile_methods, kit_names, kit_recipe
 from twinmerge.merging.method import Method
+from twinmerge.merging.slices import IN_STACK, Piece
 from twinmerge.merging.task_arithmetic import TaskArithmetic
 from twinmerge.models.provenance import portable
 from twinmerge.models.source import locate
-
-_IN_STACK = re.compile(r"(?:(.*?)\.)?(\d+)\.")
 
 
 class MergeRecipe(Strict):
@@ -63,8 +61,8 @@ class StaticMerge:
     """Of the result; None: each tensor keeps the reference's."""
     calibration: Mapping[str, Path] = field(default_factory=dict)
     """Inputs of each expert, for methods that measure on them."""
-    layers: int | None = None
-    """How many layers the recipe says the models have, if it says so."""
+    pieces: Mapping[str, Sequence[Piece]] = field(default_factory=dict)
+    """What each expert is made of, and the base, called nothing, where a recipe has slices."""
     seed: int = 0
     sources: Mapping[Path, str] = field(default_factory=dict)
     """How the manifest calls each of the models: as another machine may read it."""
@@ -104,19 +102,35 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
         raise RecipeError(f"{path}: merge_method {name!r} is not supported; known are {', '.join(kit_names())}")
     kit = load_yaml(path, kit_recipe(name))
     try:
-        methods = compile_methods(kit, seed)
+        found = compile_methods(kit, seed)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
-    experts = {name: _locate_near(path, name, f"models.{place}.model") for name, place in methods.places.items()}
+    methods, pieces = found.methods, _pieces(path, found.layers)
+    experts = {
+        name: pieces[name][0].path if pieces else _locate_near(path, name, f"{place}.model")
+        for name, place in methods.places.items()
+    }
     start = _locate_near(path, kit.base_model, "base_model") if kit.base_model else None
-    named = {name: found for name, found in [*experts.items(), (str(kit.base_model), start)] if found}
+    named = {**{piece.model: piece.path for parts in pieces.values() for piece in parts}} or dict(experts)
+    named |= {str(kit.base_model): start} if start else {}
     sources = {found: portable(path.resolve().parent, name, found) for name, found in named.items()}
     base = start if methods.form.uses_base else None
     dtype = _dtype(kit.out_dtype or kit.dtype)
-    reference = start or next(iter(experts.values()))
+    first = next(iter(experts.values()))
+    reference = first if pieces and base is None else start or first
     data = _calibration(path, methods)
     sources |= _called(path, data)
-    return StaticMerge(name, methods, reference, base, experts, dtype, data, kit.layers, seed, sources)
+    return StaticMerge(name, methods, reference, base, experts, dtype, data, pieces, seed, sources)
+
+
+def _pieces(path: Path, layers: Mapping[str, Sequence[Layers]]) -> dict[str, tuple[Piece, ...]]:
+    """The layers of slices, with their models found."""
+    return {
+        name: tuple(
+            Piece(one.model, _locate_near(path, one.model, f"{one.place}.model"), one.start, one.stop) for one in parts
+        )
+        for name, parts in layers.items()
+    }
 
 
 def _load_ours(path: Path, seed: int) -> StaticMerge:
@@ -134,7 +148,7 @@ def _load_ours(path: Path, seed: int) -> StaticMerge:
     methods = PerTensor(type(recipe.shared), recipe.shared.model_dump())
     data, dtype = _calibration(path, methods), _dtype(recipe.dtype)
     sources |= _called(path, data)
-    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, None, seed, sources)
+    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, {}, seed, sources)
 
 
 def _calibration(path: Path, methods: PerTensor) -> dict[str, Path]:
@@ -160,7 +174,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
         >>> depths(["embed.weight", "layers.0.w", "layers.1.w", "layers.2.w"])["layers.1.w"]
         0.5
     """
-    found = {name: (match[1] or "", int(match[2])) for name in names if (match := _IN_STACK.match(name))}
+    found = {name: (match[1] or "", int(match[2])) for name in names if (match := IN_STACK.match(name))}
     last: dict[str, int] = defaultdict(int)
     for stack, layer in found.values():
         last[stack] = max(last[stack], layer)
@@ -169,11 +183,6 @@ def depths(names: Iterable[str]) -> dict[str, float]:
         stack, layer = found.get(name, ("", 0))
         result[name] = layer / last[stack] if name in found and last[stack] else 0.0
     return result
-
-
-def layer_count(names: Iterable[str]) -> int:
-    """Layers of the largest stack."""
-    return max((int(match[2]) + 1 for name in names if (match := _IN_STACK.match(name))), default=0)
 
 
 def twin_keys(path: Path) -> list[str]:
