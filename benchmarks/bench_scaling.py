@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from twinmerge.eval.metrics import normalized_score, score
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun
+from twinmerge.eval.seed import ANY_ROUTER, SeedRun
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
+from twinmerge.jobs.tune import NEXT_TO_NOTHING
 from twinmerge.merging.average import Average
 from twinmerge.merging.method import Method
 from twinmerge.merging.task_arithmetic import TaskArithmetic

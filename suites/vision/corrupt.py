@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from suites.vision.data import PIXELS
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, inputs_of
+from twinmerge.eval.seed import ANY_ROUTER, SeedRun, inputs_of
 from twinmerge.eval.suite import Suite
 from twinmerge.files.progress import silent
 from twinmerge.files.rows import Row
 from twinmerge.hf.images import open_image
 from twinmerge.jobs.predict import predict
+from twinmerge.jobs.tune import NEXT_TO_NOTHING
 from twinmerge.merging.average import Pretrained
 
 Corruption = Callable[[Image.Image, float, np.random.Generator], Image.Image]

@@ -16,12 +16,13 @@ from twinmerge.eval.ablation import sliced
 from twinmerge.eval.harness import run_suite
 from twinmerge.eval.metrics import MISROUTED
 from twinmerge.eval.results import read_predictions
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, inputs_of
+from twinmerge.eval.seed import ANY_ROUTER, SeedRun, inputs_of
 from twinmerge.eval.suite import Suite, TaskSpec
 from twinmerge.files.progress import silent
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
 from twinmerge.jobs.predict import predict
+from twinmerge.jobs.tune import NEXT_TO_NOTHING
 from twinmerge.routing.router import Stored
 from twinmerge.twin.features import Layers
 from twinmerge.twin.recipe import RouterSettings

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from twinmerge.cli.progress import shown_progress
@@ -60,6 +61,26 @@ def merge(options: argparse.Namespace) -> None:
     size = sum(file["bytes"] for file in manifest["files"].values())
     sentence = f"{options.out}: {manifest['tensors']} tensors, {size:,} bytes, {manifest['recipe']['method']}"
     show_result({"model": str(options.out), **manifest}, options.json, sentence)
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Choose a scaling."""
+    from twinmerge.files.tables import RowFile
+    from twinmerge.jobs.tune import tune
+
+    with shown_progress() as progress:
+        tuned = tune(
+            options.recipe,
+            {name: RowFile.parse(words, Path()) for name, words in options.rows},
+            options.out,
+            scalings=options.scalings,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    scores = ", ".join(f"{scaling:g} {score:.2%}" for scaling, score in tuned.scores.items())
+    sentence = f"{options.out}: {tuned.method.method} with scaling {tuned.scaling:g}; accuracy on validation: {scores}"
+    result = {"recipe": str(options.out), "scaling": tuned.scaling, "accuracy": list(tuned.scores.items())}
+    show_result(result, options.json, sentence)
 
 
 def plan(options: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ OVERWRITE_HELP = "replace the folder, once the new one is complete, and drop wha
 FORMS = ("dense", "peft", "stacked-lora")
 EXECUTORS = ("serial", "threads", "processes", "ray")
 RESUME_HELP = "go on with what an interrupted run left, verified by hash"
+SCALINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.3)
+"""What `tune` tries where nothing else is said."""
 SEED_HELP = "of DARE in mergekit's recipes (default: %(default)s)"
 
 
@@ -56,6 +58,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--seed", type=_whole, default=0, help=SEED_HELP)
     _add_work_options(merge)
+
+    tune = _command(commands, "tune", run.tune, "choose the scaling of a merge on labelled validation rows")
+    tune.add_argument("recipe", type=Path, help="YAML file of `twinmerge build` or `twinmerge merge`, not mergekit's")
+    tune.add_argument(
+        "--rows",
+        type=_named_path,
+        nargs="+",
+        required=True,
+        metavar="NAME=FILE",
+        help="labelled rows of every expert, as `predict --input` takes them; never those that results are reported on",
+    )
+    tune.add_argument(
+        "--scalings",
+        type=_finite,
+        nargs="+",
+        default=SCALINGS,
+        help="what is tried; of equal ones the first wins (default: 0.1 0.2 0.3 0.4 0.5 0.7 1 1.3)",
+    )
+    tune.add_argument("--out", type=Path, required=True, help="the new recipe, in the folder of the old one")
+    tune.add_argument("--overwrite", action="store_true", help="replace it if it exists")
 
     _command(
         commands, "methods", run.methods, "list every merge method: paper, protocol, data, options, where it works"
@@ -380,6 +402,16 @@ def _weights(text: str) -> dict[str, float]:
             raise argparse.ArgumentTypeError(f'must be weights such as "sms=0.7,trec=0.3", found {part!r} in {text!r}')
         weights[name] = weight
     return weights
+
+
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, found {text!r}")
+    return number
 
 
 def _whole(text: str) -> int:

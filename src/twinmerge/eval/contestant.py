@@ -13,13 +13,14 @@ from torch import Tensor
 from twinmerge.eval.metrics import mask_misrouted
 from twinmerge.eval.results import ContestantResult, Kind, Predictions, TaskPredictions
 from twinmerge.eval.scores import normalized_interval, score_tasks
-from twinmerge.eval.seed import ANY_ROUTER, NEXT_TO_NOTHING, SeedRun, Twin, inputs_of
+from twinmerge.eval.seed import ANY_ROUTER, SeedRun, Twin, inputs_of
 from twinmerge.eval.suite import ContestantSpec, Task
 from twinmerge.files.rows import Row
 from twinmerge.hf.features import pool
 from twinmerge.hf.inputs import tokenized_batches
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.predict import predict
+from twinmerge.jobs.tune import NEXT_TO_NOTHING, choose_scaling
 from twinmerge.merging.method import Method
 from twinmerge.routing.group_wise import group_gates
 
@@ -117,19 +118,16 @@ class _Contestant:
 
     def _chosen_shared(self) -> Method:
         """The merge, its scaling the best on validation rows if the suite gives several (the first, if equal)."""
-        shared: Method = self.spec.shared
         if self.spec.scalings is None:
-            return shared
-        scores = {}
-        for scaling in self.spec.scalings:
-            scaled = shared.model_copy(update={"scaling": scaling})
-            model = self.at.build(scaled, NEXT_TO_NOTHING, ANY_ROUTER).model
-            scores[scaling] = float(
-                np.mean([self._validation_accuracy(model, task) for task in self.at.tasks.values()])
-            )
-        best = max(scores, key=scores.__getitem__)
-        self.settings["scaling"] = best
-        return shared.model_copy(update={"scaling": best})
+            return self.spec.shared
+
+        def score(method: Method) -> float:
+            model = self.at.build(method, NEXT_TO_NOTHING, ANY_ROUTER).model
+            return float(np.mean([self._validation_accuracy(model, task) for task in self.at.tasks.values()]))
+
+        tuned = choose_scaling(self.spec.shared, self.spec.scalings, score)
+        self.settings["scaling"] = tuned.scaling
+        return tuned.method
 
     def _validation_accuracy(self, model: TwinModel, task: Task) -> float:
         rows = task.validation[: self.at.suite.validation_rows]

@@ -27,10 +27,11 @@ from twinmerge.eval.results import (
     write_predictions,
 )
 from twinmerge.eval.scores import compare, summarize
-from twinmerge.eval.seed import NEXT_TO_NOTHING, SeedRun
+from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
 from twinmerge.files.progress import Progress, silent
 from twinmerge.jobs.build import open_plan, versions
+from twinmerge.jobs.tune import NEXT_TO_NOTHING
 from twinmerge.runtime.precision import resolve
 
 

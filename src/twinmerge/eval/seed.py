@@ -21,6 +21,7 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build, open_plan
 from twinmerge.jobs.predict import predict
 from twinmerge.jobs.preflight import checked
+from twinmerge.jobs.tune import NEXT_TO_NOTHING
 from twinmerge.merging.method import Method
 from twinmerge.runtime.precision import autocast, resolve
 from twinmerge.twin.features import Features
@@ -28,8 +29,6 @@ from twinmerge.twin.manifest import Manifest
 from twinmerge.twin.plan import Plan
 from twinmerge.twin.recipe import ExclusiveSettings, RouterSettings
 
-NEXT_TO_NOTHING = ExclusiveSettings(compression="magnitude", density=1e-9)
-"""Of a twin that is asked for its shared expert only: the least to compute and keep."""
 ANY_ROUTER = RouterSettings(method="centroid", features=Features.parse("embeddings"), samples_per_expert=2)
 """Of a twin whose router nobody asks: the cheapest to fit."""
 

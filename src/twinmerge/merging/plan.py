@@ -160,11 +160,13 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
     def model(name: str, path: Path) -> Checkpoint:
         return assemble(merge.pieces[name], opened) if name in merge.pieces else open_once(path)
 
+    if not merge.pieces:
+        open_once(merge.reference)
     for piece in [piece for parts in merge.pieces.values() for piece in parts]:
         open_once(piece.path)
     found = {name: model(name, path) for name, path in merge.experts.items()}
     base = model("", merge.base) if merge.base else None
-    reference = base or (next(iter(found.values())) if merge.pieces else open_once(merge.reference))
+    reference = base or (next(iter(found.values())) if merge.pieces else opened[merge.reference])
     experts, copied, notes = _align_all(reference, found)
     for name, expert in experts.items():
         notes += compare_dtypes(reference, name, expert, {n: n for n in expert.specs if n in reference.specs})

@@ -95,7 +95,7 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     Raises:
         RecipeError: `file:line`, what is wrong and what to do.
     """
-    name = _content(path).get("merge_method")
+    name = recipe_content(path).get("merge_method")
     if name is None:
         return _load_ours(path, seed)
     if name not in kit_names():
@@ -187,7 +187,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 def twin_keys(path: Path) -> list[str]:
     """What makes a recipe a twin's: keys that no static merge has, experts with router data; empty if nothing does."""
-    data = _content(path)
+    data = recipe_content(path)
     experts = data.get("experts")
     entries = experts if isinstance(experts, dict) else {}
     return [key for key in ("exclusive", "router", "max_length") if key in data] + [
@@ -197,7 +197,7 @@ def twin_keys(path: Path) -> list[str]:
     ]
 
 
-def _content(path: Path) -> dict[str, Any]:
+def recipe_content(path: Path) -> dict[str, Any]:
     """A recipe as it stands there, empty if it cannot be read: `load_yaml` says what is wrong, and where."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
