@@ -17,7 +17,7 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.hf.paged import PagedWriter, Token, Wish
 
 Twins = Callable[..., Path]
-TEXTS, NEW = 16, 8
+TEXTS, NEW = 16, 5
 
 
 def prompts() -> list[list[int]]:
@@ -49,9 +49,17 @@ def ids(tokens: Sequence[Token]) -> list[int]:
     return [token.id for token in tokens]
 
 
-@pytest.fixture(params=["llama", "gpt2"])
+FORMS = {
+    "llama": {},
+    "gpt2": {},
+    "llama with one head for all": {"exclusive": {"rank": 4, "embeddings": "shared"}},
+    "llama of sparse parts": {"exclusive": {"compression": "magnitude", "density": 0.3, "embeddings": "exclusive"}},
+}
+
+
+@pytest.fixture(params=FORMS)
 def model(request: pytest.FixtureRequest, twin: Twins) -> TwinModel:
-    return TwinModel.from_pretrained(twin(request.param), dtype=torch.float64)
+    return TwinModel.from_pretrained(twin(request.param.split()[0], **FORMS[request.param]), dtype=torch.float64)
 
 
 def alone(model: TwinModel, prompt: list[int], gate: Tensor, **settings: Any) -> list[int]:
@@ -71,19 +79,20 @@ def test_sixteen_texts_under_sixteen_gates_are_those_of_sixteen_models(model: Tw
     assert not writer._manager.output_router.result_handlers
 
 
-def test_one_gate_for_all_and_the_shared_expert_alone(model: TwinModel) -> None:
+def test_one_gate_for_all_and_the_shared_expert_alone(twin: Twins) -> None:
+    model = TwinModel.from_pretrained(twin("llama"), dtype=torch.float64)
     for gate in (torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64), torch.zeros(3, dtype=torch.float64)):
         writer = PagedWriter(model, batch_tokens=64, cache_tokens=1024, texts=4)
-        found = written(writer, gate.expand(TEXTS, -1), [Wish(NEW)] * TEXTS, prompts())
-        assert [ids(tokens) for tokens in found] == [alone(model, p, gate) for p in prompts()]
+        found = written(writer, gate.expand(4, -1), [Wish(NEW)] * 4, prompts()[-4:])
+        assert [ids(tokens) for tokens in found] == [alone(model, p, gate) for p in prompts()[-4:]]
 
 
 def test_a_cache_too_small_for_all_texts_loses_none(twin: Twins) -> None:
     model = TwinModel.from_pretrained(twin("llama"), dtype=torch.float64)
-    gates = random_gate(TEXTS, dtype=torch.float64)
-    writer = PagedWriter(model, batch_tokens=64, cache_tokens=3 * paged.PAGE, texts=TEXTS)
-    found = written(writer, gates, [Wish(NEW)] * TEXTS, prompts())
-    assert [ids(tokens) for tokens in found] == [alone(model, p, g) for p, g in zip(prompts(), gates, strict=True)]
+    gates, texts = random_gate(8, dtype=torch.float64), prompts()[-8:]
+    writer = PagedWriter(model, batch_tokens=64, cache_tokens=3 * paged.PAGE, texts=8)
+    found = written(writer, gates, [Wish(NEW)] * 8, texts)
+    assert [ids(tokens) for tokens in found] == [alone(model, p, g) for p, g in zip(texts, gates, strict=True)]
 
 
 def test_a_seed_gives_the_same_text_whatever_shares_the_batch(twin: Twins) -> None:

@@ -131,7 +131,12 @@ class PagedWriter:
         paged = copy.copy(model.backbone)
         gated_output = isinstance(model.backbone.get_output_embeddings(), GatedLayer)
         self._keeps = not gated_output and paged._supports_logits_to_keep()
-        paged.forward = self._passed if not self._keeps else wraps(model.backbone.forward)(self._passed)
+
+        @wraps(model.backbone.forward)
+        def keeping(**batch: Any) -> Any:  # its signature says that it takes logits_to_keep
+            return self._passed(**batch)
+
+        paged.forward = keeping if self._keeps else self._passed
         greedy: Any = GenerationConfig
         self._manager = paged.init_continuous_batching(
             generation_config=greedy(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=1),
