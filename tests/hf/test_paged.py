@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from tests.tiny import random_gate
-from twinmerge.errors import MismatchError
+from twinmerge.errors import GateError, MismatchError
 from twinmerge.hf import paged
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.paged import PagedWriter, Token, Wish
@@ -131,6 +131,27 @@ def test_an_experts_own_rules_of_writing_hold(twin: Twins) -> None:
     found = written(writer, gates, [Wish(NEW)] * 2, prompts()[:2])
     expected = [alone(model, p, g, repetition_penalty=1.7) for p, g in zip(prompts(), gates, strict=False)]
     assert [ids(tokens) for tokens in found] == expected
+
+
+def test_a_gate_under_which_there_are_no_numbers_fails_and_the_next_text_is_right(twin: Twins) -> None:
+    model = TwinModel.from_pretrained(twin("llama"), dtype=torch.float64)
+    gates, prompt = torch.tensor([[0.2, 0.3, 0.5], [1e300, 1e300, 1e300]], dtype=torch.float64), prompts()[3]
+    writer = PagedWriter(model, batch_tokens=64, cache_tokens=64, texts=4)
+
+    async def one(gate: Tensor, temperature: float) -> list[Token]:
+        return [token async for token in writer.write(prompt, gate, None, Wish(NEW, temperature))]
+
+    async def three() -> list[Token]:
+        for temperature in (0.0, 1.0):
+            with pytest.raises(GateError, match="under this gate the model gives no numbers; give smaller weights"):
+                await one(gates[1], temperature)
+        return await one(gates[0], 0.0)
+
+    writer.start()
+    try:
+        assert ids(asyncio.run(three())) == alone(model, prompt, gates[0])
+    finally:
+        writer.stop()
 
 
 def test_leaving_a_text_ends_the_work_on_it(twin: Twins) -> None:

@@ -167,6 +167,14 @@ def test_a_request_that_takes_too_long_is_ended(endless: Path) -> None:
     with running(TwinModel.from_pretrained(endless), timeout_s=1.0) as server:
         status, message = server.refused("/v1/completions", long(max_tokens=4000))
         assert (status, message) == (504, "the request took longer than 1 s")
+        connection = server.connect()
+        connection.sendall(post("/v1/completions", long(stream=True, max_tokens=4000)))
+        said = b""
+        while part := connection.recv(1 << 16):
+            said += part
+        assert b"text_completion" in said
+        assert b"[DONE]" not in said
+        connection.close()
         assert until(lambda: idle(server), 5)
         assert answers(server)
 

@@ -143,6 +143,8 @@ def test_fields_that_ask_for_nothing_are_taken_and_logprobs_of_completions(clien
         ("completions", {"tools": [{}]}, "tools cannot be honoured here"),
         ("completions", {"beams": 3}, "beams: Extra inputs are not permitted; this route knows model, twin, stream"),
         ("completions", {"temperature": 3}, "temperature: Input should be less than or equal to 2"),
+        ("completions", {"temperature": 1e-40}, "temperature: must be 0, which takes the likeliest token, or 0.01"),
+        ("completions", {"twin": {"gate": {"sms": 1e30}}}, "twin.gate.sms: Input should be less than or equal to 100"),
         ("completions", {"temperature": "hot"}, "temperature: Input should be a valid number"),
         ("completions", {"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
         ("completions", {"max_tokens": 5000}, "max_tokens must be 4096 at most on this server, found 5000"),

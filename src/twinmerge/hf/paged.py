@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.logits_process import LogitsProcessorList
 
-from twinmerge.errors import MismatchError, TwinMergeError
+from twinmerge.errors import GateError, MismatchError, TwinMergeError
 from twinmerge.hf.generate import SAMPLING, end_ids, keeps_cache, writer
 from twinmerge.hf.model import TwinModel
 from twinmerge.runtime.gate import GateContext
@@ -77,6 +77,8 @@ class _Text:
     processors: LogitsProcessorList
     generator: torch.Generator
     tokens: list[Token] = field(default_factory=list)
+    broken: bool = False
+    """Whether the model gave no numbers, as under an absurd gate."""
 
 
 def require_paged(model: TwinModel) -> None:
@@ -180,6 +182,8 @@ class PagedWriter:
             What was written, an end token too.
 
         Raises:
+            GateError: if the model gives no numbers under the gate, or under that of a text in the same pass: a weight
+                of 0 in attention times no number is none either.
             TwinMergeError: if the writing failed.
         """
         name, updates = f"text-{next(self._numbers)}", asyncio.Queue[Any]()
@@ -199,6 +203,8 @@ class PagedWriter:
                 over = found.is_finished()
                 if found.error is not None:
                     raise TwinMergeError(f"the text was not written to its end: {found.error}")
+                if text.broken:
+                    raise GateError("under this gate the model gives no numbers; give smaller weights")
                 for token in text.tokens[told : len(found.generated_tokens)]:
                     yield token
                 told = len(found.generated_tokens)
@@ -253,8 +259,12 @@ class PagedWriter:
         """Choose each text's next token, and leave logits (place, token) of which it is the largest."""
         if not texts:
             return
-        likeliest = logits[places].argmax(dim=-1).tolist()
-        for text, place, token in zip(texts, places, likeliest, strict=True):
+        likeliest, broken = logits[places].argmax(dim=-1).tolist(), logits[places].isnan().any(dim=-1).tolist()
+        for text, place, token, no_numbers in zip(texts, places, likeliest, broken, strict=True):
+            text.broken |= no_numbers
+            if text.broken:
+                logits[place] = 0.0
+                continue
             if text.processors or text.wish.temperature > 0:
                 token = _chosen(text, logits[place])
             told = _told(logits[place], token, text.wish.top)

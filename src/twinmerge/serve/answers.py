@@ -81,13 +81,13 @@ class Draft:
             most = engine.settings.max_new_tokens
             raise Fault(400, f"max_tokens must be {most} at most on this server, found {asked}", param="max_tokens")
         wish = Wish(asked or default, body.temperature, body.top_p, body.seed, top)
-        choices: list[_Choice] = []
-        for row in rows:
-            for place in range(body.n):
-                seeded = wish if wish.seed is None else replace(wish, seed=wish.seed + place)
-                text = await engine.text(row, target, seeded, body.stops, asked=asked is not None)
-                choices.append(_Choice(len(choices), text))
-        return cls(body, choices)
+
+        async def text(row: dict[str, Any], place: int) -> Text:
+            seeded = wish if wish.seed is None else replace(wish, seed=wish.seed + place)
+            return await engine.text(row, target, seeded, body.stops, asked=asked is not None)
+
+        texts = await asyncio.gather(*(text(row, place) for row in rows for place in range(body.n)))
+        return cls(body, [_Choice(index, one) for index, one in enumerate(texts)])
 
     async def whole(self) -> dict[str, Any]:
         """The answer, once everything is written."""

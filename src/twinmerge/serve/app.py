@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twinmerge import __version__
+from twinmerge.errors import InputError
 from twinmerge.serve import answers
 from twinmerge.serve.bodies import Body, Chat, Completion, Embedding, Inputs, read_body
 from twinmerge.serve.engine import Engine
@@ -100,7 +101,13 @@ def make_app(engine: Engine, *, log: TextIO | None = None) -> ASGIApp:
             Route("/metrics", metrics),
             *(_page(path, *page) for path, page in _PAGE.items()),
         ],
-        exception_handlers={Fault: _refused, HTTPException: _unknown, GoneError: _gone, ClientDisconnect: _gone},
+        exception_handlers={
+            Fault: _refused,
+            InputError: _unusable,
+            HTTPException: _unknown,
+            GoneError: _gone,
+            ClientDisconnect: _gone,
+        },
         lifespan=lifespan,
     )
     return _Gate(app, engine, log)
@@ -137,8 +144,9 @@ class _Gate:
         except Fault as fault:
             await JSONResponse(fault.body, fault.status, fault.headers)(scope, receive, sent)
         except TimeoutError:
-            if status:  # the answer has begun: all that is left is to end it
-                raise
+            if status:  # the answer has begun: all that is left is to close the connection
+                self._log(id=name, error=f"took longer than {self.settings.timeout_s:g} s")
+                return
             late = Fault(504, f"the request took longer than {self.settings.timeout_s:g} s", code="timeout")
             await JSONResponse(late.body, late.status)(scope, receive, sent)
         except Exception as error:  # noqa: BLE001 - logged; other requests go on
@@ -241,6 +249,10 @@ def _page(path: str, file: str, kind: str) -> Route:
 async def _refused(_: Request, fault: Exception) -> Response:
     assert isinstance(fault, Fault)
     return JSONResponse(fault.body, fault.status, fault.headers)
+
+
+async def _unusable(_: Request, error: Exception) -> Response:
+    return JSONResponse(Fault(400, str(error)).body, 400)
 
 
 async def _unknown(request: Request, error: Exception) -> Response:

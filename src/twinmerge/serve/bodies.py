@@ -28,6 +28,9 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
 WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "user"})
 """Fields that say nothing about the answer."""
 
+_COLDEST = 0.01
+"""Below, probabilities are beyond what numbers hold."""
+
 
 def _sound(text: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -35,8 +38,15 @@ def _sound(text: str) -> str:
     return text
 
 
+def _warm(temperature: float) -> float:
+    if 0 < temperature < _COLDEST:
+        raise ValueError(f"must be 0, which takes the likeliest token, or {_COLDEST} and more")
+    return temperature
+
+
 Text = Annotated[str, AfterValidator(_sound)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Weight = Annotated[float, Field(strict=True, ge=-100, le=100)]
 
 
 class Body(BaseModel):
@@ -48,7 +58,7 @@ class Body(BaseModel):
 class TwinField(Body):
     """Who answers, where the request says so itself."""
 
-    gate: dict[str, Number] | None = None
+    gate: dict[str, Weight] | None = None
     expert: str | None = None
 
 
@@ -71,7 +81,7 @@ class Written(Asking):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[Number, Field(ge=0, le=2)] = 1.0
+    temperature: Annotated[Number, Field(ge=0, le=2), AfterValidator(_warm)] = 1.0
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     n: Annotated[int, Field(ge=1, le=16)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
