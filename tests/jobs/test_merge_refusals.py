@@ -114,8 +114,7 @@ def test_wrong_mergekit_parameters_are_named_with_their_line(models: Path, param
 
 KIT_UNSUPPORTED = {
     "parameters: {rescale: true}": "parameters.rescale: input should be False, found True",
-    "tokenizer_source: union": "tokenizer_source: only 'base' is supported, found 'union'",
-    "chat_template: auto": "mergekit's key 'chat_template' is not supported",
+    "embed_slerp: true": "mergekit's key 'embed_slerp' is not supported",
     "typo: 1": "recipe.yaml:8: unknown key 'typo'; did you mean 'dtype'",
     "slices: []": "a recipe has either models or slices",
     "parameters: {normalise: true}": "unknown key 'normalise' under parameters; did you mean 'normalize'",
@@ -131,6 +130,7 @@ def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("merge_method: linear\nname: x\n---\nmerge_method: linear\n", "holds 2 documents, and a recipe is one"),
         ("merge_method: nearswap\n", "merge_method 'nearswap' is not supported; known are linear"),
         ("merge_method: passthrough\n", "a recipe has either models or slices"),
         ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n", "passthrough takes one model, found 2"),

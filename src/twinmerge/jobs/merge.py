@@ -27,6 +27,7 @@ from twinmerge.merging.method import Chunk
 from twinmerge.merging.plan import MergePlan, plan_merge, stretches
 from twinmerge.merging.recipe import StaticMerge, load_merge
 from twinmerge.merging.statistics import Statistics
+from twinmerge.merging.tokenizer import write_tokenizer
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input
 
@@ -106,6 +107,7 @@ def _merge_into(
         progress("merging", count, len(plan.specs))
     writer.finish()
     _copy_side_files(plan, target.folder)
+    write_tokenizer(plan.merge.tokenizer, [model.path for model in plan.inputs], target.folder)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from twinmerge.merging.method import OWN, Method, find_method, method_names, per
 from twinmerge.merging.slices import comes_first, layer_of
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-_UNSUPPORTED = ("tokenizer", "chat_template", "modules", "parallel", "embed_slerp")
+_UNSUPPORTED = ("modules", "parallel", "embed_slerp")
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,14 @@ class _Model(Strict):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
+class KitTokenizer(_Model):
+    """Whose tokenizer the result gets: `base`, `union`, or a model."""
+
+    source: str = "union"
+    tokens: Literal[None] = None
+    pad_to_multiple_of: Literal[None] = None
+
+
 class KitRecipe(_Model):
     """What all methods share."""
 
@@ -122,6 +130,8 @@ class KitRecipe(_Model):
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     tokenizer_source: str | None = None
+    tokenizer: KitTokenizer | None = None
+    chat_template: str | None = None
     name: str | None = None
     models: list[Any] = []
     slices: list[Any] = []
@@ -137,12 +147,23 @@ class KitRecipe(_Model):
             raise ValueError("a recipe has either models or slices")
         return data
 
-    @field_validator("tokenizer_source")
+    @field_validator("chat_template")
     @classmethod
-    def _base_tokenizer(cls, source: str | None) -> str | None:
-        if source not in (None, "base"):
-            raise ValueError(f"only 'base' is supported, found {source!r}")
-        return source
+    def _template_itself(cls, template: str | None) -> str | None:
+        if template is not None and template != "auto" and not any(mark in template for mark in ("{{", "{%")):
+            raise ValueError(f"must be auto or a Jinja template itself, found {template!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> "KitRecipe":
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("a recipe has either tokenizer or tokenizer_source")
+        return self
+
+    @property
+    def whose_tokenizer(self) -> str:
+        """`base`, `union` or a model."""
+        return self.tokenizer.source if self.tokenizer else self.tokenizer_source or "base"
 
 
 _Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]

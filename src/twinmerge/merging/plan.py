@@ -14,6 +14,7 @@ from twinmerge.merging.executor import OWN_BYTES
 from twinmerge.merging.method import Chunk, Method
 from twinmerge.merging.recipe import StaticMerge, depths
 from twinmerge.merging.slices import as_deep_as, assemble
+from twinmerge.merging.tokenizer import missing_template
 from twinmerge.models.compatible import (
     Allow,
     compare_configs,
@@ -174,12 +175,17 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
     for name, other in compared.items():
         notes += compare_configs(reference, name, as_deep_as(other, reference) if merge.pieces else other, allow)
         notes += compare_vocabularies(reference.path, name, other.path, allow)
+    if merge.tokenizer.alike:
+        others = [other.path for other in opened.values()] + [merge.tokenizer.source or reference.path]
+        _require_one_vocabulary(reference.path, others)
     specs = tuple(
         replace(spec, dtype=merge.dtype) if merge.dtype and spec.dtype.is_floating_point else spec
         for spec in reference.specs.values()
     )
     merged = [name for name, spec in reference.specs.items() if spec.dtype.is_floating_point and name not in copied]
     labels = order_labels(reference, experts, merged)
+    if note := missing_template(merge.tokenizer, [model.path for model in opened.values()]):
+        notes.append(note)
     deep, notes = depths(list(reference.specs)), [*notes, *labels.notes]
     plan = MergePlan(
         merge, reference, base, experts, specs, copied, labels, deep, tuple(notes), allow, tuple(opened.values())
@@ -188,6 +194,15 @@ def plan_merge(merge: StaticMerge, allow: Allow = Allow()) -> MergePlan:
         if fault := plan.method(spec.name).misfit(experts):
             raise RecipeError(fault)
     return plan
+
+
+def _require_one_vocabulary(reference: Path, others: Sequence[Path]) -> None:
+    for other in others:
+        if found := list(compare_vocabularies(reference, str(other), other, Allow(vocabulary=True))):
+            raise MismatchError(
+                f"tokenizer: {found[0]}; rows of embeddings are merged as they lie, so all models must have one "
+                "vocabulary for another tokenizer than the base's"
+            )
 
 
 def _align_all(

@@ -16,6 +16,7 @@ from twinmerge.merging.mergekit import Dtype, Layers, PerTensor, compile_methods
 from twinmerge.merging.method import Method
 from twinmerge.merging.slices import IN_STACK, Piece
 from twinmerge.merging.task_arithmetic import TaskArithmetic
+from twinmerge.merging.tokenizer import TokenizerChoice
 from twinmerge.models.provenance import portable
 from twinmerge.models.source import locate
 
@@ -64,6 +65,7 @@ class StaticMerge:
     pieces: Mapping[str, Sequence[Piece]] = field(default_factory=dict)
     """What each expert is made of, and the base, called nothing, where a recipe has slices."""
     seed: int = 0
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
     sources: Mapping[Path, str] = field(default_factory=dict)
     """How the manifest calls each of the models: as another machine may read it."""
 
@@ -95,6 +97,11 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     Raises:
         RecipeError: `file:line`, what is wrong and what to do.
     """
+    if (count := _documents(path)) > 1:
+        raise RecipeError(
+            f"{path} holds {count} documents, and a recipe is one; give each a file, later ones naming folders that "
+            "earlier ones are merged into"
+        )
     name = recipe_content(path).get("merge_method")
     if name is None:
         return _load_ours(path, seed)
@@ -120,7 +127,10 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     reference = first if pieces and base is None else start or first
     data = _calibration(path, methods)
     sources |= _called(path, data)
-    return StaticMerge(name, methods, reference, base, experts, dtype, data, pieces, seed, sources)
+    whose = kit.whose_tokenizer
+    theirs = None if whose in ("base", "union") else _locate_near(path, whose, "tokenizer")
+    tokenizer = TokenizerChoice(theirs, whose == "union", kit.chat_template)
+    return StaticMerge(name, methods, reference, base, experts, dtype, data, pieces, seed, tokenizer, sources)
 
 
 def _pieces(path: Path, layers: Mapping[str, Sequence[Layers]]) -> dict[str, tuple[Piece, ...]]:
@@ -148,7 +158,7 @@ def _load_ours(path: Path, seed: int) -> StaticMerge:
     methods = PerTensor(type(recipe.shared), recipe.shared.model_dump())
     data, dtype = _calibration(path, methods), _dtype(recipe.dtype)
     sources |= _called(path, data)
-    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, {}, seed, sources)
+    return StaticMerge(recipe.shared.method, methods, base, base, experts, dtype, data, {}, seed, sources=sources)
 
 
 def _calibration(path: Path, methods: PerTensor) -> dict[str, Path]:
@@ -195,6 +205,14 @@ def twin_keys(path: Path) -> list[str]:
         for name, entry in entries.items()
         if isinstance(entry, dict)
     ]
+
+
+def _documents(path: Path) -> int:
+    """How many documents a file holds, 0 if it cannot be read."""
+    try:
+        return sum(1 for _ in yaml.compose_all(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return 0
 
 
 def recipe_content(path: Path) -> dict[str, Any]:
