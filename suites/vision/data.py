@@ -224,7 +224,7 @@ TASKS: dict[str, Task] = {
     )
 }
 OVERLAPPING = ("fashion_all", "mnist_odd")
-"""Tasks whose pictures could be those of others; only the suite `vision10` has them."""
+"""Tasks whose pictures could be those of others; `lite0_overlap.yaml` has them."""
 UNSEEN: dict[str, Task] = {
     "cases": Task("cases", Source(FONTS, read_cases)),
     "font_digits": Task("font_digits", Source(FONTS, read_font_digits)),

@@ -22,6 +22,7 @@ from transformers import EfficientNetForImageClassification, ViTForImageClassifi
 from suites.running import Report
 from suites.vision.base import processor, small_vit
 from suites.vision.data import Picture, read_parquet
+from twinmerge.hf.loading import quiet
 
 Network = Literal["lite0", "vit"]
 REPORT_EVERY = 5
@@ -151,8 +152,9 @@ def save(model: Any, target: Path, facts: dict[str, Any] | None = None) -> None:
     """Write a folder under another name and rename it, so that a folder in place is whole."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor().save_pretrained(temporary)
+    with quiet():
+        model.save_pretrained(temporary)
+        processor().save_pretrained(temporary)
     if facts is not None:
         (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     temporary.replace(target)

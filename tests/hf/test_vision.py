@@ -219,6 +219,26 @@ def test_statistics_are_each_experts_own(made: Made) -> None:
         assert all(buffer.dtype != torch.float32 for buffer in plain.buffers())
 
 
+def test_shared_statistics_are_the_mean_of_the_experts_and_all_else_is_each_experts_own(tmp_path: Path) -> None:
+    make, expert_class, size = MODELS["resnet"]
+    family = tiny.make_family(tmp_path / "resnet", make(), getattr(transformers, expert_class))
+    plan = family.plan(shared={"method": "average"}, exclusive={"rank": 10**4, "bn": "shared"})
+    assert not any(task.exclusive for task in plan.tasks if task.name.endswith(("running_mean", "running_var")))
+    twin, work = tmp_path / "twin", tmp_path / "work"
+    twin.mkdir()
+    work.mkdir()
+    write_manifest(twin, new_manifest(plan, write_weights(plan, twin, work), twin))
+    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    experts = {name: expert_model(family, name) for name in GATE_ORDER}
+    expected: Any = experts["sms"]
+    with torch.no_grad():
+        for name, buffer in expected.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.stack([one.get_buffer(name) for one in experts.values()]).mean(dim=0))
+        found = torch.stack(twin_model(twin)(pixel_values=x, expert="sms").logits)
+        assert torch.allclose(found, expected(pixel_values=x).logits, atol=1e-5)
+
+
 def test_class_that_transformers_renames_on_loading_is_written_by_its_parameters_names(tmp_path: Path) -> None:
     found = tiny.make_family(tmp_path, vit(), transformers.ViTForImageClassification)
     stored, plan = Checkpoint.open(found.base), found.plan()

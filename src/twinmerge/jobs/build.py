@@ -245,8 +245,7 @@ def left_to_shared(report: WeightsReport) -> list[str]:
     changed = {name: entry for name, entry in report.experts.items() if entry["energy"]}
     shares = {name: entry["energy_left_out"] / entry["energy"] for name, entry in changed.items()}
     return [
-        f"{name!r}: {share:.1%} of what it changed is in embeddings, which stay the shared expert's "
-        "(exclusive.embeddings: shared)"
+        f"{name!r}: {share:.1%} of what it changed is left to the shared expert (exclusive.embeddings, exclusive.bn)"
         for name, share in shares.items()
         if share >= _WORTH_A_NOTE
     ]

@@ -28,6 +28,8 @@ of this kind, for which the shared expert's value serves every input."""
 MATRICES = ("linear", "conv1d", "conv", "grouped_conv", "embedding", "table", "matrix")
 TRANSPOSED = ("conv1d", "embedding", "table")
 EMBEDDINGS = ("embedding", "table")
+BATCH_STATISTICS = (".running_mean", ".running_var")
+"""How the names of BatchNorm's running statistics end."""
 _HEADER_ENTRY_BYTES = 160
 """Upper bound of what a tensor takes in a safetensors header beside its name."""
 
@@ -262,5 +264,7 @@ def _task(name: str, spec: TensorSpec, kind: Kind, experts: Mapping[str, Expert]
     whole = len(experts) == len(recipe.experts)  # else others have moved the shared expert
     if whole and not any(e.trains(name) for e in experts.values()):
         with_value = []
-    exclusive = kind != "static" and not (kind in EMBEDDINGS and recipe.exclusive.embeddings == "shared")
+    left = kind in EMBEDDINGS and recipe.exclusive.embeddings == "shared"
+    left = left or (name.endswith(BATCH_STATISTICS) and recipe.exclusive.bn == "shared")
+    exclusive = kind != "static" and not left
     return TensorTask(name, spec, kind, tuple(sorted(with_value)), exclusive and bool(with_value))
