@@ -239,6 +239,34 @@ def test_shared_statistics_are_the_mean_of_the_experts_and_all_else_is_each_expe
         assert torch.allclose(found, expected(pixel_values=x).logits, atol=1e-5)
 
 
+def test_statistics_are_stored_as_they_are_and_a_small_variance_survives_large_ones(tmp_path: Path) -> None:
+    make, expert_class, _ = MODELS["resnet"]
+    family = tiny.make_family(tmp_path / "resnet", make(), getattr(transformers, expert_class))
+    for factor, name in zip((3e3, 2e3, 1e-2), ("ag", "sms", "trec"), strict=True):
+        expert = getattr(transformers, expert_class).from_pretrained(family.root / name)
+        for module in expert.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_var.fill_(factor)
+        expert.save_pretrained(family.root / name)
+    plan = family.plan(shared={"method": "average"}, exclusive={"budget": 20.0})
+    dtypes = {task.name.rpartition(".")[2]: plan.stored_dtype(task) for task in plan.tasks if task.kind == "vector"}
+    assert dtypes == {
+        "weight": torch.float16,
+        "bias": torch.float16,
+        "running_mean": torch.float32,
+        "running_var": torch.float32,
+    }
+    twin, work = tmp_path / "twin", tmp_path / "work"
+    twin.mkdir()
+    work.mkdir()
+    write_manifest(twin, new_manifest(plan, write_weights(plan, twin, work), twin))
+    model = twin_model(twin)
+    gate = torch.tensor([float(name == "trec") for name in GATE_ORDER], dtype=torch.float64)
+    for name, buffer in model.materialize(gate).named_buffers():
+        if name.endswith("running_var"):
+            assert torch.allclose(buffer, torch.full_like(buffer, 1e-2), rtol=1e-2)  # float32 at 1,700
+
+
 def test_class_that_transformers_renames_on_loading_is_written_by_its_parameters_names(tmp_path: Path) -> None:
     found = tiny.make_family(tmp_path, vit(), transformers.ViTForImageClassification)
     stored, plan = Checkpoint.open(found.base), found.plan()

@@ -114,8 +114,13 @@ class Plan:
         )
 
     def stored_dtype(self, task: "TensorTask") -> torch.dtype:
-        """What a parameter's exclusive parts are stored in; 8 and 4 bits are for factors only."""
+        """What a parameter's exclusive parts are stored in; 8 and 4 bits are for factors only.
+
+        Statistics of BatchNorm stay as they are: a small variance is what is left of two large ones.
+        """
         chosen = self.recipe.exclusive.dtype
+        if task.name.endswith(BATCH_STATISTICS):
+            return task.spec.dtype
         if chosen in ("float8_e4m3fn", "int4") and task.kind not in MATRICES:
             return torch.float16
         if chosen == "int4":
