@@ -25,7 +25,7 @@ from twinmerge.tensors.low_rank import LowRank, as_matrix, kept_energy
 from twinmerge.tensors.parts import LEAVES, STORED_ONLY, Dense, Part, unpack
 from twinmerge.tensors.whitening import Whitening
 from twinmerge.twin.artifact import write_exclusive
-from twinmerge.twin.plan import MATRICES, Plan, TensorTask
+from twinmerge.twin.plan import BATCH_STATISTICS, MATRICES, Plan, TensorTask
 from twinmerge.twin.ranks import Key, choose_ranks, compress, compress_factors
 from twinmerge.twin.shared import bound_of, chunks_of, merge_parameter, prepare
 from twinmerge.twin.weighting import Weighting
@@ -341,6 +341,7 @@ def _write_expert(
     parts: dict[str, Part] = {}
     held = 0.0
     settings = plan.recipe.exclusive
+    whole = {task.name for task in plan.tasks if task.exclusive and task.name.endswith(BATCH_STATISTICS)}
     rescaled = settings.density if settings.compression == "random" and settings.density else 1.0
     for task in plan.tasks:
         part = records[task.name].exclusive(name, task.matrix_shape) if task.name in records else None
@@ -352,12 +353,12 @@ def _write_expert(
             part = factors.truncate(rank)
             held += records[task.name].energy_of(name, rank)
         else:
-            held += part.energy() * (rescaled**2 if task.kind in MATRICES else 1)
+            held += part.energy() * (rescaled**2 if task.kind in MATRICES else task.name not in whole)
         parts[task.name] = part
     kinds = {task.name: task.kind for task in plan.tasks}
     write_exclusive(folder, parts, kinds, {task.name: task.spec.shape for task in plan.tasks})
     _write_head(plan, name, folder / "head")
-    total = sum(record.energies.get(name, 0.0) for record in records.values())
+    total = sum(r.energies.get(name, 0.0) for r in records.values() if r.name not in whole)  # of another unit
     used = [ranks[key] for key in ranks if key[1] == name]
     left_out = sum(records[t.name].energies.get(name, 0.0) for t in plan.tasks if t.experts and not t.exclusive)
     return {
