@@ -114,6 +114,14 @@ slices:
     assert torch.allclose(found["embed.weight"], a["embed.weight"], atol=1e-6)
 
 
+def test_a_layer_beyond_the_slices_has_no_method(stacks: Path) -> None:
+    parts = "".join(f"  - sources: [{{model: a, layer_range: [{i}, {i + 1}]}}]\n" for i in range(2))
+    methods = load_merge(recipe(stacks, f"merge_method: passthrough\nslices:\n{parts}")).methods
+    assert methods.at("layers.1.w", 0.0).method == "average"
+    with pytest.raises(ValueError, match="lies beyond the last slice"):
+        methods.at("layers.2.w", 0.0)
+
+
 def test_one_slice_may_leave_layers_out(stacks: Path) -> None:
     sources = ", ".join(f"{{model: {n}, layer_range: [1, 3], parameters: {{weight: 1}}}}" for n in ("a", "b"))
     found = merged(stacks, f"merge_method: linear\nslices: [{{sources: [{sources}]}}]\n")

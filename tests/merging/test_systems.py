@@ -109,6 +109,13 @@ def test_karcher_is_where_no_tangent_pulls() -> None:
         assert torch.allclose(merged[tensor], expected, atol=1e-9)
 
 
+def test_karcher_stops_after_its_steps() -> None:
+    base, experts = family()
+    found = merge(method("karcher", max_iter=1), base, experts)
+    best = merge(method("karcher", max_iter=200, tol=1e-12), base, experts)
+    assert all(0 < (found[tensor] - best[tensor]).abs().max() < 0.5 for tensor in base)
+
+
 def test_karcher_of_two_is_the_middle_of_their_arc_at_the_mean_length() -> None:
     base, experts = {"w": torch.zeros(2)}, {"a": {"w": torch.tensor([3.0, 0.0])}, "b": {"w": torch.tensor([0.0, 1.0])}}
     assert merge(method("karcher"), base, experts)["w"].tolist() == pytest.approx([2**0.5, 2**0.5])
@@ -202,6 +209,11 @@ def test_embeddings_are_averaged(name: str) -> None:
 def test_settings_that_do_not_fit_are_named(name: str, settings: dict[str, Any], experts: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         raise ValueError(method(name, **settings).misfit(list(experts)))
+
+
+@pytest.mark.parametrize("name", ["della", "nuslerp", "multislerp", "consensus"])
+def test_defaults_fit_two_experts(name: str) -> None:
+    assert method(name).misfit(["a", "b"]) is None
 
 
 def test_what_a_whole_matrix_takes_is_known_before() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated
 
 import torch
@@ -29,9 +30,9 @@ class _Isotropic(Scaled):
         change = self.flat(chunk) if is_layer(chunk) else mean_change(chunk)
         return change.mul_(self.factor).add_(chunk.base_value())
 
+    @abstractmethod
     def flat(self, chunk: Chunk) -> Tensor:
         """What is added to a matrix at scaling 1, float64."""
-        raise NotImplementedError
 
     def memory_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         """All directions of the sum, and of one task at a time."""

@@ -52,8 +52,7 @@ def write_tokenizer(choice: TokenizerChoice, models: Sequence[Path], folder: Pat
     if choice.source is not None:
         for pattern in (*_FILES, _TEMPLATE):
             for file in folder.glob(pattern):
-                if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
-                    file.unlink()
+                file.unlink()
             for file in choice.source.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
     template = _usual_template(models) if choice.template == "auto" else choice.template
