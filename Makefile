@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint walk docs demo demo-vision clean
+.PHONY: help setup test lint walk docs demo demo-vision demo-llm clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ demo: $(STAMP) ## real experts into one twin, measured: the report's path at the
 
 demo-vision: $(STAMP) ## the same with image classifiers
 	$(BIN)/python examples/demo.py vision
+
+demo-llm: $(STAMP) ## the same with language models that write their answers
+	$(BIN)/python examples/demo.py llm
 
 clean: ## caches and generated files, not .venv
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage site dist

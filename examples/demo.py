@@ -2,9 +2,10 @@
 
     make demo            # or: .venv/bin/python examples/demo.py [--workers 2] [--cache DIR]
     make demo-vision     # or: .venv/bin/python examples/demo.py vision
+    make demo-llm        # or: .venv/bin/python examples/demo.py llm
 
 Experts are fine-tuned once and kept in the cache (`$TWINMERGE_CACHE`, default ~/.cache/twinmerge); results lie in
-`results/demo/`, the twin in `results/demo-twin/` (`demo-vision` and `demo-vision-twin`).
+`results/demo/`, the twin in `results/demo-twin/` (`demo-vision`, `demo-vision-twin` and so on).
 """
 
 import argparse
@@ -55,6 +56,12 @@ def texts(demo: Demo, data: Path, folder: Path) -> str:
     return QUESTIONS
 
 
+def prompts(demo: Demo, data: Path, folder: Path) -> str:
+    """Two test prompts of each task."""
+    rows = [row for task in demo.tasks for row in read_rows(data / f"{task}.test.jsonl", labelled=True)[:2]]
+    return "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
+
+
 def pictures(demo: Demo, data: Path, folder: Path) -> str:
     """A test picture of each task, put into a folder as a file."""
     folder.mkdir(exist_ok=True)
@@ -80,6 +87,13 @@ DEMOS = {
         "vision",
         ("emoji", "fashion_shoes", "letters", "mnist_low"),
         pictures,
+    ),
+    "llm": Demo(
+        "two LoRA adapters of SmolLM2-135M-Instruct, of school arithmetic and types of questions",
+        "demo-llm",
+        "llm",
+        ("arithmetic", "question"),
+        prompts,
     ),
 }
 

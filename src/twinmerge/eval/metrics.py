@@ -8,7 +8,7 @@ same resample scores every predictor, and the order of the rows cannot matter.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -157,27 +157,27 @@ def _scores(
         raise DataError("metric 'f1' needs the positive label")
     positive = table.classes.index(positive_label) if positive_label in table.classes else -1
     function = METRICS[metric]
-    return np.stack([function(table.labels, predicted, weights, positive) for predicted in table.predictors])
+    return np.stack([function(table, predicted, weights, positive) for predicted in table.predictors])
 
 
-def _accuracy(labels: _Codes, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
+def _accuracy(table: _Table, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
     """Share of the rows answered right."""
-    right = weights @ (labels == predicted).astype(np.float64)
+    right = weights @ (table.labels == predicted).astype(np.float64)
     return np.asarray(right / weights.sum(axis=1))
 
 
-def _f1(labels: _Codes, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
+def _f1(table: _Table, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
     """F1 of the positive class; 0 where it is neither there nor predicted."""
-    is_label, is_predicted = labels == positive, predicted == positive
+    is_label, is_predicted = table.labels == positive, predicted == positive
     hits = weights @ (is_label & is_predicted).astype(np.float64)
     total = weights @ (is_label.astype(np.float64) + is_predicted)
     return _ratio(2 * hits, total, otherwise=0.0)
 
 
-def _macro_f1(labels: _Codes, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
+def _macro_f1(table: _Table, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
     """Mean F1 of the classes that occur among the labels of the resample."""
-    classes = np.unique(labels)
-    is_label, is_predicted = labels[:, None] == classes, predicted[:, None] == classes
+    classes = np.unique(table.labels)
+    is_label, is_predicted = table.labels[:, None] == classes, predicted[:, None] == classes
     hits = weights @ (is_label & is_predicted).astype(np.float64)  # (resample, class)
     present = weights @ is_label.astype(np.float64)
     f1 = _ratio(2 * hits, present + weights @ is_predicted.astype(np.float64), otherwise=0.0)
@@ -191,7 +191,26 @@ def _ratio(
     return np.asarray(np.divide(numerator, denominator, out=filled, where=denominator > 0))
 
 
-METRICS: Final[Mapping[str, Callable[[_Codes, _Codes, _Weights, int], _Values]]] = MappingProxyType(
-    {"accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1}
+def _chrf(table: _Table, predicted: _Codes, weights: _Weights, positive: int) -> _Values:
+    """Mean over the rows of chrF (Popovic 2015), as sacrebleu computes it of one sentence."""
+    sentence, texts = _sentence_chrf(), table.classes
+    pairs = zip(predicted.tolist(), table.labels.tolist(), strict=True)
+    values = np.array([sentence(texts[mine], [texts[right]]).score / 100 for mine, right in pairs])
+    return np.asarray(weights @ values / weights.sum(axis=1))
+
+
+def _sentence_chrf() -> Callable[[str, list[str]], Any]:
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError:
+        raise DataError("metric 'chrf' needs sacrebleu; pip install 'twinmerge[chrf]'") from None
+    return CHRF().sentence_score
+
+
+METRICS: Final[Mapping[str, Callable[[_Table, _Codes, _Weights, int], _Values]]] = MappingProxyType(
+    {"accuracy": _accuracy, "f1": _f1, "macro_f1": _macro_f1, "exact_match": _accuracy, "chrf": _chrf}
 )
-"""Metric functions by name; each takes labels, predictions and weights of distinct pairs."""
+"""Metric functions by name; each takes the distinct pairs, a predictor's classes, and weights of the pairs."""
+
+WRITTEN: Final = frozenset({"exact_match", "chrf"})
+"""Metrics of texts that a language model writes, against the row's label, which is the right one."""

@@ -1,7 +1,7 @@
 """One seed of a suite: its rows, its experts, its twins as a user builds and asks them, and what contestants share."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,10 @@ from torch import Tensor
 from twinmerge.errors import DataError, MismatchError
 from twinmerge.eval.suite import Suite, Task
 from twinmerge.files.progress import Progress
-from twinmerge.files.rows import Row
-from twinmerge.hf.answers import LABEL, label_of
-from twinmerge.hf.inputs import tokenized_batches
+from twinmerge.files.rows import INPUTS, Row
+from twinmerge.hf.answers import CONTINUATION, LABEL, Answer, label_of
+from twinmerge.hf.batches import DEFAULTS
+from twinmerge.hf.inputs import batches_of, encode, pad, tokenized_batches
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build, open_plan
@@ -77,6 +78,13 @@ class SeedRun:
                 asked[head].append(test)
         for name, expert in self.plan.experts.items():
             kind = found.answers[name]
+            if self.suite.writes:
+                if kind is not CONTINUATION or expert.head:
+                    raise MismatchError(
+                        f"expert {name!r}: the suite judges texts that are written, so every expert must be a language "
+                        f"model; found one that gives {kind.kind}"
+                    )
+                continue
             if kind is not LABEL or not expert.head:
                 gives = kind.kind if expert.head else "none of its own"
                 classes = ", ".join(expert.config.get("architectures") or ["no class"])
@@ -155,16 +163,23 @@ class SeedRun:
 
     def _predicted(self, built: Built) -> Twin:
         rows = [row for _, row in self.test] + [row for parts in self.unseen.values() for p in parts for row in p]
-        answers = []
-        with self.autocast():
-            for answer in predict(built.model, inputs_of(rows)):
-                answers.append(answer)
-                self.progress("predicting", len(answers), len(rows))
+        answers = self.predicted(built.model, rows, "predicting")
         gate = torch.tensor([list(answer["gate"].values()) for answer in answers])
-        experts, labels = [answer["expert"] for answer in answers], [answer["label"] for answer in answers]
+        experts, labels = [answer["expert"] for answer in answers], [said(answer) for answer in answers]
         return Twin(built.model, built.manifest, built.bytes, experts, gate, labels)
 
     # --- answers
+
+    def predicted(
+        self, model: TwinModel, rows: Sequence[Row], stage: str, gate: Mapping[str, float] | None = None
+    ) -> list[Answer]:
+        """What a twin answers, as a user asks it; under one gate for all, where there is one."""
+        answers = []
+        with self.autocast():
+            for answer in predict(model, inputs_of(rows), max_new_tokens=self.suite.max_new_tokens, gate=gate):
+                answers.append(answer)
+                self.progress(stage, len(answers), len(rows))
+        return answers
 
     def answers(
         self,
@@ -207,33 +222,69 @@ class SeedRun:
         return labels
 
     def body(self, name: str, dtype: torch.dtype | None = None) -> Any:
-        """An expert's encoder: as transformers loads a full fine-tune, or the base with an adapter's change.
+        """An expert's encoder, of `whole`."""
+        return self.whole(self.plan, name, dtype).base_model
+
+    def whole(self, plan: Plan, name: str, dtype: torch.dtype | None = None) -> Any:
+        """An expert: as transformers loads a full fine-tune, or the base with an adapter's change.
 
         Args:
+            plan: that opened it.
             name: of the expert.
             dtype: of the heads that answer; None is the stored one.
         """
-        expert, base = self.plan.experts[name], self.plan.base
+        expert, base = plan.experts[name], plan.base
         if not expert.is_adapter:
-            return load_backbone(expert.folder, dtype=dtype).base_model
+            return load_backbone(expert.folder, dtype=dtype)
         state = {}
-        for task in self.plan.tasks:
+        for task in plan.tasks:
             own = stored = base.read(task.name)
             if name in task.experts:
                 own = (stored.float() + expert.task_vector(task.name, stored)).to(stored.dtype)
             state[task.name] = own.to(dtype) if dtype and own.is_floating_point() else own
-        return backbone_from(base.path, state, base.config["architectures"][0]).base_model
+        return backbone_from(base.path, state, base.config["architectures"][0])
+
+    def written(self, model: Any, rows: Sequence[Row], stage: str) -> list[str]:
+        """What a plain language model of transformers writes for rows, greedily, read as the reference reads them."""
+        reader, texts = self.reference.model, [""] * len(rows)
+        encoded = encode(reader, inputs_of(rows), room=self.suite.max_new_tokens)
+        done = 0
+        for chosen in batches_of(reader, encoded, DEFAULTS.limits, new=self.suite.max_new_tokens):
+            inputs = pad(reader, [encoded[place] for place in chosen], side="left")
+            with self.autocast(), torch.inference_mode():
+                found = model.generate(**inputs, max_new_tokens=self.suite.max_new_tokens, do_sample=False)
+            new = found[:, inputs["input_ids"].shape[1] :]
+            decoded = reader.tokenizer.batch_decode(new, skip_special_tokens=True)
+            for index, text in zip(chosen, decoded, strict=True):
+                texts[index] = first_line(text)
+            done += len(chosen)
+            self.progress(stage, done, len(rows))
+        return texts
 
     @cached_property
     def expert_answers(self) -> dict[str, list[str]]:
         """Each expert on its own test rows."""
         found, model = {}, self.reference.model
         for name, task in self.tasks.items():
+            stage = f"expert {name}"
+            if self.suite.writes:
+                found[name] = self.written(self.whole(self.plan, name), task.test, stage)
+                continue
             body = self.body(name, model.backbone.dtype)
-            found[name] = self.answers(model, task.test, None, [name] * len(task.test), f"expert {name}", body)
+            found[name] = self.answers(model, task.test, None, [name] * len(task.test), stage, body)
         return found
+
+
+def said(answer: Answer) -> str:
+    """An answer's label; of a text that was written its first line that is not empty."""
+    return str(answer["label"]) if "label" in answer else first_line(answer["continuation"])
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty: a model that does not stop is judged by what it said first."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def inputs_of(rows: Iterable[Row]) -> list[Row]:
     """Rows without their labels, which nobody who predicts may see."""
-    return [{key: row[key] for key in ("text", "text_pair", "image") if key in row} for row in rows]
+    return [{key: row[key] for key in (*INPUTS, "text_pair") if key in row} for row in rows]

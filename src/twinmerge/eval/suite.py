@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from twinmerge.errors import DataError, RecipeError
+from twinmerge.eval.metrics import WRITTEN
 from twinmerge.eval.results import Slug
 from twinmerge.files.cache import CACHE_VARIABLE, cache_folder
 from twinmerge.files.rows import Row, read_rows
@@ -18,9 +19,12 @@ from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, Route
 
 
 class TaskSpec(Strict):
-    """How a task is judged: by a metric, `f1` being that of the class `positive_label`."""
+    """How a task is judged: by a metric, `f1` being that of the class `positive_label`.
 
-    metric: Literal["accuracy", "f1", "macro_f1"] = "accuracy"
+    `exact_match` and `chrf` are of texts that language models write; the label is the right one.
+    """
+
+    metric: Literal["accuracy", "f1", "macro_f1", "exact_match", "chrf"] = "accuracy"
     positive_label: str | None = None
 
     @model_validator(mode="after")
@@ -64,8 +68,9 @@ class ContestantSpec(Strict):
 
     Attributes:
         title: for people.
-        kind: `experts` (each on its own task), `top1` (the router picks a full expert), `static` (one merged model) or
-            `twin`.
+        kind: `experts` (each on its own task), `top1` (the router picks a full expert), `static` (one merged model),
+            `twin`, or `model` (one language model, or adapter of it, that is there already).
+        model: of kind `model`: its folder.
         shared: how the merged model or the shared expert is made.
         scalings: of `shared`; the best on validation rows is taken.
         exclusive: of a twin.
@@ -76,7 +81,8 @@ class ContestantSpec(Strict):
     """
 
     title: str
-    kind: Literal["experts", "top1", "static", "twin"]
+    kind: Literal["experts", "top1", "static", "twin", "model"]
+    model: str | None = None
     shared: Method = Pretrained()
     scalings: list[float] | None = None
     exclusive: ExclusiveSettings | None = None
@@ -91,6 +97,8 @@ class ContestantSpec(Strict):
             raise ValueError(f"exclusive belongs to kind twin, and only to it; found kind {self.kind}")
         if self.scalings is not None and (self.kind != "static" or not hasattr(self.shared, "scaling")):
             raise ValueError("scalings belong to kind static with a method that has a scaling")
+        if (self.kind == "model") != (self.model is not None):
+            raise ValueError(f"model belongs to kind model, and only to it; found kind {self.kind}")
         return self
 
 
@@ -113,6 +121,7 @@ class Suite(Strict):
         validation_rows: of each task, to choose scalings on.
         test_rows: of each task, the first ones; None is all.
         max_length: tokens an input is cut at.
+        max_new_tokens: that language models write, at most.
         precision: of the matrix products of every contestant alike; bfloat16 is autocast, weights stay as they are;
             auto is the faster of the two on this machine.
         shared: of the suite's router: the shared expert whose features it sees.
@@ -136,6 +145,7 @@ class Suite(Strict):
     validation_rows: Annotated[int, Field(ge=1)] = 200
     test_rows: Annotated[int, Field(ge=1)] | None = None
     max_length: int | None = None
+    max_new_tokens: Annotated[int, Field(ge=1)] = 16
     precision: PrecisionChoice = "float32"
     shared: Method
     router: RouterSettings = RouterSettings()
@@ -159,6 +169,24 @@ class Suite(Strict):
             if fault := method.misfit(self.tasks):
                 raise ValueError(f"{where}: {fault}")
         return self
+
+    @model_validator(mode="after")
+    def _labels_or_texts(self) -> "Suite":
+        metrics = {task.metric for task in self.tasks.values()}
+        if metrics & WRITTEN and metrics - WRITTEN:
+            found = ", ".join(sorted(metrics))
+            raise ValueError(f"tasks are judged by labels, or all by texts (exact_match, chrf); found {found}")
+        for name, spec in self.contestants.items():
+            if self.writes and (spec.groups or spec.scalings):
+                raise ValueError(f"contestants.{name}: groups and scalings are not for texts that are written")
+            if spec.kind == "model" and not self.writes:
+                raise ValueError(f"contestants.{name}: kind model is for texts that are written")
+        return self
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is judged are texts that language models write."""
+        return all(task.metric in WRITTEN for task in self.tasks.values())
 
     @classmethod
     def load(cls, path: Path | str) -> "Suite":
@@ -199,7 +227,7 @@ class Suite(Strict):
     def unseen_task(self, name: str, seed: int) -> tuple[list[Row], list[Row]]:
         """Validation and test rows of an unseen task; without a head the former fit the answer."""
         paths = [self.root_of(seed) / self.unseen_data.format(task=name, split=s) for s in ("validation", "test")]
-        fit = read_rows(paths[0], labelled=True) if self.unseen[name].head is None else []
+        fit = read_rows(paths[0], labelled=True) if self.unseen[name].head is None and not self.writes else []
         return fit[: self.unseen_rows], read_rows(paths[1], labelled=True)[: self.unseen_rows]
 
     def recipe(

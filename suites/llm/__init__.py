@@ -1,0 +1,1 @@
+"""Language models that write their answers: what the suite of LoRA experts is made of."""
