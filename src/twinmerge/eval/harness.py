@@ -15,7 +15,7 @@ import torch
 
 from twinmerge.errors import DataError
 from twinmerge.eval.ablation import router_ablation
-from twinmerge.eval.contestant import Contestant, weights_bytes
+from twinmerge.eval.contestant import weights_bytes
 from twinmerge.eval.results import (
     Comparison,
     ContestantResult,
@@ -29,7 +29,7 @@ from twinmerge.eval.results import (
 from twinmerge.eval.scores import compare, summarize
 from twinmerge.eval.seed import SeedRun
 from twinmerge.eval.suite import ContestantSpec, Suite
-from twinmerge.eval.writer import Writer
+from twinmerge.eval.writer import run_contestant
 from twinmerge.files.progress import Progress, silent
 from twinmerge.jobs.build import open_plan, versions
 from twinmerge.jobs.tune import NEXT_TO_NOTHING
@@ -122,7 +122,7 @@ def _run(runs: Path, at: SeedRun, name: str, spec: ContestantSpec) -> tuple[Cont
         result = ContestantResult.model_validate_json(json.dumps(kept))
         answers = read_predictions(runs / f"{name}.seed-{at.seed}.predictions.json.gz")
         return result.model_copy(update={"title": spec.title}), answers
-    result, answers = (Writer if at.suite.writes else Contestant)(at, name, spec).run()
+    result, answers = run_contestant(at, name, spec)
     write_predictions(answers, runs)  # first, so that half a run is never taken for one
     _keep(path, mark, json.loads(result.model_dump_json()))
     return result, answers

@@ -6,13 +6,19 @@ from torch import Tensor
 
 from twinmerge.eval.contestant import Contestant, Run, accuracy, weights_bytes
 from twinmerge.eval.results import ContestantResult, Predictions
-from twinmerge.eval.seed import ANY_ROUTER, said
+from twinmerge.eval.seed import ANY_ROUTER, SeedRun, said
+from twinmerge.eval.suite import ContestantSpec
 from twinmerge.files.rows import Row
 from twinmerge.jobs.build import open_plan
 from twinmerge.twin.recipe import ExclusiveSettings
 
 SHARED_ALONE = ExclusiveSettings(rank=0, weighting="none")
 """Of a twin that is asked for its shared expert only; without a singular direction adapters stay factors."""
+
+
+def run_contestant(at: SeedRun, name: str, spec: ContestantSpec) -> tuple[ContestantResult, Predictions]:
+    """Run one contestant on all test rows of a seed: its result, and its predictions for paired intervals."""
+    return (Writer if at.suite.writes else Contestant)(at, name, spec).run()
 
 
 class Writer(Contestant):
