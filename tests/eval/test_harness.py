@@ -399,7 +399,11 @@ def test_slices_of_all_features_are_the_layers() -> None:
             r"suite.yaml:\d+: tasks.sms: metric f1, and only that one, needs",
         ),
         ("ag: {}", "ag: {positive_label: x}", r"needs a positive_label; found metric accuracy with 'x'"),
-        ("ag: {}", "ag: {metric: f2}", r"tasks.ag.metric: input should be 'accuracy', 'f1' or 'macro_f1', found 'f2'"),
+        (
+            "ag: {}",
+            "ag: {metric: f2}",
+            r"tasks.ag.metric: input should be 'accuracy', 'f1', 'macro_f1', 'exact_match' or 'chrf', found 'f2'",
+        ),
         ("validation_rows", "validation_row", r"unknown key 'validation_row'; did you mean 'validation_rows'\?"),
     ],
 )
