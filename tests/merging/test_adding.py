@@ -1,6 +1,7 @@
 """The page that says how a system is added: its method runs, obeys the laws, and its test passes."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), 
 
 
 @pytest.fixture
-def magmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def magmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The page's file, imported as a stranger's module."""
     (tmp_path / "magmax_of_the_page.py").write_text(BLOCKS[0])
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "_registered", dict(module._registered))
     import magmax_of_the_page  # type: ignore[import-not-found]
 
-    monkeypatch.setitem(module._registered, "magmax", magmax_of_the_page.MagMax)
-    return magmax_of_the_page
+    module._registered["magmax"] = magmax_of_the_page.MagMax
+    yield magmax_of_the_page
+    del module._registered["magmax"]  # and no other: what the test was the first to import stays known
 
 
 def test_the_tests_of_the_page_pass(magmax: Any) -> None:
