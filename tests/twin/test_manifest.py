@@ -229,7 +229,8 @@ def test_whatever_is_changed_in_a_manifest_is_an_error_of_ours_or_a_manifest(
         raise
     assert set(artifact.kinds) == set(artifact.manifest.tensors)
     assert sum(artifact.bytes_per_part().values()) == (folder / MANIFEST).stat().st_size
-    assert artifact.manifest.recipe.router.method is not None
+    router = artifact.manifest.recipe.router
+    assert router is None or router.method is not None
 
 
 # ---- sources
