@@ -47,3 +47,6 @@ class Surface(nn.Module):
         """The shared expert's."""
         found: nn.Module | None = self.backbone.get_output_embeddings()
         return found
+
+    def tie_weights(self) -> None:
+        """Nothing to do: what is tied is tied since loading."""
