@@ -1,10 +1,14 @@
 """Runs trainings side by side, one thread each, and shows how far they are; what all suites' programs share."""
 
 import argparse
+import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
 from queue import Empty
 from typing import Any, NoReturn, Protocol
 
@@ -12,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as Bar
 from rich.text import Text
+
+from twinmerge.files.cache import cache_folder
 
 FAILED, USAGE = 1, 2
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
@@ -36,11 +42,73 @@ class Job(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
+    """An argument parser that says what is wrong in one line, and has the options of every suite."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with 2."""
         self.exit(USAGE, f"error: {message}\n")
+
+    def parse_common(self, arguments: Sequence[str] | None, fixed: str) -> argparse.Namespace:
+        """Read a command line that may say `--seed`, `--workers`, `--cache` and `--json` too.
+
+        Args:
+            arguments: without the program's name.
+            fixed: what the seed does not decide.
+        """
+        self.add_argument("--seed", type=int, default=0, help=f"decides splits and training, not {fixed} (default 0)")
+        self.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
+        self.add_argument(
+            "--cache", type=Path, default=cache_folder(), help="default $TWINMERGE_CACHE or ~/.cache/twinmerge"
+        )
+        self.add_argument("--json", action="store_true", help="print the result as one JSON line")
+        options = self.parse_args(arguments)
+        for name, least in (("seed", 0), ("workers", 1)):
+            if getattr(options, name) < least:
+                self.error(f"--{name} must be {least} or more, not {getattr(options, name)}")
+        return options
+
+    def require_known(self, asked: Sequence[str] | None, known: Collection[str], kind: str = "task") -> None:
+        """Refuse a name that is none of those known."""
+        for name in asked or ():
+            if name not in known:
+                self.error(f"unknown {kind} {name!r}; {kind}s are {', '.join(known)}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    temporary.replace(path)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill, which takes the target's place once it is whole."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.replace(target)
+
+
+def quiet_transformers() -> None:
+    """No bars and no warnings, of which a worker has none to show."""
+    import transformers  # seconds to load
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # published without types
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def begin_training(*words: object) -> int:
+    """Make a training quiet, of one thread, and repeatable: seeds torch by the words, and gives the seed."""
+    import torch  # seconds to load, and only training needs it
+
+    torch.set_num_threads(1)
+    quiet_transformers()
+    seed = int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:4], "big")
+    torch.manual_seed(seed)
+    return seed
 
 
 class Rate(ProgressColumn):

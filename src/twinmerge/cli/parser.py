@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,60 +204,39 @@ def _add_serve(commands: Any) -> None:
         "--api-key",
         help=f"without it nothing is answered but /health (default: {KEY_VARIABLE}, or none)",
     )
-    serve.add_argument(
-        "--max-batch-rows",
-        type=_positive,
-        default=default.max_batch_rows,
-        help="requests in one batch or pass, at most (default: %(default)s)",
+    limits: tuple[tuple[str, Callable[[str], Any], Any, str], ...] = (
+        ("--max-batch-rows", _positive, default.max_batch_rows, "requests in one batch or pass, at most"),
+        ("--max-batch-tokens", _positive, default.max_batch_tokens, "tokens of one batch or pass, at most"),
+        ("--wait-ms", _milliseconds, default.wait_ms, "a batch waits so long for more requests"),
+        (
+            "--max-queue",
+            _positive,
+            default.max_queue,
+            "requests accepted and not yet answered; more get status 429",
+        ),
+        (
+            "--max-new-tokens",
+            _positive,
+            default.max_new_tokens,
+            "that a request may ask for, and what a chat gets that does not say",
+        ),
+        (
+            "--cache-tokens",
+            _positive,
+            default.cache_tokens,
+            "prompts and continuations under way, together; what does not fit waits",
+        ),
+        ("--max-body", _bytes, "1MB", "of a request, at most; more gets status 413"),
+        ("--timeout", _seconds, default.timeout_s, "seconds that a request may take, its answer sent"),
+        (
+            "--drain",
+            _seconds,
+            default.drain_s,
+            "seconds that requests under way get to finish when the server is stopped",
+        ),
     )
-    serve.add_argument(
-        "--max-batch-tokens",
-        type=_positive,
-        default=default.max_batch_tokens,
-        help="tokens of one batch or pass, at most (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--wait-ms",
-        type=_milliseconds,
-        default=default.wait_ms,
-        help="a batch waits so long for more requests (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--max-queue",
-        type=_positive,
-        default=default.max_queue,
-        help="requests accepted and not yet answered; more get status 429 (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--max-new-tokens",
-        type=_positive,
-        default=default.max_new_tokens,
-        help="that a request may ask for, and what a chat gets that does not say (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--cache-tokens",
-        type=_positive,
-        default=default.cache_tokens,
-        help="prompts and continuations under way, together; what does not fit waits (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--max-body",
-        type=_bytes,
-        default="1MB",
-        help="of a request, at most; more gets status 413 (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=default.timeout_s,
-        help="seconds that a request may take, its answer sent (default: %(default)s)",
-    )
-    serve.add_argument(
-        "--drain",
-        type=_seconds,
-        default=default.drain_s,
-        help="seconds that requests under way get to finish when the server is stopped (default: %(default)s)",
-    )
+    for option, kind, value, words in limits:
+        serve.add_argument(option, type=kind, default=value, help=f"{words} (default: %(default)s)")
     serve.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
 
     chat = _command(commands, "chat", run.chat, "talk to a served twin, or to a folder", json=False)

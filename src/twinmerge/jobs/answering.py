@@ -199,22 +199,43 @@ def _continued(
 
 
 def _routed(model: TwinModel, part: _Group, settings: PredictSettings) -> list[Answer]:
-    """What every answer says of its way."""
+    """What every answer says of its way, and whether that is uncertain."""
+    answers = ways_of(model.expert_names, part.experts, part.gate, part.fallback, part.probability)
+    if part.probability is not None and settings.uncertain_below is not None:
+        for answer, first in zip(answers, part.probability.amax(dim=1).tolist(), strict=True):
+            answer["uncertain"] = first < settings.uncertain_below
+    return answers
+
+
+def ways_of(
+    names: Sequence[str],
+    experts: Sequence[str | None],
+    gate: Tensor,
+    fallback: Sequence[bool],
+    probability: Tensor | None,
+) -> list[Answer]:
+    """What answers say of where their rows went.
+
+    Args:
+        names: of all experts, in the gate's order.
+        experts: that answer, one a row.
+        gate: (row, expert).
+        fallback: whether the shared expert answers alone, one a row.
+        probability: (row, expert), calibrated, of the router; None where it was not asked.
+    """
     answers: list[Answer] = [
         {
-            "expert": name,
-            "gate": {expert: round(weight, 6) for expert, weight in zip(model.expert_names, row, strict=True)},
+            "expert": expert,
+            "gate": {name: round(weight, 6) for name, weight in zip(names, row, strict=True)},
             "fallback": alone,
         }
-        for name, row, alone in zip(part.experts, part.gate.tolist(), part.fallback, strict=True)
+        for expert, row, alone in zip(experts, gate.tolist(), fallback, strict=True)
     ]
-    if part.probability is not None:
-        values, columns = (found.tolist() for found in part.probability.topk(2, dim=1))
+    if probability is not None:
+        values, columns = (found.tolist() for found in probability.topk(2, dim=1))
         for answer, (first, second), (_, column) in zip(answers, values, columns, strict=True):
             answer["confidence"] = round(first, 6)
-            answer["second"] = {"expert": model.expert_names[column], "probability": round(second, 6)}
-            if settings.uncertain_below is not None:
-                answer["uncertain"] = first < settings.uncertain_below
+            answer["second"] = {"expert": names[column], "probability": round(second, 6)}
     return answers
 
 

@@ -32,13 +32,10 @@ class Tuned:
     """A scaling that was chosen."""
 
     method: Method
+    scaling: float
+    """The best; of equal ones the first that was tried."""
     scores: Mapping[float, float]
     """The mean over experts of the share of their rows answered right, by scaling."""
-
-    @property
-    def scaling(self) -> float:
-        """The best; of equal ones the first that was tried."""
-        return max(self.scores, key=self.scores.__getitem__)
 
 
 def choose_scaling(method: Method, scalings: Sequence[float], score: Callable[[Method], float]) -> Tuned:
@@ -55,7 +52,8 @@ def choose_scaling(method: Method, scalings: Sequence[float], score: Callable[[M
     if not isinstance(method, Scaled):
         raise RecipeError(f"shared.method {method.method!r} has no scaling to choose")
     scores = {scaling: score(method.at(scaling)) for scaling in scalings}
-    return Tuned(method.at(max(scores, key=scores.__getitem__)), scores)
+    best = max(scores, key=scores.__getitem__)
+    return Tuned(method.at(best), best, scores)
 
 
 def tune(

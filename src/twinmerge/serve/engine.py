@@ -21,7 +21,7 @@ from twinmerge.hf.generate import end_ids, stops_of
 from twinmerge.hf.inputs import batches_of, encode, fault_of, is_chat, length_limit, pad, require_readable, tokenizer_of
 from twinmerge.hf.model import TwinModel
 from twinmerge.hf.paged import PagedWriter, Wish
-from twinmerge.jobs.answering import answers_by_expert
+from twinmerge.jobs.answering import answers_by_expert, ways_of
 from twinmerge.jobs.predict import predict
 from twinmerge.serve.batches import Gathered
 from twinmerge.serve.faults import Fault
@@ -291,11 +291,8 @@ class Engine:
         """Of a request that says who answers."""
         weights = {target.expert: 1.0} if target.gate is None else dict(target.gate)
         gate = torch.tensor([weights.get(name, 0.0) for name in self.model.expert_names], device=self.model.device)
-        said = {"expert": target.expert, "gate": self._shown(gate), "fallback": False, "confidence": None}
-        return Routed(gate, target.expert, said)
-
-    def _shown(self, gate: Tensor) -> dict[str, float]:
-        return {name: round(weight, 6) for name, weight in zip(self.model.expert_names, gate.tolist(), strict=True)}
+        said = ways_of(self.model.expert_names, [target.expert], gate[None], [False], None)[0]
+        return Routed(gate, target.expert, {**said, "confidence": None})
 
     def _route(self, rows: Sequence[Row]) -> list[Routed]:
         """A batch of inputs."""
@@ -303,21 +300,11 @@ class Engine:
         found: dict[int, Routed] = {}
         for chosen in batches_of(self.model, encoded, self.limits):
             routing = self.model.routing(**pad(self.model, [encoded[index] for index in chosen]))
-            values, columns = routing.probability.topk(2, dim=1)
+            names = [self.model.expert_names[expert] for expert in routing.expert.tolist()]
+            fallback = routing.fallback.tolist()
+            said = ways_of(self.model.expert_names, names, routing.gate, fallback, routing.probability)
             for place, index in enumerate(chosen):
-                name = self.model.expert_names[int(routing.expert[place])]
-                second = {
-                    "expert": self.model.expert_names[int(columns[place, 1])],
-                    "probability": round(float(values[place, 1]), 6),
-                }
-                said = {
-                    "expert": name,
-                    "gate": self._shown(routing.gate[place]),
-                    "fallback": bool(routing.fallback[place]),
-                    "confidence": round(float(values[place, 0]), 6),
-                    "second": second,
-                }
-                found[index] = Routed(routing.gate[place], name, said)
+                found[index] = Routed(routing.gate[place], names[place], said[place])
         return [found[index] for index in range(len(rows))]
 
     def _predict(self, asked: Sequence[tuple[Row, Target]]) -> list[Answer]:
