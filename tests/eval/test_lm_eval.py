@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.tiny import EXPERTS, WORDS, families, text_rows
-from twinmerge.errors import GateError, InputError
-from twinmerge.jobs.build import build
-
-pytest.importorskip("lm_eval", reason="pip install 'twinmerge[lm-eval]'")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from tests.tiny import EXPERTS, WORDS, families, text_rows
+from twinmerge.errors import GateError, InputError
 from twinmerge.eval.lm_eval import TwinLM
+from twinmerge.jobs.build import build
 
 TASK = """
 task: choose
