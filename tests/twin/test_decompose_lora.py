@@ -81,7 +81,7 @@ def test_no_budget_is_kept_for_what_no_adapter_trains(adapters: tuple[Family, Fa
     assert all(task.experts for task in lora.tasks if any(e.trains(task.name) for e in lora.experts.values()))
 
 
-@pytest.mark.parametrize("entries", [1, 7, 100])
+@pytest.mark.parametrize("entries", [13, 100])
 @pytest.mark.parametrize("method", [{"method": "average"}, {"method": "ties"}, {"method": "sce"}, {"method": "tsv_m"}])
 def test_adapters_are_merged_in_stretches_of_any_size(
     adapters: tuple[Family, Family], monkeypatch: pytest.MonkeyPatch, entries: int, method: dict[str, Any]
