@@ -87,6 +87,9 @@ def test_experts_and_a_twin_of_full_rank_write_what_each_expert_writes(suite: Su
     assert found["pretrained"].unseen == {"far": 1.0}
     assert found["pretrained"].kind == "base"
     assert found["average"].bytes["exclusive"] == 0
+    adapters = sum(file.stat().st_size for file in suite.root_of(0).glob("*/adapter_model.safetensors"))
+    assert result.expert_bytes == adapters + result.base_bytes  # without the base adapters answer nothing
+    assert found["experts"].bytes["shared"] == found["top1"].bytes["shared"] == result.expert_bytes
 
 
 def test_an_expert_that_gives_labels_is_refused_by_name(suite: Suite, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from twinmerge.jobs.predict import predict
 from twinmerge.jobs.tune import NEXT_TO_NOTHING, choose_scaling
 from twinmerge.merging.method import Method
 from twinmerge.routing.group_wise import group_gates
+from twinmerge.twin.plan import Plan
 
 _TIMED_ROWS, _TIMED_BATCH = 256, 32
 
@@ -60,7 +61,7 @@ class Contestant:
 
     def _experts(self) -> Run:
         oracle = [label for name in self.at.tasks for label in self.at.expert_answers[name]]
-        return Run(oracle, {"shared": self._expert_bytes()})
+        return Run(oracle, {"shared": expert_bytes(self.at.plan)})
 
     def _top1(self) -> Run:
         """The reference's router picks a full expert."""
@@ -73,7 +74,7 @@ class Contestant:
             found = at.answers(model, picked, None, heads, self.stage, at.body(name, model.backbone.dtype))
             for row, label in zip(members, found, strict=True):
                 oracle[row] = label
-        nbytes = {"shared": self._expert_bytes() + at.plan.base.nbytes, "router": at.reference.bytes["router"]}
+        nbytes = {"shared": expert_bytes(at.plan, base=True), "router": at.reference.bytes["router"]}
         return Run(oracle, nbytes, chosen)
 
     def _static(self) -> Run:
@@ -181,9 +182,6 @@ class Contestant:
                 times.append((time.perf_counter() - started) / len(rows))
         return 1000 * float(np.median(times))
 
-    def _expert_bytes(self) -> int:
-        return sum(weights_bytes(expert.checkpoint.path) for expert in self.at.plan.experts.values())
-
     def _result(self, run: Run) -> tuple[ContestantResult, Predictions]:
         at, names = self.at, list(self.at.tasks)
         nbytes = {"exclusive": 0, "heads": 0, "router": 0, **run.bytes}
@@ -250,9 +248,16 @@ def _flat(spec: ContestantSpec) -> dict[str, Any]:
     return flat
 
 
-def weights_bytes(folder: Path) -> int:
-    """Bytes on disk of a model folder's weights."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def weights_bytes(path: Path) -> int:
+    """Bytes on disk of the weights of a model's folder, or of an adapter's file."""
+    return path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def expert_bytes(plan: Plan, *, base: bool = False) -> int:
+    """Bytes on disk of all experts, and of the base where adapters need it or it is asked for."""
+    paths = [expert.checkpoint.path for expert in plan.experts.values()]
+    needed = base or any(path.is_file() for path in paths)
+    return sum(map(weights_bytes, paths)) + (plan.base.nbytes if needed else 0)
 
 
 def accuracy(found: Sequence[str], rows: Sequence[Row]) -> float:

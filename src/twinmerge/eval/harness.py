@@ -15,7 +15,7 @@ import torch
 
 from twinmerge.errors import DataError
 from twinmerge.eval.ablation import router_ablation
-from twinmerge.eval.contestant import weights_bytes
+from twinmerge.eval.contestant import expert_bytes
 from twinmerge.eval.results import (
     Comparison,
     ContestantResult,
@@ -94,7 +94,7 @@ def run_suite(
         suite=suite.name,
         base=suite.base_title or plan.base.path.name,
         base_bytes=plan.base.nbytes,
-        expert_bytes=sum(weights_bytes(expert.checkpoint.path) for expert in plan.experts.values()),
+        expert_bytes=expert_bytes(plan),
         tasks=sorted(suite.tasks),
         seeds=seeds,
         contestants=results,

@@ -182,7 +182,7 @@ class SuiteResult(_Record):
     Attributes:
         base: name of the base model.
         base_bytes: its size on disk.
-        expert_bytes: size on disk of all experts as full models.
+        expert_bytes: size on disk of all experts, and of the base where they are adapters.
         tasks: names, in the order they are shown.
         resamples: bootstrap resamples behind each interval.
         contestants: one entry for each contestant and seed.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from twinmerge.eval.contestant import Contestant, Run, accuracy, weights_bytes
+from twinmerge.eval.contestant import Contestant, Run, accuracy, expert_bytes, weights_bytes
 from twinmerge.eval.results import ContestantResult, Predictions
 from twinmerge.eval.seed import ANY_ROUTER, SeedRun, said
 from twinmerge.eval.suite import ContestantSpec
@@ -37,7 +37,7 @@ class Writer(Contestant):
             found = at.written(at.whole(at.plan, name), [rows[i] for i in members], self.stage) if members else []
             for row, text in zip(members, found, strict=True):
                 texts[row] = text
-        nbytes = {"shared": self._expert_bytes() + at.plan.base.nbytes, "router": at.reference.bytes["router"]}
+        nbytes = {"shared": expert_bytes(at.plan, base=True), "router": at.reference.bytes["router"]}
         return self._run_of(texts, nbytes, chosen[: len(self.rows)])
 
     def _static(self) -> Run:

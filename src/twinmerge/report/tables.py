@@ -59,7 +59,7 @@ def summary_sentences(result: SuiteResult) -> list[str]:
     if static is not None:
         sentences.append(_against_static(result, best, protocol, static))
     sentences.append(
-        f"All {len(result.tasks)} experts as full models would take {times(result.expert_bytes / result.base_bytes)} "
+        f"All {len(result.tasks)} experts themselves take {times(result.expert_bytes / result.base_bytes)} "
         "of the base model's bytes."
     )
     accuracy = routing_accuracy(best)
