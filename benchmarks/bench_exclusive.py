@@ -112,11 +112,10 @@ class Seed:
                         key = task.name, name
                         self.sides[weighting][key], self.pairs[weighting][key] = by, cast(LowRank, pair)
                         self.spectra[weighting][key] = cast(Tensor, spectrum)
-        config = self.plan.base.config["architectures"][0]
         experts = self.plan.experts
         heads = {n: load_head(e.config, {k: v.float() for k, v in e.read_head().items()}) for n, e in experts.items()}
         self.model = TwinModel(
-            backbone_from(self.plan.base.path, self.shared, config),
+            backbone_from(self.plan.base, self.shared),
             {name: {} for name in experts},
             heads=heads,
             tokenizer=load_tokenizer(self.plan.base.path),
@@ -175,8 +174,7 @@ class Seed:
         """
         if not self.refit:
             return dict(pairs)
-        config = self.plan.base.config["architectures"][0]
-        model = backbone_from(self.plan.base.path, dict(state), config).requires_grad_(False)
+        model = backbone_from(self.plan.base, dict(state)).requires_grad_(False)
         expert, head = self.run.body(name), self.model.heads[name]
         learnt = {
             key: (pair.up.clone().requires_grad_(), pair.down.clone().requires_grad_()) for key, pair in pairs.items()
@@ -219,7 +217,7 @@ class Seed:
             for tensor, pair in self.refitted(name, state, cut).items():
                 part = _rounded(pair, cell.bits, self.sides[cell.weighting][tensor, name])
                 state[tensor] = state[tensor] + part.dense().view(state[tensor].shape)
-            body = backbone_from(plan.base.path, state, plan.base.config["architectures"][0]).base_model
+            body = backbone_from(plan.base, state).base_model
             logits, expert = self._logits(name, body), self.expert_logits[name]
             answers, own = self._labels(name, logits), self._labels(name, expert)
             same[name] = float((logits.argmax(dim=1) == expert.argmax(dim=1)).float().mean())

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from tests import tiny
 from tests.tiny import EXPERTS, LABELS, Family, rewrite
 from twinmerge.errors import CheckpointError, MismatchError
+from twinmerge.files import scratch
 from twinmerge.files.checkpoint import Checkpoint
-from twinmerge.hf import classes
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.heads import answered, load_head
 from twinmerge.hf.loading import load_config, model_from
@@ -326,8 +326,8 @@ def test_tensors_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
 
 
 def test_no_room_for_joined_tensors_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = classes.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(classes.shutil, "disk_usage", lambda _: usage._replace(free=1))
+    usage = scratch.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: usage._replace(free=1))
     mixtral(tmp_path / "base")
     with pytest.raises(
         CheckpointError, match=r"must have [\d,]+ bytes free .*, found 1; name another folder in TMPDIR"

@@ -110,9 +110,9 @@ ODD: dict[str, tuple[Change, str]] = {
         lambda t: {**t, f"{QUERY}.lora_A.weight": torch.ones(3, 16)},
         "adapter 'a': the pair [16, 2] x [3, 16] does not fit",
     ),
-    "more rows than the base": (
-        lambda t: {**t, "base_model.model.bert.embeddings.word_embeddings.weight": torch.ones(66, 16)},
-        "adapter 'a': 'bert.embeddings.word_embeddings.weight' has shape [66, 16], the base's "
+    "fewer rows than the base": (
+        lambda t: {**t, "base_model.model.bert.embeddings.word_embeddings.weight": torch.ones(62, 16)},
+        "adapter 'a': 'bert.embeddings.word_embeddings.weight' has shape [62, 16], the base's "
         "'embeddings.word_embeddings.weight' [64, 16]; resize it",
     ),
     "another layer whole": (

@@ -138,8 +138,8 @@ def test_class_whose_head_no_name_tells_is_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t: {**t, "bert.embeddings.word_embeddings.weight": torch.zeros(70, 16)},
-            "expert 'sms': 'bert.embeddings.word_embeddings.weight' has shape [70, 16], the base's "
-            "'embeddings.word_embeddings.weight' [64, 16]; resize it",
+            "expert 'sms': 'bert.embeddings.word_embeddings.weight' has shape [70, 16], by config.json it must be "
+            "[64, 16]; one of them is wrong",
         ),
         (
             lambda t: {**t, "bert.pooler.dense.bias": torch.zeros(0)},

@@ -148,7 +148,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "a rank of a stranger": (
         lambda m: m["tensors"]["layer.values"]["ranks"].update(news=1),
-        "tensors name expert 'news', which experts does not",
+        "tensors or vocabulary name expert 'news', which experts does not",
     ),
     "a name that is a path": (
         lambda m: m["recipe"]["experts"].update({"../x": {"model": "x", "router_data": "x"}}),

@@ -242,7 +242,7 @@ class SeedRun:
             if name in task.experts:
                 own = (stored.float() + expert.task_vector(task.name, stored)).to(stored.dtype)
             state[task.name] = own.to(dtype) if dtype and own.is_floating_point() else own
-        return backbone_from(base.path, state, base.config["architectures"][0])
+        return backbone_from(base, state)
 
     def written(self, model: Any, rows: Sequence[Row], stage: str) -> list[str]:
         """What a plain language model of transformers writes for rows, greedily, read as the reference reads them."""

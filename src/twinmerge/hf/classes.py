@@ -1,7 +1,5 @@
 """Says what transformers' classes make of a folder's tensors: their names, which are the head's, which are joined."""
 
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -18,9 +16,11 @@ from transformers.models.auto import modeling_auto as auto
 
 from twinmerge.errors import CheckpointError, MismatchError
 from twinmerge.files.checkpoint import Checkpoint, TensorSpec
+from twinmerge.files.scratch import scratch
 from twinmerge.files.writer import save_tensors
 from twinmerge.hf.adapters import merge_adapter
-from twinmerge.hf.loading import load_config, without_weights
+from twinmerge.hf.loading import load_config, load_tokenizer, tokenizer_bytes, without_weights
+from twinmerge.hf.vocabulary import vocabulary_tables
 from twinmerge.models.source import Layout
 
 _TASKS: Mapping[str, Mapping[str, Any]] = {
@@ -74,6 +74,13 @@ class Transformers:
         found = _TASKS.get(task, {}).get(load_config(folder).model_type)
         return found if found is None or isinstance(found, str) else str(found[0])
 
+    def tokens(self, folder: Path, like: Path) -> dict[str, int] | None:
+        """See `Library`."""
+        if tokenizer_bytes(folder) == tokenizer_bytes(like):
+            return None
+        tokenizer = load_tokenizer(folder, like)
+        return None if tokenizer is None else dict(tokenizer.get_vocab())
+
 
 LIBRARY = Transformers()
 
@@ -101,6 +108,7 @@ def _layout(model: PreTrainedModel) -> Layout:
         required=frozenset(),
         tied=dict(model.all_tied_weights_keys),
         speaks=outputs() is not None,
+        vocabulary=vocabulary_tables(model),
         answers="For" in cls and not model.can_generate(),
     )
 
@@ -165,22 +173,3 @@ def _joined(model: PreTrainedModel, stored: Checkpoint, found: _Names) -> dict[s
             "loading, and a twin that holds it would not load"
         )
     return specs
-
-
-_HELD: list["tempfile.TemporaryDirectory[str]"] = []
-
-
-def scratch(nbytes: int) -> Path:
-    """A folder that is gone when the program ends.
-
-    Raises:
-        CheckpointError: if so many bytes have no room there.
-    """
-    _HELD.append(tempfile.TemporaryDirectory(prefix="twinmerge-"))
-    folder = Path(_HELD[-1].name)
-    if (free := shutil.disk_usage(folder).free) < nbytes:
-        raise CheckpointError(
-            f"{folder.parent} must have {nbytes:,} bytes free for a model in another form, found {free:,}; "
-            "name another folder in TMPDIR"
-        )
-    return folder

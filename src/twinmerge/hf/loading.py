@@ -22,6 +22,7 @@ from twinmerge.models.compatible import VOCABULARY_FILES
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """For every `from_pretrained`: nothing is fetched, no Python of a folder is run, nobody is asked on the terminal."""
+_TOKENIZER = ("*.model", "*.spm", "*.tiktoken", "*.jinja", "*token*.json", "vocab.*", "merges.txt", "chat_*.json")
 _CODE = (
     "its class is Python code of the folder, which is never run here; save the model with a class that transformers "
     "has, and without auto_map"
@@ -92,6 +93,16 @@ def load_tokenizer(folder: Path, like: Path | None = None) -> Any:
     return tokenizer
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a tokenizer is stored in."""
+    return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern)})
+
+
+def tokenizer_bytes(folder: Path) -> dict[str, bytes]:
+    """The content of each, by name."""
+    return {path.name: path.read_bytes() for path in tokenizer_files(folder)}
+
+
 def load_backbone(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A model folder's model in eval mode; every parameter must be found.
 
@@ -126,10 +137,12 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def backbone_from(folder: Path, state: Mapping[str, Tensor], cls: str | None = None) -> PreTrainedModel:
-    """A model with weights by the names of its class, the folder's or another that its config fits."""
-    config = load_config(folder)
-    return model_from(model_class(config, folder, cls), config, state)
+def backbone_from(base: Checkpoint, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of a checkpoint's class, for as many tokens as its config says, with weights by the class's names."""
+    config, said = load_config(base.path), base.config
+    if (count := said.get("text_config", said).get("vocab_size")) is not None:
+        config.get_text_config().vocab_size = count
+    return model_from(model_class(config, base.path, said["architectures"][0]), config, state)
 
 
 def model_from(cls: type[PreTrainedModel], config: PretrainedConfig, state: Mapping[str, Tensor]) -> PreTrainedModel:

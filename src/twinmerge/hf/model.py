@@ -35,7 +35,9 @@ from twinmerge.hf.loading import load_backbone, load_tokenizer, model_from
 from twinmerge.hf.loss import before, loss_of, loss_of_texts, with_decoder_inputs
 from twinmerge.hf.own import OWN, Own
 from twinmerge.hf.surface import Surface
+from twinmerge.hf.vocabulary import listen, own_state, vocabulary_tables, with_tokens
 from twinmerge.hf.writing import Generation
+from twinmerge.models.vocabulary import Vocabulary
 from twinmerge.routing.router import Router, Routing
 from twinmerge.routing.store import load_router
 from twinmerge.runtime.gate import keep_large
@@ -76,6 +78,7 @@ class TwinModel(Generation, Surface):
         drop_below: float = 0.02,
         merge_bytes: int = 2**30,
         fallback: Sequence[str] = (),
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """Gate a shared expert; `from_pretrained` is the usual way in.
 
@@ -92,6 +95,7 @@ class TwinModel(Generation, Surface):
                 caller's gates are used as they are.
             merge_bytes: what merged weights may take (`merged.MergeCache`).
             fallback: parameters that are left to the fall-back (`module.TwinModule`) whatever a dry run finds.
+            vocabulary: what the rows of its tables are, where experts have tokens of their own.
         """
         super().__init__()
         self.drop_below = drop_below
@@ -100,6 +104,8 @@ class TwinModel(Generation, Surface):
         self.processor = processor
         self.max_length = max_length
         self.own = dict(own or {})
+        self.vocabulary = vocabulary
+        self.tables = vocabulary_tables(backbone)
         self.twin = TwinModule(
             backbone,
             exclusive,
@@ -110,6 +116,8 @@ class TwinModel(Generation, Surface):
         self.layers = hidden_layers(backbone)
         for index, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(partial(show, self.twin.slot, index), with_kwargs=True)
+        if vocabulary is not None:
+            listen(backbone, vocabulary, self.expert_names, self.twin.slot)
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.asking = next((name for name, head in self.heads.items() if head.asks), None)
         self.router = router
@@ -137,7 +145,8 @@ class TwinModel(Generation, Surface):
         artifact = TwinArtifact.open(folder).require_model()
         backbone = load_backbone(artifact.path, dtype=dtype or Running.of(artifact.dtype, device=device or "cpu").dtype)
         heads = {name: load_head(*head) for name in artifact.expert_names if (head := artifact.head(name))}
-        to = backbone.dtype
+        to, path, vocabulary = backbone.dtype, artifact.path, artifact.manifest.vocabulary
+        added = vocabulary.added if vocabulary else {}
         exclusive = {name: artifact.exclusive(name) for name in artifact.expert_names}
         model = cls(
             backbone,
@@ -148,7 +157,8 @@ class TwinModel(Generation, Surface):
             processor=load_processor(artifact.path, backbone),
             max_length=artifact.manifest.recipe.max_length,
             fallback=artifact.manifest.fallback or (),
-            own={name: Own.read(artifact.path / "experts" / name / OWN, artifact.path) for name in exclusive},
+            vocabulary=vocabulary,
+            own={name: Own.read(path / "experts" / name / OWN, path, name, added.get(name)) for name in exclusive},
         )
         model.heads.to(to)
         return model.to(device) if device is not None else model
@@ -346,15 +356,26 @@ class TwinModel(Generation, Surface):
             gate_row: (expert,).
 
         Returns:
-            A model of the expert's class (or the base's, where experts share the output), independent of this one.
+            A model of the expert's class (or the base's, where experts share the output), independent of this one. It
+            knows tokens by the ids of its largest weight's own tokenizer.
         """
         gate = self.twin.checked(gate_row[None], 1)[0]
-        state = self.twin.state_for(gate)
+        chosen = self.expert_names[int(gate.argmax())]
+        state = own_state(self.twin.state_for(gate), self.tables, self.vocabulary, chosen)
         if not self.heads:
-            return model_from(type(self.backbone), self.backbone.config, state)
+            config: Any = self.backbone.config
+            if self.vocabulary is not None:
+                config = with_tokens(config, len(self.vocabulary.own_rows(chosen)))
+            return model_from(type(self.backbone), config, state)
         root = backbone_name(self.backbone) + "."
         body = {name.removeprefix(root): value for name, value in state.items()}
-        return with_backbone(self.heads[self.expert_names[int(gate.argmax())]], body)
+        return with_backbone(self.heads[chosen], body)
+
+    def own_logits(self, logits: Tensor, expert: str) -> Tensor:
+        """Logits (..., token) by the ids of an expert's own tokenizer; as they are where none has its own tokens."""
+        if self.vocabulary is None or self.heads or logits.shape[-1] != self.vocabulary.size:
+            return logits
+        return logits[..., self.vocabulary.own_rows(expert).to(logits.device)]
 
     def one_hot(self, names: Sequence[str]) -> Tensor:
         """(batch, expert) gates of one expert a row."""

@@ -15,14 +15,15 @@ from twinmerge.errors import MismatchError
 from twinmerge.files.strict_json import read_json
 from twinmerge.hf.answers import CONTINUATION, EMBEDDING, Answers
 from twinmerge.hf.images import PROCESSOR, load_processor
-from twinmerge.hf.loading import load_config, load_tokenizer, quiet
+from twinmerge.hf.loading import load_config, load_tokenizer, quiet, tokenizer_bytes, tokenizer_files
+from twinmerge.hf.vocabulary import renumbered, with_twin_ids
+from twinmerge.models.vocabulary import Added
 
 OWN = "own"
 """Where a twin keeps it, in `experts/NAME`: files by the names that transformers and sentence-transformers know."""
 GENERATION = "generation_config.json"
 _MODULES, _PROMPTS, _READING = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 _SENTENCE = (_MODULES, _PROMPTS, _READING)
-_TOKENIZER = ("*.model", "*.spm", "*.tiktoken", "*.jinja", "*token*.json", "vocab.*", "merges.txt", "chat_*.json")
 _LONGEST = 10**6
 """Lengths beyond are no lengths."""
 _WAYS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -59,15 +60,26 @@ class Own:
     processor: Any = None
 
     @classmethod
-    def read(cls, folder: Path, base: Path, whose: str = "an expert") -> "Own":
-        """What `files_of` said to keep; nothing, if the folder is not there.
+    def read(cls, folder: Path, base: Path, whose: str = "an expert", added: Added | None = None) -> "Own":
+        """What `files_of` said to keep, by the twin's ids; nothing, if the folder is not there.
+
+        Args:
+            folder: where it is kept.
+            base: of the twin.
+            whose: for messages.
+            added: tokens that the expert alone has.
 
         Raises:
             MismatchError: if an embedding is made in a way that is not known here.
         """
         generation = load_generation(folder) if (folder / GENERATION).is_file() else None
         tokenizer = load_tokenizer(folder, base) if folder.is_dir() else None
-        return cls(tokenizer, generation=generation, processor=load_processor(folder), **_sentence(folder, whose))
+        return cls(
+            renumbered(tokenizer, added),
+            generation=with_twin_ids(generation, added),
+            processor=load_processor(folder),
+            **_sentence(folder, whose),
+        )
 
     @property
     def reads(self) -> bool:
@@ -101,12 +113,12 @@ def files_of(
     """
     kept = _own_processor(folder, base) if ours is None else []
     adapter = (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file()
-    alike = ours is None or _tokenizer_bytes(folder) == _tokenizer_bytes(base)
+    alike = ours is None or tokenizer_bytes(folder) == tokenizer_bytes(base)
     theirs = ours if alike else load_tokenizer(folder, base)
     if theirs is not None and _behaviour(ours) != _behaviour(theirs):
         if not other_vocabulary:
             _require_vocabulary(name, ours, theirs)
-        kept += _tokenizer_files(folder)
+        kept += tokenizer_files(folder)
     if answers.spans and ours is not None and not (theirs or ours).is_fast:
         raise MismatchError(f"expert {name!r}: {answers.kind} need a fast tokenizer; save one with tokenizer.json")
     source = base if adapter and not (folder / _MODULES).is_file() else folder
@@ -141,19 +153,11 @@ def trained_length(*folders: Path) -> int | None:
 
 def bring_own(source: Path, folder: Path) -> None:
     """Put what a twin kept of an expert into the folder of a model, in the place of what is the base's."""
-    replaced = _tokenizer_files(folder) if any(source.glob("tokenizer*")) else []
+    replaced = tokenizer_files(folder) if any(source.glob("tokenizer*")) else []
     for path in (*replaced, *(folder / file for file in _SENTENCE)):
         path.unlink(missing_ok=True)
     if source.is_dir():
         shutil.copytree(source, folder, dirs_exist_ok=True)
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return sorted({path for pattern in _TOKENIZER for path in folder.glob(pattern)})
-
-
-def _tokenizer_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in _tokenizer_files(folder)}
 
 
 def _behaviour(tokenizer: Any) -> dict[str, Any]:
@@ -166,11 +170,11 @@ def _behaviour(tokenizer: Any) -> dict[str, Any]:
 
 
 def _require_vocabulary(name: str, ours: Any, theirs: Any) -> None:
-    """The same token must have the same id, or one row of the embedding would mean two things."""
+    """Each of the base's tokens must have the same id, or one row of the embedding would mean two things."""
     first, second = ours.get_vocab(), theirs.get_vocab()
-    if other := [token for token in {*first, *second} if first.get(token) != second.get(token)]:
+    if other := [token for token in first if first[token] != second.get(token)]:
         raise MismatchError(
-            f"{name!r} has another vocabulary: token {min(other)!r} is {first.get(min(other), 'absent')} in "
+            f"{name!r} has another vocabulary: token {min(other)!r} is {first[min(other)]} in "
             f"{ours.name_or_path} and {second.get(min(other), 'absent')} in {theirs.name_or_path}; "
             "--allow-vocabulary-differences merges all the same"
         )

@@ -131,8 +131,9 @@ class PagedWriter:
             model.one_hot([model.expert_names[0]])[0] * 0, Wish(1), [], LogitsProcessorList(), _random(0)
         )
         paged = copy.copy(model.backbone)
-        gated_output = isinstance(model.backbone.get_output_embeddings(), GatedLayer)
-        self._keeps = not gated_output and paged._supports_logits_to_keep()
+        output: Any = model.backbone.get_output_embeddings()
+        asks_gate = isinstance(output, GatedLayer) or model.vocabulary is not None  # of every token's text
+        self._keeps = not asks_gate and paged._supports_logits_to_keep()
 
         @wraps(model.backbone.forward)
         def keeping(**batch: Any) -> Any:  # its signature says that it takes logits_to_keep

@@ -136,6 +136,7 @@ def new_manifest(
         base=describe_input(plan.base, recipe.base),
         experts=with_provenance(plan, report.experts, progress),
         tensors={name: ParameterRecord(**entry) for name, entry in report.tensors.items()},
+        vocabulary=plan.vocabulary,
         fallback=list(plan.fallback),
         notes=[*plan.notes, *notes, *left_to_shared(report)],
     )

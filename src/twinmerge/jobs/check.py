@@ -153,7 +153,7 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
             moved = task.spec.dtype.is_floating_point and name in task.experts
             own = base + expert.task_vector(task.name, base) if moved else base
             state[task.name] = own.to(model.backbone.dtype) if own.is_floating_point() else own
-        plain = backbone_from(plan.base.path, state, plan.base.config["architectures"][0])
+        plain = backbone_from(plan.base, state)
     else:
         plain = load_backbone(expert.folder, dtype=model.backbone.dtype)
     found = []
@@ -165,13 +165,20 @@ def _expert_outputs(model: TwinModel, plan: Plan, name: str, inputs: Mapping[str
         if expert.is_adapter and model.heads:
             found += [logits.float() for logits in model.answer(outputs, [name], **row)]
         else:
-            found += _rows_of(outputs, row)
+            found += [model.own_logits(value, name) for value in _rows_of(outputs, row)]
     return found
 
 
 def _outputs(model: TwinModel, gate: Tensor, inputs: Mapping[str, Tensor], expert: str | None = None) -> list[Tensor]:
     """What the twin gives under a gate, row by row, over real tokens."""
-    return _rows_of(model(gate=gate, expert=expert, **inputs), inputs)
+    found = model(gate=gate, expert=expert, **inputs)
+    return [_own(model, value, name) for value, name in zip(_rows_of(found, inputs), found.expert, strict=True)]
+
+
+def _own(model: TwinModel, values: Tensor, name: str) -> Tensor:
+    """A row's logits by the ids of an expert's own tokenizer; a token that nobody may say counts as 0."""
+    values = model.own_logits(values, name)
+    return values if model.vocabulary is None else values.masked_fill(values == -torch.inf, 0.0)
 
 
 def _merged_output(model: TwinModel, gate: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -208,6 +215,8 @@ def _cached(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> float | None
     for index, row in enumerate(gate):
         start = 0 if decodes else prompt - int(inputs["attention_mask"][index].sum())
         own = written[index : index + 1, start:]
+        if model.vocabulary is not None:
+            own = model.vocabulary.own_ids(own, model.expert_names[int(row.argmax())])
         whole = {**_row(inputs, index), "decoder_input_ids": own} if decodes else {"input_ids": own}
         with torch.inference_mode():
             logits = model.materialize(row)(**whole).logits[0].float()

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from twinmerge.errors import GateError
+from twinmerge.errors import ArtifactError, GateError
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.target import durable_folder
 from twinmerge.files.writer import copy_side_files
 from twinmerge.hf.loading import quiet
 from twinmerge.hf.model import TwinModel
-from twinmerge.hf.own import GENERATION, OWN, bring_own
+from twinmerge.hf.own import GENERATION, OWN, bring_own, load_generation
 from twinmerge.jobs.build import versions
 from twinmerge.models.provenance import portable
 from twinmerge.twin.artifact import TwinArtifact
@@ -53,7 +53,7 @@ def export(
 
     Raises:
         GateError: if `dense` has no gate or other than one, or another form has any; if an expert is unknown.
-        ArtifactError: if the twin keeps entries, which no adapter holds.
+        ArtifactError: if the twin keeps entries, or tokens of an expert's own, which no adapter holds.
     """
     artifact = TwinArtifact.open(twin).require_model()
     weights = _gate(artifact, to, gate, expert)
@@ -83,6 +83,11 @@ def _gate(artifact: TwinArtifact, to: Form, gate: Mapping[str, float] | None, ex
     if to != "dense":
         if gate is not None or expert is not None:
             raise GateError(f"{to} holds every expert and takes no gate; only dense is made for one")
+        if (vocabulary := artifact.manifest.vocabulary) is not None:
+            raise ArtifactError(
+                f"expert {min(vocabulary.added)!r} has tokens of its own, which no adapter on the shared expert reads "
+                f"by the ids of its tokenizer; export it as dense, not as {to}"
+            )
         return {}
     if (gate is None) == (expert is None):
         raise GateError("dense is a model for one gate; give weights by expert (--gate) or one expert (--expert)")
@@ -100,7 +105,8 @@ def _export_dense(artifact: TwinArtifact, folder: Path, gate: Mapping[str, float
     model = TwinModel.from_pretrained(artifact.path, dtype=artifact.dtype)
     plain: Any = model.materialize(torch.tensor(list(gate.values()), dtype=torch.float64))
     chosen = max(gate, key=gate.__getitem__)
-    own, settings = artifact.path / "experts" / chosen / OWN, model.own_of(chosen).generation
+    own = artifact.path / "experts" / chosen / OWN
+    settings = load_generation(own) if (own / GENERATION).is_file() else None
     for token in ("bos_token_id", "eos_token_id", "pad_token_id") if settings is not None else ():
         setattr(plain.config, token, getattr(settings, token))
     copy_side_files(artifact.path, folder)

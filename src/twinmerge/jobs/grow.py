@@ -236,8 +236,20 @@ def _plan(artifact: TwinArtifact, recipe: Recipe, name: str) -> Plan:
     Raises:
         MismatchError: if the base is another than the twin's, or the expert has other parameters or no head.
     """
-    cls = artifact.shared.config["architectures"][0]
+    cls, known = artifact.shared.config["architectures"][0], artifact.manifest.vocabulary
+    if known is not None:
+        found = ", ".join(map(repr, known.added)) or "one that was removed"
+        raise MismatchError(
+            f"the twin's tables have rows for tokens of its experts ({found}), and the base has none of them: no "
+            "expert can be added or replaced; build the twin anew"
+        )
     plan = make_plan(recipe, LIBRARY, lambda _: artifact.kinds, only=name, shared_class=cls)
+    if plan.vocabulary is not None:
+        count = len(plan.vocabulary.added[name].ids)
+        raise MismatchError(
+            f"expert {name!r} has {count} tokens of its own, for which the twin's tables have no rows; "
+            "build the twin anew"
+        )
     if artifact.manifest.base.files:
         require_unchanged(artifact.manifest.base, plan.base, "base")
     others = [other for other in artifact.expert_names if other != name]
@@ -297,12 +309,17 @@ def _manifest(
         ranks |= found.get(tensor, {}).get("ranks", {})
         tensors[tensor] = entry.model_copy(update={"ranks": dict(sorted(ranks.items()))})
     changed = ChangeRecord(at=now(), change=change, expert=name, versions=versions())
+    vocabulary = old.vocabulary
+    if vocabulary is not None:
+        left = {expert: entry for expert, entry in vocabulary.added.items() if expert != name}
+        vocabulary = vocabulary.model_copy(update={"added": left})
     return old.model_copy(
         update={
             "recipe": recipe,
             "root": record_root(plan.recipe, out),
             "experts": dict(sorted(experts.items())),
             "tensors": tensors,
+            "vocabulary": vocabulary,
             "fallback": None if old.fallback is None else sorted({*old.fallback, *plan.fallback}),
             "notes": [*old.notes, *plan.notes, *(left_to_shared(report) if report else ())],
             "changes": [*old.changes, changed],

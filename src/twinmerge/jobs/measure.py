@@ -131,7 +131,7 @@ def _subjects(found: Checked, measured: Collection[str]) -> Callable[[str], Subj
             if name in task.experts:
                 state[task.name] += expert.task_vector(task.name, base)
         head = {key: value.float() for key, value in expert.read_head().items()}
-        backbone = backbone_from(plan.base.path, state, plan.base.config["architectures"][0])
+        backbone = backbone_from(plan.base, state)
         model = TwinModel(
             backbone,
             {name: {}},

@@ -15,9 +15,9 @@ from twinmerge.errors import CheckpointError, DataError, MismatchError, RecipeEr
 from twinmerge.files.checkpoint import WEIGHTS, Checkpoint
 from twinmerge.files.hashes import fingerprint_of, sha256_of_json
 from twinmerge.files.progress import Progress, silent
+from twinmerge.files.scratch import scratch
 from twinmerge.files.target import durable_folder, require_free, require_space
 from twinmerge.files.writer import save_tensors
-from twinmerge.hf.classes import scratch
 from twinmerge.hf.kinds import parameter_kinds
 from twinmerge.jobs.build import model_card, new_manifest, versions
 from twinmerge.jobs.check import distance, require_law

@@ -27,6 +27,7 @@ HARMLESS = frozenset(
         *("eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "num_labels"),
         *("output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "tokenizer_class"),
         *("torch_dtype", "transformers_version", "use_cache"),
+        "vocab_size",  # the tables' shapes are compared
     )
 )
 """Keys of config.json that change neither what a weight means nor how the layers compute."""
@@ -111,8 +112,17 @@ def compare_dtypes(reference: Checkpoint, name: str, other: Checkpoint, stored: 
         ).replace("torch.", "")
 
 
-def compare_vocabularies(reference: Path, name: str, other: Path, allow: Allow) -> Iterator[str]:
+def compare_vocabularies(
+    reference: Path, name: str, other: Path, allow: Allow, *, may_add: bool = False
+) -> Iterator[str]:
     """Say or refuse tokenizers that give a token another id; a row of the embedding would mean two things.
+
+    Args:
+        reference: folder of the base.
+        name: of the model, for the message.
+        other: its folder.
+        allow: whether a difference is said only.
+        may_add: whether a model may know more tokens than the base.
 
     Yields:
         A line for every difference that was allowed.
@@ -124,7 +134,7 @@ def compare_vocabularies(reference: Path, name: str, other: Path, allow: Allow) 
         ours, theirs = reference / file, other / file
         if not ours.is_file() or not theirs.is_file() or sha256_of(ours) == sha256_of(theirs):
             continue
-        fact = _vocabulary_difference(ours, theirs)
+        fact = _vocabulary_difference(ours, theirs, may_add=may_add)
         if fact is None:
             continue
         message = f"{name!r} has another vocabulary: {fact}"
@@ -277,11 +287,11 @@ def _with_old_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**rest, "rope_theta": new["rope_theta"], "rope_scaling": scaling}
 
 
-def _vocabulary_difference(ours: Path, theirs: Path) -> str | None:
+def _vocabulary_difference(ours: Path, theirs: Path, *, may_add: bool) -> str | None:
     if ours.suffix != ".json":
         return f"{ours.name} differs"
     first, second = _token_ids(ours), _token_ids(theirs)
-    if first == second:
+    if first == second or (may_add and first.items() <= second.items()):
         return None
     token = min(set(first) ^ set(second) or {token for token in first if first[token] != second[token]})
     return (

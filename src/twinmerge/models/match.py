@@ -37,6 +37,12 @@ def match(name: str, model: Model, shared: Model) -> Expert:
             f"expert {name!r} lacks {len(lacking)} of {len(layout.required)} parameters, first {of_base!r}; "
             "was it fine-tuned from the same base?"
         )
+    for table in layout.vocabulary:
+        if table in found.specs and found.specs[table].shape != layout.shapes[table]:
+            raise MismatchError(
+                f"expert {name!r}: {table!r} has shape {list(found.specs[table].shape)}, by config.json it must be "
+                f"{list(layout.shapes[table])}; one of them is wrong"
+            )
     stored, head, extra = fit(f"expert {name!r}", layout, shared, found.specs)
     pooler = [one for one in (*extra, *model.left_out) if "pooler" in one.split(".")]  # which no head reads
     if extra := [one for one in (*extra, *model.left_out) if one not in pooler]:
@@ -81,7 +87,7 @@ def fit(
         Parameter of the shared expert -> tensor; tensors of the head; floats that have no place.
 
     Raises:
-        MismatchError: if one has another shape than the parameter.
+        MismatchError: if one has another shape than the parameter; tables over the vocabulary may have more rows.
     """
     stored, head, extra = {}, [], []
     for name, spec in specs.items():
@@ -90,7 +96,7 @@ def fit(
             head.append(name)
         elif found is None:
             extra += [name] if spec.dtype.is_floating_point else []
-        elif spec.shape != shared.checkpoint.specs[found].shape:
+        elif spec.shape != shared.checkpoint.specs[found].shape and not _grown(spec, shared, found):
             raise MismatchError(
                 f"{whose}: {name!r} has shape {list(spec.shape)}, the base's {found!r} "
                 f"{list(shared.checkpoint.specs[found].shape)}; resize it to the base's shape"
@@ -98,6 +104,12 @@ def fit(
         else:
             stored[found] = name
     return stored, tuple(sorted(head)), extra
+
+
+def _grown(spec: TensorSpec, shared: Model, name: str) -> bool:
+    """Whether it is a table over the vocabulary, for more tokens than the shared expert knows."""
+    ours = shared.checkpoint.specs[name].shape
+    return name in shared.layout.vocabulary and spec.shape[0] > ours[0] and spec.shape[1:] == ours[1:]
 
 
 def require_backbone(name: str, layout: Layout, shared: Model, model_type: str | None) -> None:

@@ -49,6 +49,7 @@ class Layout:
         tied: names -> the name whose tensor they share.
         speaks: whether its output layer is over the vocabulary, which experts of one class share.
         answers: whether it is a class with a head.
+        vocabulary: names that have a row for every token, of its input and its output layer.
     """
 
     cls: str
@@ -59,6 +60,7 @@ class Layout:
     tied: Mapping[str, str]
     speaks: bool
     answers: bool = False
+    vocabulary: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -82,6 +84,10 @@ class Library(Protocol):
 
     def class_for(self, folder: Path, task: str) -> str | None:
         """The class that a task type of PEFT's means for a folder's config; None is the one that it names."""
+        ...
+
+    def tokens(self, folder: Path, like: Path) -> dict[str, int] | None:
+        """What a folder's tokenizer knows, and the ids; None if there is none, or it is the other folder's."""
         ...
 
 

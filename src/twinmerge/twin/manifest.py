@@ -11,6 +11,7 @@ from twinmerge.errors import ArtifactError
 from twinmerge.files.hashes import sha256_of
 from twinmerge.files.strict_json import parse_json
 from twinmerge.models.provenance import FileRecord, InputRecord, Recorded, Sha256, portable
+from twinmerge.models.vocabulary import Vocabulary
 from twinmerge.twin.plan import Kind
 from twinmerge.twin.recipe import EXPERT_NAME, Recipe
 
@@ -155,6 +156,7 @@ class Manifest(Recorded):
         base: the pre-trained model.
         experts: by name, in the gate's order.
         tensors: by name of the parameter.
+        vocabulary: where experts have tokens of their own, what the rows of the shared expert's tables are.
         fallback: parameters that go by the exact fall-back; None in older twins, where loading finds out.
         router: what it gives; None if there is none, or it is yet to be fitted.
         notes: differences that were allowed, and what is unusual.
@@ -171,6 +173,7 @@ class Manifest(Recorded):
     base: InputRecord
     experts: Mapping[ExpertName, ExpertRecord]
     tensors: Mapping[str, ParameterRecord]
+    vocabulary: Vocabulary | None = None
     fallback: list[str] | None = None
     router: RouterRecord | None = None
     notes: list[str] = []
@@ -184,8 +187,9 @@ class Manifest(Recorded):
         if names != sorted(self.recipe.experts):
             raise ValueError(f"experts must be those of recipe.experts in alphabetical order, found {', '.join(names)}")
         ranked = {expert for tensor in self.tensors.values() for expert in tensor.ranks}
+        ranked |= set(self.vocabulary.added) if self.vocabulary else set()
         if strangers := sorted(ranked - set(names)):
-            raise ValueError(f"tensors name expert {strangers[0]!r}, which experts does not")
+            raise ValueError(f"tensors or vocabulary name expert {strangers[0]!r}, which experts does not")
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from twinmerge.models.compatible import Allow, compare_configs, compare_dtypes, 
 from twinmerge.models.expert import open_expert, shared_model, with_labels
 from twinmerge.models.match import left_out_note, require_whole
 from twinmerge.models.source import Expert, Library, Model, open_model
+from twinmerge.models.vocabulary import Vocabulary, vocabulary_of, widened
 from twinmerge.tensors.int4 import FOUR_BITS, direction_bytes
 from twinmerge.twin.recipe import Recipe
 
@@ -71,6 +72,8 @@ class Plan:
     """Differences that were allowed."""
     fallback: tuple[str, ...] = ()
     """Parameters that experts change and no fast gated layer serves: a batch takes a pass for every distinct gate."""
+    vocabulary: Vocabulary | None = None
+    """Where experts have tokens of their own: what the rows of the shared expert's tables are."""
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -213,9 +216,30 @@ def make_plan(
         path = expert.checkpoint.path
         notes += expert.notes
         notes += compare_configs(found, name, expert.checkpoint, allow)
-        notes += compare_vocabularies(found.path, name, path if path.is_dir() else path.parent, allow)
+        notes += compare_vocabularies(found.path, name, path if path.is_dir() else path.parent, allow, may_add=True)
         notes += compare_dtypes(found, name, expert.checkpoint, expert.stored)
-    return assemble(recipe, found, experts, kinds, allow, notes)
+    vocabulary, more = _vocabulary(shared, experts, library)
+    if vocabulary is not None:
+        found, experts = widened(found, shared.layout.vocabulary, experts, vocabulary)
+    return replace(assemble(recipe, found, experts, kinds, allow, (*notes, *more)), vocabulary=vocabulary)
+
+
+def _vocabulary(shared: Model, experts: Mapping[str, Expert], library: Library) -> tuple[Vocabulary | None, list[str]]:
+    """Tokens that experts have of their own, and notes on them."""
+    base, theirs, known = shared.checkpoint.path, dict[str, dict[str, int]](), dict[str, int]()
+    for name, expert in experts.items():
+        path = expert.checkpoint.path
+        found = library.tokens(path if path.is_dir() else path.parent, base) if base.is_dir() else None
+        if found is not None:
+            known = known or library.tokens(base, path) or {}
+            theirs |= {name: found} if known.items() <= found.items() else {}
+    vocabulary = vocabulary_of(shared.checkpoint, shared.layout.vocabulary, experts, known, theirs)
+    if vocabulary is None:
+        return None, []
+    return vocabulary, [
+        f"{name!r}: {len(added.ids)} tokens of its own, which it alone reads and writes"
+        for name, added in vocabulary.added.items()
+    ]
 
 
 def _opened(
