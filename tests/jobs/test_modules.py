@@ -248,6 +248,7 @@ def refused(**changes: Any) -> dict[str, Any]:
         ({"inputs": {"x": torch.ones(3, 3, 6, 6), "shift": torch.ones(2, 8)}}, DataError, "as many rows"),
         ({"exclusive": {"rank": -1}}, RecipeError, "exclusive.rank"),
         ({"exclusive": {"rank": 1, "weighting": "inputs"}}, RecipeError, "is measured on transformers models"),
+        ({"exclusive": {"rank": 1, "bn": "recalibrate"}}, RecipeError, "recalibrate runs transformers models"),
         ({"shared": {"method": "fisher"}}, RecipeError, "fisher measures transformers models"),
         ({"router_inputs": {"cats": images("cats")}, "features": "pool"}, DataError, "rows of every expert"),
         ({"router_inputs": {n: images(n) for n in NAMES}}, RecipeError, "features must name the submodule"),

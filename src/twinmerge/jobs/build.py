@@ -22,6 +22,7 @@ from twinmerge.hf.router_data import EncodedRows
 from twinmerge.jobs.check import check_twin
 from twinmerge.jobs.measure import for_twin, for_weighting
 from twinmerge.jobs.preflight import Checked, checked
+from twinmerge.jobs.recalibrate import recalibrate
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor
 from twinmerge.models.compatible import Allow
 from twinmerge.models.provenance import describe_input, portable
@@ -119,7 +120,10 @@ def build(
             )
             found.write_own(target.folder)
             manifest = new_manifest(plan, report, out, left_out(found.rows, recipe.router), progress)
-            finish(TwinArtifact(target.folder, manifest), found, check=check, precision=precision, progress=progress)
+            written = TwinArtifact(target.folder, manifest)
+            if recipe.exclusive.bn == "recalibrate":
+                recalibrate(written, found.rows, seed=recipe.seed, progress=progress)
+            finish(written, found, check=check, precision=precision, progress=progress)
     return TwinArtifact.open(out)
 
 

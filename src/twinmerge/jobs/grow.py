@@ -18,6 +18,7 @@ from twinmerge.hf.loading import skeleton
 from twinmerge.jobs.build import finish, left_to_shared, now, versions, with_fallback, with_provenance
 from twinmerge.jobs.measure import for_weighting
 from twinmerge.jobs.preflight import checked
+from twinmerge.jobs.recalibrate import recalibrate
 from twinmerge.merging.executor import MEMORY_BYTES
 from twinmerge.models.provenance import require_unchanged
 from twinmerge.models.source import locate
@@ -143,8 +144,11 @@ def _fill(
         )
     found.write_own(folder)
     manifest = _manifest(artifact, out, plan, change, name, report, progress)
+    written = TwinArtifact(folder, manifest)
+    if source is not None and plan.recipe.exclusive.bn == "recalibrate":
+        recalibrate(written, found.rows, only=name, seed=plan.recipe.seed, progress=progress)
     finish(
-        TwinArtifact(folder, manifest),
+        written,
         found,
         known,
         check=options.get("check", True),

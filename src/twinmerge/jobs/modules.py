@@ -158,6 +158,8 @@ def _settings(
         raise RecipeError(
             f"exclusive.weighting: {recipe.exclusive.weighting} is measured on transformers models; use none"
         )
+    if recipe.exclusive.bn == "recalibrate":
+        raise RecipeError("exclusive.bn: recalibrate runs transformers models; use per_expert or shared")
     return recipe
 
 

@@ -175,6 +175,11 @@ def _weighting(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> Literal["none",
             f"exclusive.weighting: {settings.weighting} is measured on inputs of every expert, and "
             f"experts.{without}.router_data is missing; name a file of them, or use none"
         )
+    if without is not None and settings.bn == "recalibrate":
+        raise RecipeError(
+            f"exclusive.bn: recalibrate runs inputs of every expert, and experts.{without}.router_data is missing; "
+            "name a file of them, or use per_expert"
+        )
     if settings.weighting != "auto":
         if settings.weighting != "none" and stacks:
             raise MismatchError(
