@@ -130,7 +130,7 @@ def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("merge_method: linear\nname: x\n---\nmerge_method: linear\n", "holds 2 documents, and a recipe is one"),
+        ("merge_method: linear\nname: x\n---\nmerge_method: linear\n", "holds 2 documents, and this takes one"),
         ("merge_method: nearswap\n", "merge_method 'nearswap' is not supported; known are linear"),
         ("merge_method: passthrough\n", "a recipe has either models or slices"),
         ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]\n", "passthrough takes one model, found 2"),
@@ -138,7 +138,7 @@ def test_mergekit_keys_that_are_not_supported_are_named(models: Path, more: str)
         ("merge_method: karcher\nbase_model: base\nmodels: [{model: a}]\n", "counts the base_model of karcher as one"),
         ("merge_method: linear\nmodels: []\n", "none is left to merge"),
         ("merge_method: linear\nmodels: [{model: a}, {model: a}]\n", "'a' stands twice"),
-        ("merge_method: linear\nmodels: [{model: a+lora}]\n", "a model with a LoRA added"),
+        ("merge_method: linear\nmodels: [{model: a+lora}]\n", "models.0.model: no file or folder .*a.lora"),
         (
             "merge_method: slerp\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {t: 0.5}\n",
             "found 2 others",

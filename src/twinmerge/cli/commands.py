@@ -46,13 +46,13 @@ def methods(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Merge models."""
-    from twinmerge.jobs.merge import merge_models
-    from twinmerge.merging.recipe import load_merge
+    from twinmerge.jobs.documents import merge_file
 
     with shown_progress() as progress:
-        manifest = merge_models(
-            load_merge(options.recipe, options.seed),
+        manifest = merge_file(
+            options.recipe,
             options.out,
+            options.seed,
             **_work(options),
             hash_inputs=options.hash_inputs,
             progress=progress,
@@ -85,6 +85,7 @@ def tune(options: argparse.Namespace) -> None:
 
 def plan(options: argparse.Namespace) -> None:
     """Check a recipe."""
+    from twinmerge.jobs.documents import joined
     from twinmerge.jobs.plan import describe, describe_twin
     from twinmerge.merging.plan import plan_merge
     from twinmerge.merging.recipe import load_merge, twin_keys
@@ -97,7 +98,7 @@ def plan(options: argparse.Namespace) -> None:
         plan = open_plan(Recipe.load(options.recipe), _allowed(options))
         found = describe_twin(plan, options.memory, executor, folder)
     else:
-        merge = plan_merge(load_merge(options.recipe, options.seed), _allowed(options))
+        merge = plan_merge(load_merge(options.recipe, options.seed, join=joined), _allowed(options))
         found = describe(merge, options.memory, executor, folder)
     show_plan(found, options.json)
 

@@ -41,12 +41,13 @@ class Variant:
         return core_schema.no_info_plain_validator_function(validated)
 
 
-def load_yaml(path: Path, model: type[Model]) -> Model:
+def load_yaml(path: Path, model: type[Model], document: int | None = None) -> Model:
     """Read a YAML file into `model`, refusing what the model does not know.
 
     Args:
         path: the file.
         model: a pydantic model that forbids extra keys.
+        document: which of its documents, counted from 0; None is the only one.
 
     Returns:
         The validated model.
@@ -61,10 +62,13 @@ def load_yaml(path: Path, model: type[Model]) -> Model:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if document is None:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        else:
+            root = list(yaml.compose_all(text, Loader=yaml.SafeLoader))[document]
         if root is not None:
             _refuse_duplicate_keys(root, path)
-        data = yaml.safe_load(text)
+        data = yaml.safe_load(text) if document is None else list(yaml.safe_load_all(text))[document]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1

@@ -74,7 +74,7 @@ def merge_models(
     with one_thread():
         plan.require_related()
     calibration = for_merge(plan)
-    with durable_folder(out, _fingerprint(plan), overwrite=overwrite, resume=resume) as target:
+    with durable_folder(out, fingerprint(plan), overwrite=overwrite, resume=resume) as target:
         if not target.complete:
             measured = calibration.measure(target, progress) if calibration else {}
             _merge_into(target, plan, measured, entries, executor, progress)
@@ -168,7 +168,7 @@ def _is_intact(writer: CheckpointWriter, name: str, digest: str) -> bool:
     return found.hexdigest() == digest
 
 
-def _fingerprint(plan: MergePlan) -> dict[str, object]:
+def fingerprint(plan: MergePlan) -> dict[str, object]:
     """What an interrupted run must have had in common with this one to be gone on with."""
     models = (plan.reference, *plan.experts.values())
     files = [*plan.merge.calibration.values(), *(spec.file for model in models for spec in model.specs.values())]

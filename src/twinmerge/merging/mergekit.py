@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -172,13 +171,6 @@ _Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_le
 
 class _Source(_Model):
     model: str
-
-    @field_validator("model")
-    @classmethod
-    def _full_model(cls, model: str) -> str:
-        if "+" in model and not Path(model).expanduser().exists():
-            raise ValueError(f"a model with a LoRA added, {model!r}, is not supported; merge the adapter into it first")
-        return model
 
 
 def kit_names() -> list[str]:

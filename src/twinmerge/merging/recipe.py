@@ -1,7 +1,7 @@
 """Reads the recipe of a static merge, ours or mergekit's, and finds its models."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from twinmerge.errors import RecipeError
 from twinmerge.files.schema import Strict, load_yaml
-from twinmerge.merging.mergekit import Dtype, Layers, PerTensor, compile_methods, kit_names, kit_recipe
+from twinmerge.merging.mergekit import Dtype, KitRecipe, Layers, PerTensor, compile_methods, kit_names, kit_recipe
 from twinmerge.merging.method import Method
 from twinmerge.merging.slices import IN_STACK, Piece
 from twinmerge.merging.task_arithmetic import TaskArithmetic
@@ -87,40 +87,85 @@ class StaticMerge:
         } | ({"calibration_data": calibration} if calibration else {})
 
 
-def load_merge(path: Path, seed: int = 0) -> StaticMerge:
+Join = Callable[[Path, Path], Path]
+"""Gives the folder of a model with an adapter merged into it."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where a recipe's models are.
+
+    Attributes:
+        recipe: its file.
+        join: merges an adapter into a model, for `MODEL+ADAPTER`; None knows no adapters.
+        merged: those that earlier documents of the file were merged into, by name.
+    """
+
+    recipe: Path
+    join: Join | None = None
+    merged: Mapping[str, Path] = field(default_factory=dict)
+
+    def find(self, source: str, key: str) -> Path:
+        """A model of a mergekit recipe: from the working directory, as mergekit does, or beside the recipe."""
+        if source in self.merged:
+            return self.merged[source]
+        here = Path(source).expanduser()
+        if here.exists():
+            return here.resolve()
+        if "+" in source and self.join is not None:
+            model, _, adapter = source.partition("+")
+            return self.join(self.find(model, key), self.find(adapter, key))
+        return locate(self.recipe.resolve().parent, source, f"{self.recipe}: {key}")
+
+    def called(self, source: str, found: Path) -> str:
+        """What the manifest calls it: as another machine may read it."""
+        if source in self.merged:
+            return source
+        return "+".join(portable(self.recipe.resolve().parent, part, found) for part in source.split("+"))
+
+
+def load_merge(
+    path: Path,
+    seed: int = 0,
+    *,
+    join: Join | None = None,
+    document: int | None = None,
+    merged: Mapping[str, Path] = {},
+) -> StaticMerge:
     """Read the recipe of a static merge and find its models.
 
     Args:
         path: a YAML file, ours or mergekit's (which has `merge_method`).
         seed: of DARE's draws in a mergekit recipe, which has no place for it.
+        join: see `Models`.
+        document: which of several documents, counted from 0; None takes a file of one.
+        merged: see `Models`.
 
     Raises:
         RecipeError: `file:line`, what is wrong and what to do.
     """
-    if (count := _documents(path)) > 1:
+    if document is None and (count := len(document_names(path))) > 1:
         raise RecipeError(
-            f"{path} holds {count} documents, and a recipe is one; give each a file, later ones naming folders that "
-            "earlier ones are merged into"
+            f"{path} holds {count} documents, and this takes one; `twinmerge merge` makes them one after the other"
         )
-    name = recipe_content(path).get("merge_method")
-    if name is None:
+    name = recipe_content(path, document).get("merge_method")
+    if name is None and document is None:
         return _load_ours(path, seed)
-    if name not in kit_names():
-        raise RecipeError(f"{path}: merge_method {name!r} is not supported; known are {', '.join(kit_names())}")
-    kit = load_yaml(path, kit_recipe(name))
+    kit = parse_kit(path, document)
     try:
         found = compile_methods(kit, seed)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
-    methods, pieces = found.methods, _pieces(path, found.layers)
+    models = Models(path, join, merged)
+    methods, pieces = found.methods, _pieces(models, found.layers)
     experts = {
-        name: pieces[name][0].path if pieces else _locate_near(path, name, f"{place}.model")
+        name: pieces[name][0].path if pieces else models.find(name, f"{place}.model")
         for name, place in methods.places.items()
     }
-    start = _locate_near(path, kit.base_model, "base_model") if kit.base_model else None
+    start = models.find(kit.base_model, "base_model") if kit.base_model else None
     named = {**{piece.model: piece.path for parts in pieces.values() for piece in parts}} or dict(experts)
     named |= {str(kit.base_model): start} if start else {}
-    sources = {found: portable(path.resolve().parent, name, found) for name, found in named.items()}
+    sources = {found: models.called(name, found) for name, found in named.items()}
     base = start if methods.form.uses_base else None
     dtype = _dtype(kit.out_dtype or kit.dtype)
     first = next(iter(experts.values()))
@@ -128,16 +173,31 @@ def load_merge(path: Path, seed: int = 0) -> StaticMerge:
     data = _calibration(path, methods)
     sources |= _called(path, data)
     whose = kit.whose_tokenizer
-    theirs = None if whose in ("base", "union") else _locate_near(path, whose, "tokenizer")
+    theirs = None if whose in ("base", "union") else models.find(whose, "tokenizer")
     tokenizer = TokenizerChoice(theirs, whose == "union", kit.chat_template)
-    return StaticMerge(name, methods, reference, base, experts, dtype, data, pieces, seed, tokenizer, sources)
+    method = kit.merge_method
+    return StaticMerge(method, methods, reference, base, experts, dtype, data, pieces, seed, tokenizer, sources)
 
 
-def _pieces(path: Path, layers: Mapping[str, Sequence[Layers]]) -> dict[str, tuple[Piece, ...]]:
+def parse_kit(path: Path, document: int | None = None) -> KitRecipe:
+    """A document of mergekit's, checked but for its models.
+
+    Raises:
+        RecipeError: `file:line`, what is wrong.
+    """
+    name = recipe_content(path, document).get("merge_method")
+    if name is None:
+        raise RecipeError(f"{path}: document {(document or 0) + 1} must have merge_method, which of several each has")
+    if name not in kit_names():
+        raise RecipeError(f"{path}: merge_method {name!r} is not supported; known are {', '.join(kit_names())}")
+    return load_yaml(path, kit_recipe(name), document)
+
+
+def _pieces(models: Models, layers: Mapping[str, Sequence[Layers]]) -> dict[str, tuple[Piece, ...]]:
     """The layers of slices, with their models found."""
     return {
         name: tuple(
-            Piece(one.model, _locate_near(path, one.model, f"{one.place}.model"), one.start, one.stop) for one in parts
+            Piece(one.model, models.find(one.model, f"{one.place}.model"), one.start, one.stop) for one in parts
         )
         for name, parts in layers.items()
     }
@@ -207,24 +267,20 @@ def twin_keys(path: Path) -> list[str]:
     ]
 
 
-def _documents(path: Path) -> int:
-    """How many documents a file holds, 0 if it cannot be read."""
+def document_names(path: Path) -> list[str | None]:
+    """The names of a file's documents, None for one without; none if it cannot be read."""
     try:
-        return sum(1 for _ in yaml.compose_all(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
+        found = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return 0
+        return []
+    return [str(one["name"]) if isinstance(one, dict) and one.get("name") else None for one in found]
 
 
-def recipe_content(path: Path) -> dict[str, Any]:
+def recipe_content(path: Path, document: int | None = None) -> dict[str, Any]:
     """A recipe as it stands there, empty if it cannot be read: `load_yaml` says what is wrong, and where."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        text, loader = path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        data = yaml.load(text, loader) if document is None else list(yaml.load_all(text, loader))[document]
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _locate_near(recipe: Path, source: str, key: str) -> Path:
-    """A model of a mergekit recipe: from the working directory, as mergekit does, or beside the recipe."""
-    here = Path(source).expanduser()
-    return here.resolve() if here.exists() else locate(recipe.resolve().parent, source, f"{recipe}: {key}")
