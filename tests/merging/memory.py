@@ -45,7 +45,8 @@ def merge(
         def read(at_once: bool, name: str = name) -> Iterator[Chunk]:
             return whole(base, experts, name) if at_once else chunks(base, experts, entries, name)
 
-        parts = [values for _, values in merge_tensor(method, read, statistics, dtype)]
+        at_once = method.takes_whole(name, tuple(tensor.shape))
+        parts = [values for _, values in merge_tensor(method, read, statistics, dtype, whole=at_once)]
         merged[name] = torch.cat(parts).view(tensor.shape)
     return merged
 

@@ -220,7 +220,9 @@ def test_what_a_whole_matrix_takes_is_known_before() -> None:
     for name in ("tsv_m", "iso_c", "iso_cts", "della"):
         assert find_method(name).whole
         assert method(name).memory_bytes((400, 300), 3) > 8 * 400 * 300
-    assert method("tsv_m").memory_bytes((400,), 3) == 0
+    assert not method("tsv_m").takes_whole("model.embed_tokens.weight", (400, 300))
+    assert not method("iso_c").takes_whole("layers.0.norm.weight", (400,))
+    assert method("iso_cts").takes_whole("layers.0.q.weight", (400, 300))
 
 
 def test_catalogue_names_every_method_with_its_options() -> None:

@@ -130,7 +130,8 @@ class _Task:
     def _merged(self, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
         method = self.plan.method(spec.name)
         read = partial(self.plan.chunks, spec.name, self.entries)
-        return merge_tensor(method, read, self.statistics.get(method.model_dump_json(), Statistics()), spec.dtype)
+        statistics = self.statistics.get(method.model_dump_json(), Statistics())
+        return merge_tensor(method, read, statistics, spec.dtype, whole=method.takes_whole(spec.name, spec.shape))
 
     def _copied(self, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
         """Integers are not merged: the reference's are taken, and all models must agree on them, except on counters."""

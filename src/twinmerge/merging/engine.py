@@ -17,7 +17,7 @@ Read = Callable[[bool], Iterator[Chunk]]
 
 
 def merge_tensor(
-    method: Method, read: Read, statistics: Statistics, dtype: torch.dtype
+    method: Method, read: Read, statistics: Statistics, dtype: torch.dtype, *, whole: bool
 ) -> Iterator[tuple[int, Tensor]]:
     """Merge one tensor.
 
@@ -26,6 +26,7 @@ def merge_tensor(
         read: gives the tensor of all models, finite.
         statistics: what the method's pre-pass found.
         dtype: of the result.
+        whole: whether the method takes this tensor whole (`Method.takes_whole`).
 
     Yields:
         Which entry of the tensor comes next, and rounded entries from there on.
@@ -34,16 +35,14 @@ def merge_tensor(
         CheckpointError: if a merged value is none that the dtype holds, or none that the tensor may have.
         RecipeError: if the method gives another number of entries than it got.
     """
-    for chunk, merged in merged_chunks(method, read, statistics):
+    for chunk, merged in merged_chunks(method, read, statistics, whole=whole):
         yield chunk.at, _rounded(chunk.tensor, merged, dtype)
 
 
-def merged_chunks(
-    method: Method, read: Read, statistics: Statistics, *, whole: bool = False
-) -> Iterator[tuple[Chunk, Tensor]]:
-    """As `merge_tensor`, but what was merged too, and the result not rounded; as one chunk if asked to."""
+def merged_chunks(method: Method, read: Read, statistics: Statistics, *, whole: bool) -> Iterator[tuple[Chunk, Tensor]]:
+    """As `merge_tensor`, but what was merged too, and the result not rounded."""
     statistics = replace(statistics, tensor=method.measure(lambda: read(False), statistics))
-    for chunk in read(whole or method.whole):
+    for chunk in read(whole):
         merged = method.merge(chunk, statistics)
         if merged.numel() != chunk.numel:
             raise RecipeError(

@@ -181,6 +181,10 @@ class Method(Variant, BaseModel):
         """One chunk of the result, in float32 or wider; it is rounded once, by the caller."""
         raise NotImplementedError(f"{type(self).__name__} has no merge")
 
+    def takes_whole(self, tensor: str, shape: tuple[int, ...]) -> bool:
+        """Whether it gets this tensor whole; one that is whole for some tensors alone says which."""
+        return self.whole
+
     def memory_bytes(self, shape: tuple[int, ...], experts: int) -> int:
         """What merging a whole tensor takes beside the models: what was measured of it."""
         return 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from twinmerge.merging.method import Chunk
+from twinmerge.merging.method import Chunk, Scaled
+from twinmerge.merging.statistics import Statistics
 from twinmerge.tensors.low_rank import decompose
 
 _NONE = 1e-6
@@ -26,14 +28,37 @@ class Directions:
     right: Float64[Tensor, "in k"]
 
 
-def is_layer(chunk: Chunk) -> bool:
+class Spectral(Scaled):
+    """A method about matrices that inputs are multiplied with; others it sees in stretches, and averages."""
+
+    whole = True
+
+    def takes_whole(self, tensor: str, shape: tuple[int, ...]) -> bool:
+        """Matrices, by their names no embeddings."""
+        return is_layer(tensor, shape)
+
+    def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
+        """The base and a change of a matrix; the mean of other tensors."""
+        change = self.change(chunk) if is_layer(chunk.tensor, shape_of(chunk)) else mean_change(chunk)
+        return change.mul_(self.factor).add_(chunk.base_value())
+
+    @abstractmethod
+    def change(self, chunk: Chunk) -> Float64[Tensor, "out in"]:
+        """What is added to a matrix at scaling 1."""
+
+    def memory_bytes(self, shape: tuple[int, ...], experts: int) -> int:
+        """Matrices of directions in float64, of all that are kept, and Gram matrices of the shorter side."""
+        short, long = sorted(shape)
+        return 8 * short * (6 * long + 6 * short) + 8 * short * long * experts
+
+
+def is_layer(tensor: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a matrix that inputs are multiplied with: two axes, and by its name no embeddings."""
-    parts = chunk.tensor.split(".")
-    return len(shape_of(chunk)) == 2 and not any(word in part for part in parts for word in _EMBEDDINGS)
+    return len(shape) == 2 and not any(word in part for part in tensor.split(".") for word in _EMBEDDINGS)
 
 
 def shape_of(chunk: Chunk) -> tuple[int, ...]:
-    """Of the tensor, in a method that gets it whole."""
+    """Of the tensor, if it is whole; of a stretch, its length alone."""
     return tuple(next(iter({**chunk.experts, **chunk.changes}.values())).shape)
 
 
@@ -61,11 +86,3 @@ def orthonormal(columns: Float64[Tensor, "side k"]) -> Float64[Tensor, "side k"]
     basis = vectors[:, there]
     found: Tensor = columns @ ((basis / values[there].sqrt()) @ basis.T)
     return found
-
-
-def memory_bytes(shape: tuple[int, ...], experts: int) -> int:
-    """What a merge by directions takes: matrices of directions in float64, and Gram matrices of the shorter side."""
-    if len(shape) != 2:
-        return 0
-    short, long = sorted(shape)
-    return 8 * short * (6 * long + 6 * short) + 8 * short * long * experts

@@ -5,29 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twinmerge.merging.method import Chunk, Scaled, merge_method
-from twinmerge.merging.spectra import is_layer, leading, mean_change, memory_bytes, orthonormal, shape_of
-from twinmerge.merging.statistics import Statistics
+from twinmerge.merging.method import Chunk, merge_method
+from twinmerge.merging.spectra import Spectral, leading, orthonormal, shape_of
 
 
 @merge_method("tsv_m", paper="arXiv:2412.00081")
-class TsvM(Scaled):
+class TsvM(Spectral):
     """theta_0 + lambda U S V', each task's top min(out, in) / T triplets, U and V orthonormal; the mean of others."""
 
-    whole = True
-
-    def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
-        """The base and the product of the orthonormal directions."""
-        if is_layer(chunk):
-            count = max(min(shape_of(chunk)) // len(chunk.names), 1)
-            found = [leading(chunk.task_vector(name), count) for name in chunk.names]
-            left = orthonormal(torch.cat([task.left for task in found], dim=1))
-            right = orthonormal(torch.cat([task.right for task in found], dim=1))
-            change = (left * torch.cat([task.values for task in found])) @ right.T
-        else:
-            change = mean_change(chunk)
-        return change.mul_(self.factor).add_(chunk.base_value())
-
-    def memory_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        """Directions of one task at a time, and those of all that are kept."""
-        return memory_bytes(shape, experts)
+    def change(self, chunk: Chunk) -> Tensor:
+        """The product of the orthonormal directions."""
+        count = max(min(shape_of(chunk)) // len(chunk.names), 1)
+        found = [leading(chunk.task_vector(name), count) for name in chunk.names]
+        left = orthonormal(torch.cat([task.left for task in found], dim=1))
+        right = orthonormal(torch.cat([task.right for task in found], dim=1))
+        return (left * torch.cat([task.values for task in found])) @ right.T

@@ -58,7 +58,8 @@ class Needs:
 
 def streams(plan: Plan, task: TensorTask) -> bool:
     """Whether a parameter is merged stretch by stretch, so that the merge takes no memory of the parameter's size."""
-    return not (plan.recipe.shared.whole or plan.recipe.shared.automatic)
+    method = plan.recipe.shared
+    return not (method.takes_whole(task.name, task.spec.shape) or method.automatic)
 
 
 def _memory(plan: Plan, task: TensorTask) -> int:

@@ -52,7 +52,8 @@ def merge_parameter(task: TensorTask, plan: Plan, statistics: Statistics) -> tup
         vectors = {expert: chunk.task_vector(expert) for expert in chunk.names}
         method = method.at(best_scaling(vectors, direction, _expected_rank(plan) if task.exclusive else 0))
     shared = torch.empty(task.spec.numel, dtype=task.spec.dtype)
-    for start, entries in merge_tensor(method, read, statistics, task.spec.dtype):
+    whole = method.takes_whole(task.name, task.spec.shape)
+    for start, entries in merge_tensor(method, read, statistics, task.spec.dtype, whole=whole):
         shared[start : start + len(entries)] = entries
     return shared.view(task.spec.shape), getattr(method, "scaling", None)
 
