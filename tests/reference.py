@@ -148,6 +148,33 @@ def consensus(vectors: list[Tensor], threshold: float, agreement: int) -> Tensor
     return total.view(vectors[0].shape)
 
 
+def tall(vectors: list[Tensor], index: int, threshold: float) -> Tensor:
+    """The sum where |tau_t| > threshold |sum - tau_t| (arXiv:2405.07813)."""
+    total, own = sum(vectors).flatten(), vectors[index].flatten()
+    for i in range(len(total)):
+        if not abs(float(own[i])) > threshold * abs(float(total[i]) - float(own[i])):
+            total[i] = 0
+    return total.view(vectors[0].shape)
+
+
+def emr(models: list[list[Tensor]], index: int) -> list[Tensor]:
+    """Task vectors of a task's model, tensor by tensor, of those of all tasks (arXiv:2405.17461)."""
+    elected = []
+    for vectors in models:
+        column = []
+        for values in zip(*[vector.flatten().tolist() for vector in vectors], strict=True):
+            sign = 1 if sum(values) > 0 else -1 if sum(values) < 0 else 0
+            column.append(sign * max([abs(value) for value in values if value * sign > 0], default=0.0))
+        elected.append(column)
+    own = [vectors[index].flatten().tolist() for vectors in models]
+    masked = [[e if e * o > 0 else 0.0 for e, o in zip(*pair, strict=True)] for pair in zip(elected, own, strict=True)]
+    scale = sum(abs(v) for part in own for v in part) / sum(abs(v) for part in masked for v in part)
+    return [
+        scale * torch.tensor(part, dtype=torch.float64).view(vectors[0].shape)
+        for part, vectors in zip(masked, models, strict=True)
+    ]
+
+
 def model_stock(vectors: list[Tensor]) -> Tensor:
     """t times the mean, t = T cos / (1 + (T - 1) cos) of the mean cosine of pairs (arXiv:2403.19522)."""
     found = []

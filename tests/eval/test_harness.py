@@ -53,6 +53,7 @@ contestants:
     shared: {{method: task_arithmetic, scaling: auto}}
     exclusive: {{rank: 1}}
     router: {{method: centroid, features: last}}
+  masks: {{title: masks, kind: per_task, shared: {{method: tall}}, thresholds: [0.01, 1000.0]}}
   groups: {{title: groups, kind: twin, shared: {{method: average}}, exclusive: {{rank: 2}}, groups: 4}}
 sources: [made for tests]
 """
@@ -122,14 +123,21 @@ def test_a_twin_is_measured_as_a_user_has_it(run: Any, suite: Suite, tmp_path: P
         )
 
 
-def test_a_static_merge_answers_as_its_folder_does_in_plain_transformers(
-    run: Any, suite: Suite, tmp_path: Path
+@pytest.mark.parametrize("contestant", ["pretrained", "masks"])
+def test_a_merge_answers_as_its_folder_does_in_plain_transformers(
+    run: Any, suite: Suite, tmp_path: Path, contestant: str
 ) -> None:
-    spec = suite.contestants["pretrained"]
-    build(suite.recipe(spec.shared, NEXT_TO_NOTHING, ANY_ROUTER, 0), tmp_path / "twin")
-    kept = read_predictions(run[0] / "runs" / "pretrained.seed-0.predictions.json.gz")
-    tokenizer = tiny.transformers.AutoTokenizer.from_pretrained(tmp_path / "twin")
+    shared = suite.contestants[contestant].shared
+    measured = next(one for one in run[1].contestants if one.name == contestant)
+    kept = read_predictions(run[0] / "runs" / f"{contestant}.seed-0.predictions.json.gz")
+    tokenizer = tiny.transformers.AutoTokenizer.from_pretrained(suite.root_of(0) / "base")
     for name in suite.tasks:
+        own = shared
+        if contestant == "masks":  # each task's own model
+            threshold = measured.settings[f"threshold.{name}"]
+            assert threshold in (0.01, 1000.0)
+            own = shared.model_copy(update={"task": name, "threshold": threshold})
+        build(suite.recipe(own, NEXT_TO_NOTHING, ANY_ROUTER, 0), tmp_path / "twin", overwrite=True)
         model: Any = tiny.transformers.BertForSequenceClassification.from_pretrained(suite.root_of(0) / name)
         model.bert = tiny.transformers.BertModel.from_pretrained(tmp_path / "twin")
         tokens = tokenizer([row["text"] for row in suite.task(name, 0).test], padding=True, return_tensors="pt")
@@ -386,6 +394,8 @@ def test_slices_of_all_features_are_the_layers() -> None:
         ("kind: top1", "kind: topp1", r"suite.yaml:\d+: contestants.top1.kind: input should be 'experts'"),
         ("exclusive: {rank: 1}", "scalings: [1.0]", r"exclusive belongs to kind twin, and only to it; found kind twin"),
         ("{method: pretrained}", "{method: pretrained}, scalings: [1.0]", r"scalings belong to kind static"),
+        ("{method: pretrained}", "{method: emr}", r"emr, is for kind per_task, .*found kind static with emr"),
+        ("{method: pretrained}", "{method: average}, thresholds: [1]", r"thresholds belong to a method that has a thr"),
         (
             "{method: pretrained}",
             "{method: ties, density: {x: 0.1}}",

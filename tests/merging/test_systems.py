@@ -233,5 +233,6 @@ def test_catalogue_names_every_method_with_its_options() -> None:
     }
     assert found["slerp"].uses == ("merge",)
     assert found["regmean"].data == "unlabelled inputs of each expert"
-    assert {system.protocol for system in found.values()} == {"A"}
+    assert {name for name, system in found.items() if system.protocol == "B"} == {"emr", "tall", "tsv_c"}
+    assert {system.protocol for system in found.values()} == {"A", "B"}
     assert all(system.summary.endswith(".") for system in found.values())

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.predict import predict
 from twinmerge.jobs.tune import NEXT_TO_NOTHING, choose_scaling
 from twinmerge.merging.method import Method
+from twinmerge.merging.per_task import PerTask
 from twinmerge.routing.group_wise import group_gates
 from twinmerge.twin.plan import Plan
 
@@ -56,7 +57,13 @@ class Contestant:
 
     def run(self) -> tuple[ContestantResult, Predictions]:
         """Run it on all test rows of the seed: its result, and its predictions for paired intervals."""
-        kinds = {"experts": self._experts, "top1": self._top1, "static": self._static, "twin": self._twin}
+        kinds = {
+            "experts": self._experts,
+            "top1": self._top1,
+            "static": self._static,
+            "per_task": self._per_task,
+            "twin": self._twin,
+        }
         return self._result(kinds[self.spec.kind]())
 
     def _experts(self) -> Run:
@@ -93,6 +100,24 @@ class Contestant:
             unseen=self._unseen(merged.model, None),
             milliseconds=self._milliseconds(answer),
         )
+
+    def _per_task(self) -> Run:
+        """Each row under the weights that its task's name picks; routed, the reference's router in front picks it."""
+        at, oracle = self.at, list[str]()
+        heads = at.reference.expert[: len(self.rows)]
+        method = cast(PerTask, self.spec.shared)
+        for name, task in at.tasks.items():
+            own = method.model_copy(update={"task": name})
+            made = [own.model_copy(update={"threshold": one}) for one in self.spec.thresholds or ()] or [own]
+            built = [at.build(one, NEXT_TO_NOTHING, ANY_ROUTER) for one in made]
+            best = 0
+            if len(built) > 1:
+                scores = [self._validation_accuracy(one.model, task) for one in built]
+                best = int(np.argmax(scores))
+                self.settings[f"threshold.{name}"] = (self.spec.thresholds or [])[best]
+            oracle += at.answers(built[best].model, task.test, None, [name] * len(task.test), f"{self.stage}: {name}")
+            nbytes = {"heads": built[best].bytes["heads"], "router": at.reference.bytes["router"]}
+        return Run(oracle, method.stored_bytes(at.plan.base.specs.values(), len(at.tasks)) | nbytes, heads)
 
     def _twin(self) -> Run:
         at, count = self.at, len(self.rows)
@@ -230,7 +255,7 @@ class Contestant:
 def _kind(spec: ContestantSpec) -> Kind:
     if spec.kind == "experts":
         return "experts"
-    if spec.kind == "top1" or (spec.kind == "twin" and spec.shared.method == "pretrained"):
+    if spec.kind in ("top1", "per_task") or (spec.kind == "twin" and spec.shared.method == "pretrained"):
         return "dynamic"
     if spec.kind == "static" and spec.shared.method == "pretrained":
         return "base"

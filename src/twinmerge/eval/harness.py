@@ -70,7 +70,7 @@ def run_suite(
         at.require_labels()
     plan = ready[0].plan
     for spec in (suite.contestants[name] for name in names):
-        open_plan(suite.recipe(spec.shared, spec.exclusive or NEXT_TO_NOTHING, spec.router, seeds[0]))
+        open_plan(suite.recipe(suite.method_of(spec), spec.exclusive or NEXT_TO_NOTHING, spec.router, seeds[0]))
     runs = out / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     results: list[ContestantResult] = []

@@ -14,6 +14,7 @@ from twinmerge.files.rows import Row, read_rows
 from twinmerge.files.schema import Strict, load_yaml
 from twinmerge.merging.average import Pretrained
 from twinmerge.merging.method import Method
+from twinmerge.merging.per_task import PerTask
 from twinmerge.runtime.precision import PrecisionChoice
 from twinmerge.twin.recipe import ExclusiveSettings, ExpertSource, Recipe, RouterSettings
 
@@ -69,10 +70,12 @@ class ContestantSpec(Strict):
     Attributes:
         title: for people.
         kind: `experts` (each on its own task), `top1` (the router picks a full expert), `static` (one merged model),
-            `twin`, or `model` (one language model, or adapter of it, that is there already).
+            `per_task` (the task's name picks weights that its method makes for it), `twin`, or `model` (one language
+            model, or adapter of it, that is there already).
         model: of kind `model`: its folder.
         shared: how the merged model or the shared expert is made.
         scalings: of `shared`; the best on validation rows is taken.
+        thresholds: of `shared` of kind `per_task`; the best for each task on its validation rows is taken.
         exclusive: of a twin.
         router: of this contestant alone; None takes the suite's.
         router_split: the rows that a twin's router is fitted on; only their texts are used.
@@ -81,10 +84,11 @@ class ContestantSpec(Strict):
     """
 
     title: str
-    kind: Literal["experts", "top1", "static", "twin", "model"]
+    kind: Literal["experts", "top1", "static", "per_task", "twin", "model"]
     model: str | None = None
     shared: Method = Pretrained()
     scalings: list[float] | None = None
+    thresholds: Annotated[list[float], Field(min_length=1)] | None = None
     exclusive: ExclusiveSettings | None = None
     router: RouterSettings | None = None
     router_split: Slug = "router"
@@ -97,6 +101,13 @@ class ContestantSpec(Strict):
             raise ValueError(f"exclusive belongs to kind twin, and only to it; found kind {self.kind}")
         if self.scalings is not None and (self.kind != "static" or not hasattr(self.shared, "scaling")):
             raise ValueError("scalings belong to kind static with a method that has a scaling")
+        if (self.kind == "per_task") != isinstance(self.shared, PerTask):
+            raise ValueError(
+                "a method that makes a model for each task, as emr, is for kind per_task, and only it is; "
+                f"found kind {self.kind} with {self.shared.method}"
+            )
+        if self.thresholds is not None and not hasattr(self.shared, "threshold"):
+            raise ValueError(f"thresholds belong to a method that has a threshold, found {self.shared.method}")
         if (self.kind == "model") != (self.model is not None):
             raise ValueError(f"model belongs to kind model, and only to it; found kind {self.kind}")
         return self
@@ -164,7 +175,7 @@ class Suite(Strict):
 
     @model_validator(mode="after")
     def _fitting_methods(self) -> "Suite":
-        others = {f"contestants.{name}.shared": spec.shared for name, spec in self.contestants.items()}
+        others = {f"contestants.{name}.shared": self.method_of(spec) for name, spec in self.contestants.items()}
         for where, method in {"shared": self.shared, **others}.items():
             if fault := method.misfit(self.tasks):
                 raise ValueError(f"{where}: {fault}")
@@ -177,11 +188,19 @@ class Suite(Strict):
             found = ", ".join(sorted(metrics))
             raise ValueError(f"tasks are judged by labels, or all by texts (exact_match, chrf); found {found}")
         for name, spec in self.contestants.items():
-            if self.writes and (spec.groups or spec.scalings):
-                raise ValueError(f"contestants.{name}: groups and scalings are not for texts that are written")
+            if self.writes and (spec.groups or spec.scalings or spec.kind == "per_task"):
+                raise ValueError(
+                    f"contestants.{name}: groups, scalings and per_task are not for texts that are written"
+                )
             if spec.kind == "model" and not self.writes:
                 raise ValueError(f"contestants.{name}: kind model is for texts that are written")
         return self
+
+    def method_of(self, spec: ContestantSpec) -> Method:
+        """A contestant's merge method, of one that makes a model for each task that of the first."""
+        if not isinstance(spec.shared, PerTask):
+            return spec.shared
+        return spec.shared.model_copy(update={"task": next(iter(self.tasks))})
 
     @property
     def writes(self) -> bool:

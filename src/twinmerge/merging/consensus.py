@@ -1,14 +1,17 @@
-"""Merges experts by the consensus of their TALL masks: keep what more than one task needs (arXiv:2405.07813)."""
+"""Finds what each task needs of the sum of all (TALL masks), and merges by their consensus (arXiv:2405.07813)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from twinmerge.files.checkpoint import TensorSpec
 from twinmerge.merging.method import Chunk, Each, Scaled, Scaling, merge_method, of_expert
+from twinmerge.merging.per_task import PerTask, masked_bytes, total_of
 from twinmerge.merging.statistics import Statistics
 
 Threshold = Annotated[
@@ -29,12 +32,32 @@ class Consensus(Scaled):
 
     def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
         """The base and the kept entries of the sum, added up in float32."""
-        vectors = {name: chunk.task_vector(name) for name in chunk.names}
-        total = torch.zeros_like(vectors[chunk.names[0]])
-        for vector in vectors.values():
-            total.add_(vector)
+        total = total_of(chunk)
         masks = torch.zeros_like(total)
-        for name, vector in vectors.items():
-            masks.add_(vector.abs() > of_expert(self.threshold, name) * (total - vector).abs())
-        kept = total.mul_(masks >= min(self.agreement, len(vectors)))
+        for name in chunk.names:
+            masks.add_(_mask(chunk.task_vector(name), total, of_expert(self.threshold, name)))
+        kept = total.mul_(masks >= min(self.agreement, len(chunk.names)))
         return kept.double().mul_(self.factor).add_(chunk.base_value())
+
+
+@merge_method("tall", paper="arXiv:2405.07813")
+class Tall(PerTask):
+    """theta_0 + m_t sum tau, m_t = |tau_t| > threshold |sum tau - tau_t|."""
+
+    data = "none, or labelled validation rows to choose the threshold"
+    threshold: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.4
+    """How much of the other tasks' sum an entry must outweigh; the paper chooses it from 0.2 to 0.6 on validation."""
+
+    def change(self, chunk: Chunk, name: str, statistics: Statistics) -> Tensor:
+        """What the task's mask holds of the sum."""
+        total = total_of(chunk)
+        mask = _mask(chunk.task_vector(name), total, self.threshold)
+        return total.mul_(mask).double().add_(chunk.base_value())
+
+    def stored_bytes(self, specs: Iterable[TensorSpec], experts: int) -> dict[str, int]:
+        """The base, the sum, and masks of one bit."""
+        return masked_bytes(specs, experts)
+
+
+def _mask(vector: Tensor, total: Tensor, threshold: float) -> Tensor:
+    return vector.abs() > threshold * (total - vector).abs()

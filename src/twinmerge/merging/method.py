@@ -41,7 +41,10 @@ OWN = {
     "breadcrumbs_ties": "breadcrumbs",
     "sce": "sce",
     "consensus": "consensus",
+    "tall": "consensus",
+    "emr": "emr",
     "tsv_m": "tsv",
+    "tsv_c": "tsv",
     "iso_c": "iso",
     "iso_cts": "iso",
 }

@@ -54,7 +54,12 @@ class Spectral(Scaled):
 
 def is_layer(tensor: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a matrix that inputs are multiplied with: two axes, and by its name no embeddings."""
-    return len(shape) == 2 and not any(word in part for part in tensor.split(".") for word in _EMBEDDINGS)
+    return len(shape) == 2 and not is_embedding(tensor)
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor is by its name a table that is looked up in."""
+    return any(word in part for part in tensor.split(".") for word in _EMBEDDINGS)
 
 
 def shape_of(chunk: Chunk) -> tuple[int, ...]:
