@@ -21,7 +21,7 @@ from twinmerge.merging.method import OWN, Chunk, Method, Scaled, find_method, me
 from twinmerge.merging.statistics import Statistics
 from twinmerge.merging.ties import Ties
 
-CALIBRATED = ("fisher", "regmean")
+CALIBRATED = ("fisher", "regmean", "adamerging")
 OURS = [name for name in OWN if name not in CALIBRATED]
 SUMS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
 """Add something up over a tensor, in float64, stretch by stretch."""

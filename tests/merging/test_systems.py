@@ -222,6 +222,9 @@ def test_what_a_whole_matrix_takes_is_known_before() -> None:
         assert method(name).memory_bytes((400, 300), 3) > 8 * 400 * 300
     assert not method("tsv_m").takes_whole("model.embed_tokens.weight", (400, 300))
     assert not method("iso_c").takes_whole("layers.0.norm.weight", (400,))
+    assert method("iso_c").takes_whole("embed_out.weight", (400, 300))  # GPT-NeoX's output layer
+    assert method("regmean").memory_bytes((30522, 384), 8) == 8 * 384**2 * 12  # no layer reads a vocabulary
+    assert method("regmean").memory_bytes((384, 1536), 8) == 8 * 1536**2 * 12
     assert method("iso_cts").takes_whole("layers.0.q.weight", (400, 300))
 
 

@@ -12,6 +12,7 @@ from twinmerge.hf.answers import EMBEDDING, ENTITIES, LABELS, SPAN, VALUE, Answe
 from twinmerge.hf.heads import answered
 from twinmerge.hf.model import TwinModel
 from twinmerge.merging.regmean import BY_COLUMN, BY_ROW
+from twinmerge.merging.spectra import is_layer
 from twinmerge.runtime.layers import form_of
 from twinmerge.twin.weighting import LEFT, RIGHT, SIZES
 
@@ -115,7 +116,7 @@ def grams(subject: Subject, rows: Sequence[Inputs]) -> dict[str, Tensor]:
         kind = None if form is None else form.kind
         weight: Any = getattr(module, "weight", None)
         name = merged.get(id(weight))
-        if name is not None and kind in ("linear", "conv1d"):
+        if name is not None and kind in ("linear", "conv1d") and is_layer(name, tuple(weight.shape)):
             by_column = kind == "linear"
             size = weight.shape[1 if by_column else 0]
             total = totals.setdefault(name + (BY_COLUMN if by_column else BY_ROW), torch.zeros(size, size))

@@ -18,7 +18,7 @@ from twinmerge.files.rows import Row, read_rows
 from twinmerge.files.tables import RowFile
 from twinmerge.files.target import Folder
 from twinmerge.files.writer import save_tensors
-from twinmerge.hf.answers import CONTINUATION, EMBEDDING, Answers, answers_of, require_texts
+from twinmerge.hf.answers import CONTINUATION, EMBEDDING, LABEL, Answers, answers_of, require_texts
 from twinmerge.hf.classes import LIBRARY
 from twinmerge.hf.heads import load_head
 from twinmerge.hf.images import PROCESSOR, load_processor
@@ -26,7 +26,9 @@ from twinmerge.hf.inputs import tokenize
 from twinmerge.hf.loading import backbone_from, load_backbone, load_config, load_tokenizer
 from twinmerge.hf.measurements import MEASUREMENTS, Inputs, Subject, moments
 from twinmerge.hf.model import TwinModel
+from twinmerge.jobs.learn import Learning
 from twinmerge.jobs.preflight import Checked
+from twinmerge.merging.adamerging import ENTROPY, AdaMerging
 from twinmerge.merging.method import Calibrated
 from twinmerge.merging.plan import MergePlan
 from twinmerge.twin.plan import weighted
@@ -79,7 +81,7 @@ def _digest(paths: Sequence[Path]) -> str:
     return sha256_of_json([sha256_of(path) for path in paths])
 
 
-def for_twin(found: Checked) -> Calibration | None:
+def for_twin(found: Checked) -> Calibration | Learning | None:
     """What must be measured before a twin's shared expert is merged, None for methods that need nothing.
 
     Raises:
@@ -89,8 +91,17 @@ def for_twin(found: Checked) -> Calibration | None:
     if not isinstance(method, Calibrated):
         return None
     rows = _checked(method, plan.calibration, found.answers, plan.base.config, plan.recipe.seed)
-    tasks = {task.name for task in plan.tasks}
-    return Calibration(method.measurement, rows, _subjects(found, tasks), _whole(method))
+    load = _subjects(found, {task.name for task in plan.tasks})
+    if isinstance(method, AdaMerging):
+        return _learning(method, rows, load, plan.base, plan.recipe.seed)
+    return Calibration(method.measurement, rows, load, _whole(method))
+
+
+def _learning(
+    method: AdaMerging, rows: Mapping[str, Sequence[Row]], load: Callable[[str], Subject], base: Checkpoint, seed: int
+) -> Learning:
+    entries = sum(spec.numel for spec in base.specs.values() if spec.dtype.is_floating_point)
+    return Learning(method, rows, load, base.read, seed, entries)
 
 
 def for_weighting(found: Checked, memory_bytes: int) -> Calibration | None:
@@ -146,7 +157,7 @@ def _subjects(found: Checked, measured: Collection[str]) -> Callable[[str], Subj
     return load
 
 
-def for_merge(plan: MergePlan) -> Calibration | None:
+def for_merge(plan: MergePlan) -> Calibration | Learning | None:
     """As `for_twin`, of a static merge, whose models must be transformers folders."""
     method = plan.method(plan.merged[0].name) if plan.merged else None
     if not isinstance(method, Calibrated):
@@ -177,6 +188,8 @@ def for_merge(plan: MergePlan) -> Calibration | None:
         model = TwinModel(backbone, {name: {}}, tokenizer=tokenizer, processor=processor)
         return Subject(name, model, answers[name], names)
 
+    if isinstance(method, AdaMerging):
+        return _learning(method, rows, load, plan.reference, plan.merge.seed)
     return Calibration(method.measurement, rows, load, _whole(method))
 
 
@@ -198,7 +211,7 @@ def _checked(
     seed: int,
 ) -> dict[str, list[Row]]:
     """The inputs of every expert, as many of each, where all of them can be measured on them."""
-    if method.measurement not in MEASUREMENTS:
+    if method.measurement not in (*MEASUREMENTS, ENTROPY):
         raise RecipeError(
             f"merge method {method.method!r} needs the measurement {method.measurement!r}; known are "
             f"{', '.join(MEASUREMENTS)}"
@@ -213,6 +226,11 @@ def _checked(
             raise MismatchError(
                 f"expert {name!r} answers with {' and '.join(answers[name].fields)}; {method.method} sums over the "
                 "classes of an answer, and takes experts with heads"
+            )
+        if method.measurement == ENTROPY and answers[name] is not LABEL:
+            raise MismatchError(
+                f"expert {name!r} answers with {' and '.join(answers[name].fields)}; {method.method} makes answers of "
+                "one label among several sure, and takes such classifiers"
             )
         for place, row in enumerate(part, start=1):
             require_texts(answers[name], row, f"{files[name].path}:{place}")

@@ -8,12 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.merging.method import Calibrated, Chunk, merge_method
+from twinmerge.merging.method import CalibratedMean, Chunk, merge_method
 from twinmerge.merging.statistics import Statistics
 
 
 @merge_method("fisher", paper="arXiv:2111.09832")
-class Fisher(Calibrated):
+class Fisher(CalibratedMean):
     """sum_t w_t F_t theta_t / sum_t w_t F_t, F_t being the diagonal of the expert's Fisher information."""
 
     measurement = "fisher"

@@ -27,6 +27,7 @@ OWN = {
     "task_arithmetic": "task_arithmetic",
     "fisher": "fisher",
     "regmean": "regmean",
+    "adamerging": "adamerging",
     "slerp": "slerp",
     "nuslerp": "nuslerp",
     "multislerp": "multislerp",
@@ -238,7 +239,7 @@ class Weighted(Method):
         return {expert: of_expert(self.weight, expert) for expert in sorted(experts)}
 
 
-class Calibrated(Weighted):
+class Calibrated(Method):
     """A method that needs to know what experts do on inputs: it names a measurement, which jobs/measure.py makes.
 
     It finds the measured tensors in `statistics`, and never sees a model.
@@ -252,12 +253,22 @@ class Calibrated(Weighted):
     """Of each expert, at most; all give as many."""
 
     def misfit(self, experts: Collection[str]) -> str | None:
-        """Also data of others than these experts, and weights that are no shares."""
+        """Also data of others than these experts."""
         if fault := super().misfit(experts):
             return fault
         if wrong := sorted((self.calibration_data or dict.fromkeys(experts, "")).keys() ^ set(experts)):
             known = ", ".join(sorted(experts))
             return f"calibration_data must name a file for every expert ({known}) and no other; see {wrong[0]!r}"
+        return None
+
+
+class CalibratedMean(Weighted, Calibrated):
+    """A mean of the experts that weighs their numbers by what was measured."""
+
+    def misfit(self, experts: Collection[str]) -> str | None:
+        """Also weights that are no shares."""
+        if fault := super().misfit(experts):
+            return fault
         weights = self.weights(experts)
         if min(weights.values()) < 0 or not any(weights.values()):
             return f"weight must be at least 0, and above it for one expert, found {min(weights.values()):g}"

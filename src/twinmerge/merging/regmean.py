@@ -8,17 +8,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinmerge.merging.method import Calibrated, Chunk, merge_method
+from twinmerge.merging.method import CalibratedMean, Chunk, merge_method
+from twinmerge.merging.spectra import is_layer
 from twinmerge.merging.statistics import Statistics
 
 BY_COLUMN, BY_ROW = "/inputs by column", "/inputs by row"
 """What follows a weight's name where its inputs' Gram matrix is measured: its columns, or its rows, take the inputs."""
 _RIDGE = 1e-6
 """Of the mean diagonal, added to each Gram matrix: what no input excites is averaged."""
+_TIMES = 6
+"""No layer's outputs are so many times its inputs, or the other way round, but over a vocabulary."""
 
 
 @merge_method("regmean", paper="arXiv:2212.09849")
-class RegMean(Calibrated):
+class RegMean(CalibratedMean):
     """(sum_t w_t G_t)^-1 sum_t w_t G_t W_t with W_t (in, out) and G_t = X_t' X_t; all but linear layers is averaged."""
 
     measurement = "grams"
@@ -26,6 +29,10 @@ class RegMean(Calibrated):
     whole = True
     alpha: Annotated[float, Field(ge=0, le=1, description="in [0, 1]")] = 0.9
     """What entries off the diagonal of G are multiplied with."""
+
+    def takes_whole(self, tensor: str, shape: tuple[int, ...]) -> bool:
+        """Matrices, by their names no embeddings."""
+        return is_layer(tensor, shape)
 
     def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
         """The layer whose outputs are nearest to those of all experts."""
@@ -46,8 +53,12 @@ class RegMean(Calibrated):
         return merged
 
     def memory_bytes(self, shape: tuple[int, ...], experts: int) -> int:
-        """Gram matrices in float64, some of them twice."""
-        return 8 * max(shape) ** 2 * (experts + 4) if len(shape) == 2 else 0
+        """Gram matrices in float64, some of them twice, of the longer side: either may take the inputs.
+
+        One that is many times longer is the vocabulary's, of an output layer, which takes none.
+        """
+        short, long = sorted(shape)
+        return 8 * (long if long <= _TIMES * short else short) ** 2 * (experts + 4)
 
     def _shrunk(self, gram: Tensor) -> Tensor:
         wide = gram.double()

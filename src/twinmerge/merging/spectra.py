@@ -17,6 +17,8 @@ _NONE = 1e-6
 """Of the largest singular value: what is smaller is rounding, and no direction."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "shared", "relative_attention_bias")
 """What names of tables that are looked up in have in them."""
+_OUTPUT = "embed_out"
+"""What GPT-NeoX calls its output layer."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def is_layer(tensor: str, shape: tuple[int, ...]) -> bool:
 
 def is_embedding(tensor: str) -> bool:
     """Whether a tensor is by its name a table that is looked up in."""
-    return any(word in part for part in tensor.split(".") for word in _EMBEDDINGS)
+    parts = tensor.split(".")
+    return _OUTPUT not in parts and any(word in part for part in parts for word in _EMBEDDINGS)
 
 
 def shape_of(chunk: Chunk) -> tuple[int, ...]:
