@@ -1,5 +1,6 @@
 """BatchNorm's statistics estimated anew are those of the inputs, through the weights that are there."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from twinmerge.hf.loading import load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
 from twinmerge.jobs.grow import add
+from twinmerge.jobs.preflight import checked
 from twinmerge.twin.artifact import TwinArtifact
 
 WHOLE = {"rank": 10**4, "bn": "recalibrate"}
@@ -80,6 +82,30 @@ def test_new_expert_gets_its_own_and_others_keep_theirs(made: tuple[Family, Twin
     old, new = twin.exclusive("ag"), more.exclusive("new")
     for name in (n for n in old if "running" in n):
         torch.testing.assert_close(new[name].dense(), old[name].dense(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("exclusive", "rows", "expected"),
+    [
+        ({"budget": 8.0}, 100, "recalibrate"),
+        ({"budget": 8.0}, 99, "per_expert"),
+        ({"rank": 4}, 100, "per_expert"),
+        ({"budget": 8.0, "bn": "shared"}, 100, "shared"),
+    ],
+)
+def test_statistics_are_estimated_unasked_under_a_budget_on_enough_inputs(
+    made: tuple[Family, TwinArtifact], tmp_path: Path, exclusive: dict[str, Any], rows: int, expected: str
+) -> None:
+    root = Path(shutil.copytree(made[0].root, tmp_path / "models"))
+    for name in EXPERTS:
+        lines = (root / f"{name}.jsonl").read_text().splitlines()
+        (root / f"{name}.jsonl").write_text("\n".join((lines * 10)[:rows]) + "\n")
+    found = checked(Family(root).plan(exclusive={"weighting": "none", **exclusive}))
+    assert found.plan.recipe.exclusive.bn == expected
+
+
+def test_networks_without_batch_norm_have_nothing_to_estimate(family: Any) -> None:
+    assert checked(family("bert").plan(exclusive={"budget": 2.0})).plan.recipe.exclusive.bn == "per_expert"
 
 
 def test_inputs_of_every_expert_are_needed(made: tuple[Family, TwinArtifact], tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def build(
             found.write_own(target.folder)
             manifest = new_manifest(plan, report, out, left_out(found.rows, recipe.router), progress)
             written = TwinArtifact(target.folder, manifest)
-            if recipe.exclusive.bn == "recalibrate":
+            if plan.recipe.exclusive.bn == "recalibrate":
                 recalibrate(written, found.rows, seed=recipe.seed, progress=progress)
             finish(written, found, check=check, precision=precision, progress=progress)
     return TwinArtifact.open(out)

@@ -17,13 +17,15 @@ from twinmerge.hf.own import OWN, files_of, trained_length
 from twinmerge.hf.positions import position_table
 from twinmerge.merging.executor import one_thread
 from twinmerge.models.source import Expert
-from twinmerge.twin.plan import Plan
+from twinmerge.twin.plan import BATCH_STATISTICS, Plan
 from twinmerge.twin.recipe import Recipe, RouterSettings
 from twinmerge.twin.shared import require_fine_tunes
 
 _ROWS_LOOKED_AT = 200
 """Of each expert's router data, whether the tokenizer knows their words."""
 _MOSTLY_UNKNOWN = 0.5
+_ENOUGH = 100
+"""Inputs of an expert from which BatchNorm's statistics are estimated without being asked for."""
 _WEIGHED_BYTES = 10**9
 """Of an expert in float32: what is measured of a larger one takes memory and disk of which nobody was told."""
 
@@ -86,7 +88,8 @@ def checked(plan: Plan) -> Checked:
     notes = [note for name, part in rows.items() if part and reader for note in reader(name, part)]
     longest, more = _length(plan, model, tokenizer) if tokenizer else (plan.recipe.max_length, [])
     router, told = _router(plan.recipe, images=reads_images(model))
-    exclusive = plan.recipe.exclusive.model_copy(update={"weighting": _weighting(plan, rows)})
+    settled = {"weighting": _weighting(plan, rows), "bn": _statistics(plan, rows)}
+    exclusive = plan.recipe.exclusive.model_copy(update=settled)
     recipe = plan.recipe.model_copy(update={"max_length": longest, "exclusive": exclusive, "router": router})
     return Checked(replace(plan, recipe=recipe, notes=(*plan.notes, *notes, *more, *told)), rows, answers, own)
 
@@ -175,11 +178,6 @@ def _weighting(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> Literal["none",
             f"exclusive.weighting: {settings.weighting} is measured on inputs of every expert, and "
             f"experts.{without}.router_data is missing; name a file of them, or use none"
         )
-    if without is not None and settings.bn == "recalibrate":
-        raise RecipeError(
-            f"exclusive.bn: recalibrate runs inputs of every expert, and experts.{without}.router_data is missing; "
-            "name a file of them, or use per_expert"
-        )
     if settings.weighting != "auto":
         if settings.weighting != "none" and stacks:
             raise MismatchError(
@@ -190,6 +188,26 @@ def _weighting(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> Literal["none",
     size = sum(spec.numel for spec in plan.base.specs.values() if spec.dtype.is_floating_point) * 4
     fits = without is None and settings.budget is not None and not stacks and size <= _WEIGHED_BYTES
     return "two_sided" if fits else "none"
+
+
+def _statistics(plan: Plan, rows: Mapping[str, Sequence[Row]]) -> Literal["per_expert", "shared", "recalibrate"]:
+    """Whose statistics BatchNorm takes, settled.
+
+    Raises:
+        RecipeError: if they are to be estimated and an expert has no inputs.
+    """
+    settings = plan.recipe.exclusive
+    without = next((name for name in plan.experts if not rows[name]), None)
+    if settings.bn == "recalibrate" and without is not None:
+        raise RecipeError(
+            f"exclusive.bn: recalibrate runs inputs of every expert, and experts.{without}.router_data is missing; "
+            "name a file of them, or use per_expert"
+        )
+    if settings.bn != "auto":
+        return settings.bn
+    there = any(task.name.endswith(BATCH_STATISTICS) for task in plan.tasks)
+    enough = all(len(rows[name]) >= _ENOUGH for name in plan.experts)
+    return "recalibrate" if there and enough and settings.budget is not None else "per_expert"
 
 
 def _config(expert: Expert, plan: Plan) -> Mapping[str, Any]:

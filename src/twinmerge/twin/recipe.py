@@ -49,7 +49,8 @@ class ExclusiveSettings(Strict):
         embeddings: compress the embeddings' differences too, or leave them to the shared expert.
         bn: running statistics of BatchNorm: `per_expert`, each expert's own, whole; `shared`, those merged;
             `recalibrate`, each expert's and the shared expert's, estimated anew on router data through their weights as
-            the twin keeps them.
+            the twin keeps them. `auto` is recalibrate under a budget, where every expert has 100 inputs or more; else
+            per_expert.
         compression: `svd` (factors), `magnitude` (largest entries) or `random` (rescaled random entries).
         dtype: what exclusive parts are stored in; null is the base's. 16 bits double the ranks that a budget holds,
             float8_e4m3fn doubles them again, int4 once more (both factors only; 1-D parts are then stored in float16).
@@ -66,7 +67,7 @@ class ExclusiveSettings(Strict):
     budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     embeddings: Literal["exclusive", "shared"] = "shared"
-    bn: Literal["per_expert", "shared", "recalibrate"] = "per_expert"
+    bn: Literal["auto", "per_expert", "shared", "recalibrate"] = "auto"
     compression: Literal["svd", "magnitude", "random"] = "svd"
     dtype: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int4"] | None = None
     weighting: Literal["auto", "none", "inputs", "two_sided"] = "auto"
