@@ -50,3 +50,8 @@ sys.stdout.write("\\n" + json.dumps(sorted({{name.partition(".")[0] for name in 
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_static_merges_do_without_the_model_library() -> None:
+    """It takes seconds and 170 MB, which a merge of weights has no use for."""
+    assert _loaded_by("__import__('twinmerge.jobs.documents')").isdisjoint({"transformers", "peft", "sklearn"})

@@ -9,7 +9,6 @@ from typing import Any, TypedDict, Unpack
 from twinmerge.errors import RecipeError
 from twinmerge.files.target import require_free
 from twinmerge.files.writer import copy_side_files
-from twinmerge.hf.classes import LIBRARY
 from twinmerge.jobs.merge import fingerprint, merge_models
 from twinmerge.merging.executor import Executor
 from twinmerge.merging.plan import plan_merge
@@ -116,6 +115,8 @@ def joined(model: Path, adapter: Path) -> Path:
 
     Both are in memory meanwhile, those of 16 bits in float32, in which the result is kept too.
     """
+    from twinmerge.hf.classes import LIBRARY  # the model library, which recipes without adapters do without
+
     base = open_model(model, LIBRARY).checkpoint
     folder = LIBRARY.merged(adapter, base, base.config)
     config = (folder / "config.json").read_bytes()

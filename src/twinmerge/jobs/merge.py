@@ -20,10 +20,9 @@ from twinmerge.files.progress import Progress, silent
 from twinmerge.files.strict_json import read_json
 from twinmerge.files.target import Folder, durable_folder, require_space, size_of
 from twinmerge.files.writer import CheckpointWriter, copy_side_files
-from twinmerge.jobs.measure import for_merge
 from twinmerge.merging.engine import merge_tensor
 from twinmerge.merging.executor import MEMORY_BYTES, Executor, make_executor, one_thread
-from twinmerge.merging.method import Chunk
+from twinmerge.merging.method import Calibrated, Chunk
 from twinmerge.merging.plan import MergePlan, plan_merge, stretches
 from twinmerge.merging.recipe import StaticMerge, load_merge
 from twinmerge.merging.statistics import Statistics
@@ -73,7 +72,11 @@ def merge_models(
     entries = plan.chunk_entries(memory_bytes, executor.sharing)
     with one_thread():
         plan.require_related()
-    calibration = for_merge(plan)
+    calibration = None
+    if issubclass(plan.merge.methods.form, Calibrated):
+        from twinmerge.jobs.measure import for_merge  # and with it the model library, which other merges do without
+
+        calibration = for_merge(plan)
     with durable_folder(out, fingerprint(plan), overwrite=overwrite, resume=resume) as target:
         if not target.complete:
             measured = calibration.measure(target, progress) if calibration else {}
