@@ -40,7 +40,7 @@ class PerTask(Method):
 
     @abstractmethod
     def stored_bytes(self, specs: Iterable[TensorSpec], experts: int) -> dict[str, int]:
-        """What the paper's storage takes for all tasks: `shared` by them, and `exclusive`, all of theirs together.
+        """What the paper's storage takes: `shared`, as much as one model, and `exclusive`, all that is kept beside it.
 
         Args:
             specs: the tensors of the model.
@@ -57,7 +57,7 @@ def total_of(chunk: Chunk) -> Tensor:
 
 
 def masked_bytes(specs: Iterable[TensorSpec], experts: int, *, numbers: int = 0) -> dict[str, int]:
-    """The base and one vector of all tasks, and a bit for each entry, and some numbers of float32, for each task."""
+    """The base; beside it one vector of all tasks, and of each a bit for every entry and some numbers of float32."""
     floats = [spec for spec in specs if spec.dtype.is_floating_point]
-    bits = -(-sum(spec.numel for spec in floats) // 8)
-    return {"shared": 2 * sum(spec.nbytes for spec in floats), "exclusive": experts * (bits + 4 * numbers)}
+    bits, base = -(-sum(spec.numel for spec in floats) // 8), sum(spec.nbytes for spec in floats)
+    return {"shared": base, "exclusive": base + experts * (bits + 4 * numbers)}
