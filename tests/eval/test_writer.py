@@ -109,7 +109,11 @@ def test_an_expert_that_gives_labels_is_refused_by_name(suite: Suite, tmp_path: 
     [
         ("sms: {metric: exact_match}", "sms: {metric: accuracy}", "all by texts .*found accuracy, chrf, exact_match"),
         ("kind: model, model: sms", "kind: model", "model belongs to kind model"),
-        ("exclusive: {rank: 9999}", "exclusive: {rank: 9999}, groups: 2", "contestants.whole: groups and scalings"),
+        (
+            "exclusive: {rank: 9999}",
+            "exclusive: {rank: 9999}, groups: 2",
+            "contestants.whole: groups, scalings and per_task",
+        ),
     ],
 )
 def test_a_suite_that_mixes_texts_and_labels_is_refused(tmp_path: Path, old: str, new: str, match: str) -> None:

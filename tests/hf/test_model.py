@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from tests import tiny
 from tests.tiny import EXPERTS, GATE_ORDER, LABELS, Family, random_gate
 from twinmerge.errors import MismatchError
+from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.hf.heads import TwinOutput, load_head
 from twinmerge.hf.loading import backbone_from, load_backbone
 from twinmerge.hf.model import TwinModel
@@ -149,7 +150,7 @@ def test_materialised_model_is_a_plain_one_of_its_own(family: Get, twin: Twins, 
 def test_state_for_a_gate_serves_a_backbone(twin: Twins, name: str) -> None:
     folder = twin(name)
     model, x, gate = TwinModel.from_pretrained(folder), batch(*ROWS), random_gate(1)[0]
-    plain = backbone_from(folder, model.twin.state_for(gate))
+    plain = backbone_from(Checkpoint.open(folder), model.twin.state_for(gate))
     with torch.no_grad():
         found = plain.base_model(**x)[0]
     assert torch.allclose(found, model.encode(gate.repeat(len(ROWS), 1), **x)[0], atol=1e-5)

@@ -119,11 +119,13 @@ def test_model_folder_that_lacks_a_parameter_is_refused(family: Get, tmp_path: P
 def test_weights_that_a_class_does_not_take_are_refused(twin: Twins) -> None:
     state = TwinModel.from_pretrained(twin("bert")).twin.state_for(random_gate(1)[0])
     with pytest.raises(ArtifactError, match="BertModel does not take the twin's weights: 'odd'"):
-        backbone_from(twin("bert"), {**state, "odd": torch.ones(2)})
-    backbone_from(twin("bert"), {**state, "embeddings.position_ids": torch.arange(32)[None]})  # of an older file
+        backbone_from(Checkpoint.open(twin("bert")), {**state, "odd": torch.ones(2)})
+    backbone_from(
+        Checkpoint.open(twin("bert")), {**state, "embeddings.position_ids": torch.arange(32)[None]}
+    )  # of an older file
     del state["pooler.dense.bias"]
     with pytest.raises(ArtifactError, match=r"BertModel does not take the twin's weights: 'pooler\.dense\.bias'"):
-        backbone_from(twin("bert"), state)
+        backbone_from(Checkpoint.open(twin("bert")), state)
 
 
 def head_of(family: Family, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
