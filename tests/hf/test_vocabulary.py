@@ -295,6 +295,58 @@ def test_adapters_bring_their_tables(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def sizes(**more: Any) -> dict[str, Any]:
+    return {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, **more}
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPTNeoX": ("ForCausalLM", sizes(intermediate_size=32, initializer_range=0.2)),  # its output layer is embed_out
+    "Gemma": ("ForCausalLM", sizes(intermediate_size=32, num_key_value_heads=1, head_dim=8)),  # tied, rows scaled
+    "Phi": ("ForCausalLM", sizes(intermediate_size=32)),
+    "OPT": ("ForCausalLM", sizes(ffn_dim=32, word_embed_proj_dim=16)),
+    "T5": (
+        "ForConditionalGeneration",
+        {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_of_other_classes_and_narrow_ones_say_what_their_experts_say(
+    tmp_path: Path, name: str, dtype: str
+) -> None:
+    ending, settings = OTHERS[name]
+    cls = getattr(transformers, name + ending)
+    starts = {"decoder_start_token_id": 0} if name == "T5" else {}
+    config = getattr(transformers, f"{name}Config")(
+        **settings, **starts, pad_token_id=0, eos_token_id=3, bos_token_id=2
+    )
+    made = tiny.make_family(tmp_path / "models", tiny.seeded(cls, config), cls, experts=("ag", "trec"))
+    grown(made.root / "ag", made.base, OWN["ag"], 66, cls)
+    if dtype == "bfloat16":
+        for folder in (made.base, made.root / "ag", made.root / "trec"):
+            cls.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    build(made.recipe(exclusive={**WHOLE, "dtype": "float32"}, router="none"), tmp_path / "twin")
+    model, own = (
+        TwinModel.from_pretrained(tmp_path / "twin", dtype=torch.float32),
+        cls.from_pretrained(made.root / "ag"),
+    )
+    words, plain = model.own_of("ag").tokenizer, AutoTokenizer.from_pretrained(made.root / "ag")
+    ours, theirs = (
+        {key: read(prompt("ag"), return_tensors="pt")[key] for key in ("input_ids", "attention_mask")}
+        for read in (words, plain)
+    )
+    decoded = {"decoder_input_ids": torch.tensor([[0, 5, 6]])} if name == "T5" else {}
+    found = model.own_logits(model(**ours, **decoded, expert="ag").logits, "ag")
+    wanted = own(**theirs, **decoded).logits
+    assert (
+        (found - wanted).norm() < 1e-2 * wanted.norm()
+        if dtype == "bfloat16"
+        else torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    )
+
+
 def test_tables_without_the_rows_are_refused(talkers: tuple[Family, Path], tmp_path: Path) -> None:
     made = Family(Path(shutil.copytree(talkers[0].root, tmp_path / "models")))
     tokenizer = AutoTokenizer.from_pretrained(made.root / "ag")

@@ -1,6 +1,7 @@
 """AdaMerging's coefficients: their gradient, their steps beside a slow loop, resumed and through merge and build."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,38 @@ def test_a_twin_stands_on_what_was_learned_and_entropy_falls(family: Get, tmp_pa
     assert twin.verify()
 
 
+def test_adapters_learn_as_the_models_they_make(tmp_path: Path) -> None:
+    made, merged = tiny.adapter_family(tmp_path)
+    found = for_twin(checked(made.plan(shared=SHARED, exclusive={"rank": 1})))
+    assert isinstance(found, Learning)
+    mixed = mixture(found)
+    with torch.no_grad():
+        mixed.coefficients.zero_()
+        mixed.coefficients[sorted(EXPERTS).index("trec")] = 1.0
+    mixed.mix()
+    inputs = tokenize(mixed.subjects["trec"].model, list(found.rows["trec"][:3]))
+    with torch.no_grad():
+        chance = merged["trec"](**inputs).logits.softmax(-1)
+    expected = -(chance * chance.log()).sum(-1).mean()
+    assert float(mixed.entropy("trec", inputs).detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_experts_that_are_alike_get_coefficients_that_are_alike(family: Get, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(family("bert").root, tmp_path / "models"))
+    for name in ("ag", "trec"):
+        shutil.rmtree(root / name)
+        shutil.copytree(root / "sms", root / name)
+        shutil.copyfile(root / "sms.jsonl", root / f"{name}.jsonl")
+    found = for_twin(checked(Family(root).plan(shared=SHARED, exclusive={"rank": 1})))
+    assert isinstance(found, Learning)
+    mixed = mixture(found)
+    inputs = batches(found, mixed)
+    for _ in range(3):
+        mixed.step(inputs)
+    assert torch.allclose(mixed.coefficients[0], mixed.coefficients[1])
+    assert torch.allclose(mixed.coefficients[0], mixed.coefficients[2])
+
+
 def test_interrupted_learning_goes_on_to_the_same_coefficients(
     family: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +218,11 @@ def test_static_merges_learn_too_and_the_plan_says_what_it_takes(
     merge_models(path, tmp_path / "out")
     log = json.loads((tmp_path / "out" / LOG).read_text())["coefficients"]
     assert all(len(set(own.values())) == 1 for own in log.values())
+    assert not any("classifier" in parameter for own in log.values() for parameter in own)  # each under its own head
+    heads = [Checkpoint.open(made.root / n).read("classifier.weight") for n in EXPERTS]
+    assert torch.allclose(
+        Checkpoint.open(tmp_path / "out").read("classifier.weight"), torch.stack(heads).mean(dim=0), atol=1e-6
+    )
     name = "bert.encoder.layer.0.output.dense.weight"
     start = Checkpoint.open(made.base).read(name)
     change = sum(log[n][name] * (Checkpoint.open(made.root / n).read(name) - start) for n in EXPERTS)

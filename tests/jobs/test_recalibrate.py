@@ -1,5 +1,6 @@
 """BatchNorm's statistics estimated anew are those of the inputs, through the weights that are there."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 
+from tests import tiny
 from tests.jobs.test_images import make
 from tests.tiny import EXPERTS, GATE_ORDER, Family
-from twinmerge.errors import RecipeError
+from twinmerge.errors import DataError, RecipeError
 from twinmerge.hf.loading import load_backbone
 from twinmerge.hf.model import TwinModel
 from twinmerge.jobs.build import build
@@ -82,6 +84,34 @@ def test_new_expert_gets_its_own_and_others_keep_theirs(made: tuple[Family, Twin
     old, new = twin.exclusive("ag"), more.exclusive("new")
     for name in (n for n in old if "running" in n):
         torch.testing.assert_close(new[name].dense(), old[name].dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_narrow_weights_are_estimated_in_float32(
+    made: tuple[Family, TwinArtifact], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(made[0].root, tmp_path / "models"))
+    for folder in (root / "base", *(root / name for name in EXPERTS)):
+        tiny.rewrite(
+            folder / "model.safetensors",
+            lambda state: {n: v.to(torch.bfloat16) if v.is_floating_point() else v for n, v in state.items()},
+        )
+    twin = build(Family(root).recipe(exclusive=WHOLE, router={"samples_per_expert": 12}), tmp_path / "twin")
+    name = "embedder.embedder.normalization.running_mean"
+    for expert in EXPERTS:
+        ours, theirs = (one.shared.read(name).float() + one.exclusive(expert)[name].dense() for one in (twin, made[1]))
+        assert (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
+def test_inputs_of_which_no_two_share_a_batch_are_refused(made: tuple[Family, TwinArtifact], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(made[0].root, tmp_path / "models"))
+    settings = json.loads((root / "base" / "preprocessor_config.json").read_text())
+    (root / "base" / "preprocessor_config.json").write_text(json.dumps({**settings, "do_resize": False}))
+    for expert in EXPERTS:
+        for number, path in enumerate(sorted((root / "pictures").glob(f"{expert}*.png"))):
+            Image.open(path).resize((16 + number, 20)).save(path)
+    recipe = Family(root).recipe(exclusive=WHOLE, router="none")
+    with pytest.raises(DataError, match="no two of an expert's have one size; let the processor resize them"):
+        build(recipe, tmp_path / "twin")
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ class Mixture:
             method: how to merge.
         """
         self.subjects, self.method = {one.name: one for one in subjects}, method
-        parameters = {one.name: one.parameters for one in subjects}
+        parameters = {one.name: _of_backbone(one) for one in subjects}
         self.names = sorted({name for own in parameters.values() for name in own})
         self.base = {name: base(name).to(torch.float32, copy=True) for name in self.names}
         values = {e: {n: p.detach() for n, p in own.items()} for e, own in parameters.items()}
         smallest = method.prepass(lambda: (self._chunk(name, values) for name in self.names))
         self.vectors: dict[str, dict[str, Tensor]] = {name: {} for name in values}
+        """By expert and parameter."""
         for name in self.names:
             found = {e: own[name] - self.base[name] for e, own in values.items() if name in own}
             found = agreeing(found, smallest) if method.trimmed else found
@@ -83,7 +84,7 @@ class Mixture:
         for expert in sorted(batches):
             for inputs in batches[expert]:
                 entropy = self.entropy(expert, inputs)
-                entropy.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+                torch.autograd.backward(entropy)
                 total += float(entropy.detach())
         gradient = torch.zeros_like(self.coefficients)
         for column, name in enumerate(self.names):
@@ -126,3 +127,9 @@ class Mixture:
         kept = {name: state[name] for name in ("exp_avg", "exp_avg_sq", "step") if name in state}
         if kept:
             self.optimizer.state[self.coefficients] = kept
+
+
+def _of_backbone(subject: Subject) -> dict[str, nn.Parameter]:
+    """An expert's parameters by the merge's names, without a head's: each answers under its own."""
+    body = {id(value) for value in subject.model.backbone.base_model.parameters()}
+    return {name: value for name, value in subject.parameters.items() if id(value) in body}

@@ -23,13 +23,14 @@ _WITH_IDS = (
 
 def vocabulary_tables(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the parameters that have a row for every token: of the input and the output embeddings."""
+    layers: Any = model
     try:
-        embedding: Any = model.get_input_embeddings()
-    except NotImplementedError:  # of images
+        embedding = layers.get_input_embeddings()
+    except NotImplementedError:  # what transformers raises of a class that it finds no embeddings in, as of images
         return ()
     if not isinstance(embedding, nn.Embedding):
         return ()
-    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    output = layers.get_output_embeddings()
     found = [*embedding.parameters(recurse=False), *(output.parameters(recurse=False) if output is not None else ())]
     own = {id(p) for p in found if len(p) == embedding.num_embeddings}
     return tuple(name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own)
@@ -53,7 +54,7 @@ def renumbered(tokenizer: Any, added: Added | None) -> Any:
     return made
 
 
-class _Renumbered:
+class _Renumbered(PreTrainedTokenizerFast):
     """Goes before the class of a tokenizer whose ids are others outside; no number is an id of both kinds."""
 
     plain: Any
@@ -62,32 +63,32 @@ class _Renumbered:
     to_own: Mapping[int, int]
 
     def _convert_encoding(self, *args: Any, **asked: Any) -> Any:
-        found, encodings = super()._convert_encoding(*args, **asked)  # type: ignore[misc]
+        found, encodings = super()._convert_encoding(*args, **asked)
         found["input_ids"] = [[self.to_twin.get(one, one) for one in ids] for ids in found["input_ids"]]
         return found, encodings
 
-    def _decode(self, token_ids: Any, **asked: Any) -> str:
+    def _decode(self, token_ids: int | list[int], *args: Any, **asked: Any) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        said: str = super()._decode([self.to_own.get(one, one) for one in ids], **asked)  # type: ignore[misc]
-        return said
+        return super()._decode([self.to_own.get(one, one) for one in ids], *args, **asked)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """See transformers."""
-        found = super().convert_tokens_to_ids(tokens)  # type: ignore[misc]
-        several = isinstance(found, list)
-        return [self.to_twin.get(one, one) for one in found] if several else self.to_twin.get(found, found)
+        found = super().convert_tokens_to_ids(tokens)
+        if isinstance(found, list):
+            return [self.to_twin.get(one, one) for one in found]
+        return self.to_twin.get(found, found)
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """See transformers."""
         if isinstance(ids, int):
-            return super().convert_ids_to_tokens(self.to_own.get(ids, ids))  # type: ignore[misc]
-        skipped = {*self.all_special_ids} if skip_special_tokens else set()  # type: ignore[attr-defined]
+            return super().convert_ids_to_tokens(self.to_own.get(ids, ids))
+        skipped = {*self.all_special_ids} if skip_special_tokens else set()
         own = [self.to_own.get(one, one) for one in map(int, ids) if one not in skipped]
-        return super().convert_ids_to_tokens(own)  # type: ignore[misc]
+        return super().convert_ids_to_tokens(own)
 
     def get_vocab(self) -> dict[str, int]:
         """See transformers."""
-        found: dict[str, int] = super().get_vocab()  # type: ignore[misc]
+        found: dict[str, int] = super().get_vocab()
         return {token: self.to_twin.get(one, one) for token, one in found.items()}
 
     def __reduce__(self) -> Any:

@@ -43,9 +43,8 @@ class Learning:
     def record(self) -> dict[str, Any]:
         """What a plan says of it."""
         rows = {name: len(part) for name, part in self.rows.items()}
-        memory = (
-            4 * self.entries * (2 * len(rows) + 3)
-        )  # experts and their task vectors at once, while they are taken apart
+        held = 2 * len(rows) + 3  # experts, task vectors, base, merged, gradients: while experts are taken apart
+        memory = 4 * self.entries * held
         return {"measurement": ENTROPY, "calibration_rows": rows, "learning_memory_bytes": memory}
 
     def measure(self, target: Folder, progress: Progress = silent) -> dict[str, Checkpoint]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from twinmerge.errors import DataError
 from twinmerge.files.checkpoint import Checkpoint
 from twinmerge.files.progress import Progress, silent
 from twinmerge.files.rows import Row
@@ -41,13 +42,13 @@ def recalibrate(
         seed: of the order of inputs, and of which are used where there are more than `ROWS`.
         progress: told after every expert.
     """
-    backbone = load_backbone(twin.path)
+    backbone = load_backbone(twin.path, dtype=torch.float32)
     shared = {n: b for n, b in backbone.named_buffers() if n.endswith(BATCH_STATISTICS)}
     if not shared:
         return
     model = TwinModel(
         backbone,
-        {name: twin.exclusive(name) for name in twin.expert_names},
+        {n: {key: part.to(torch.float32) for key, part in twin.exclusive(n).items()} for n in twin.expert_names},
         tokenizer=load_tokenizer(twin.path),
         processor=load_processor(twin.path, backbone),
         max_length=twin.manifest.recipe.max_length,
@@ -59,28 +60,40 @@ def recalibrate(
         every = [row for part in chosen.values() for row in part]
         shared = _estimated(model, torch.zeros(len(chosen)), draw.sample(every, len(every)))
         _exchange(twin, twin.shared, shared)
+        shared = {name: twin.shared.read(name).float() for name in shared}  # as it is rounded
     names = [only] if only is not None else list(twin.expert_names)
     for done, name in enumerate(names, start=1):
         own = _estimated(model, model.one_hot([name])[0], chosen[name])
         file = twin.path / "experts" / name / "exclusive.safetensors"
         beside = Checkpoint.open(file) if file.exists() else None
         kept = {n: beside.read(n) for n in beside.specs} if beside is not None else {}
-        save_tensors({**kept, **{n: own[n] - shared[n] for n in shared}}, file)
+        save_tensors({**kept, **{n: (own[n] - shared[n]).to(twin.shared.specs[n].dtype) for n in shared}}, file)
         progress("recalibrating BatchNorm", done, len(names))
 
 
 def _estimated(model: TwinModel, gate: Tensor, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Running statistics by name: the mean over batches of what each batch has."""
+    """Running statistics by name: the mean over batches of what each batch has.
+
+    Raises:
+        DataError: if every input is of another size, so that none shares a batch.
+    """
     plain = model.materialize(gate)
     for module in plain.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             module.momentum = None  # torch's word for the mean of all batches
             module.train()
+    batches = 0
     with torch.no_grad():
-        for _, inputs in tokenized_batches(model, rows):
-            if len(next(iter(inputs.values()))) > 1:  # one alone has no variance
+        for chosen, inputs in tokenized_batches(model, rows):
+            if len(chosen) > 1:  # one alone may have no variance
                 plain(**inputs)
+                batches += 1
+    if not batches:
+        raise DataError(
+            "exclusive.bn: recalibrate needs inputs that share a batch, and no two of an expert's have one size; let "
+            "the processor resize them, or use per_expert"
+        )
     return {n: b for n, b in plain.named_buffers() if n.endswith(BATCH_STATISTICS)}
 
 

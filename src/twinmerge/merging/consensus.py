@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twinmerge.files.checkpoint import TensorSpec
 from twinmerge.merging.method import Chunk, Each, Scaled, Scaling, merge_method, of_expert
-from twinmerge.merging.per_task import PerTask, masked_bytes, total_of
+from twinmerge.merging.per_task import PerTask, masked_bytes
 from twinmerge.merging.statistics import Statistics
 
 Threshold = Annotated[
@@ -32,7 +32,7 @@ class Consensus(Scaled):
 
     def merge(self, chunk: Chunk, statistics: Statistics) -> Tensor:
         """The base and the kept entries of the sum, added up in float32."""
-        total = total_of(chunk)
+        total = chunk.total()
         masks = torch.zeros_like(total)
         for name in chunk.names:
             masks.add_(_mask(chunk.task_vector(name), total, of_expert(self.threshold, name)))
@@ -50,7 +50,7 @@ class Tall(PerTask):
 
     def change(self, chunk: Chunk, name: str, statistics: Statistics) -> Tensor:
         """What the task's mask holds of the sum."""
-        total = total_of(chunk)
+        total = chunk.total()
         mask = _mask(chunk.task_vector(name), total, self.threshold)
         return total.mul_(mask).double().add_(chunk.base_value())
 

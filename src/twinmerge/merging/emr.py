@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twinmerge.files.checkpoint import TensorSpec
 from twinmerge.merging.method import Chunk, Chunks, merge_method
-from twinmerge.merging.per_task import PerTask, masked_bytes, total_of
+from twinmerge.merging.per_task import PerTask, masked_bytes
 from twinmerge.merging.statistics import Statistics
 
 
@@ -43,7 +43,7 @@ class Emr(PerTask):
 
 def _elected(chunk: Chunk) -> Tensor:
     """The unified task vector, float32."""
-    sign, largest = total_of(chunk).sign_(), torch.zeros_like(chunk.task_vector(chunk.names[0]))
+    sign, largest = chunk.total().sign_(), torch.zeros_like(chunk.task_vector(chunk.names[0]))
     for name in chunk.names:
         vector = chunk.task_vector(name)
         largest = torch.where(vector * sign > 0, torch.maximum(largest, vector.abs()), largest)

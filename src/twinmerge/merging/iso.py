@@ -18,7 +18,7 @@ class IsoC(Spectral):
 
     def change(self, chunk: Chunk) -> Tensor:
         """The sum's directions, all of them alike."""
-        common = leading(_sum(chunk))
+        common = leading(chunk.total(torch.float64))
         return (common.left * _mean([common])) @ common.right.T
 
 
@@ -33,7 +33,7 @@ class IsoCts(Spectral):
         """The sum's first directions and each task's own, orthonormal, all of them alike."""
         sides, count = min(shape_of(chunk)), len(chunk.names)
         own = round((sides - int(sides * self.common_fraction)) / count)
-        common = leading(_sum(chunk), sides - own * count)
+        common = leading(chunk.total(torch.float64), sides - own * count)
         found = []
         for name in chunk.names:
             vector = chunk.task_vector(name, torch.float64)
@@ -42,13 +42,6 @@ class IsoCts(Spectral):
         left = orthonormal(torch.cat([part.left for part in found], dim=1))
         right = orthonormal(torch.cat([part.right for part in found], dim=1))
         return (left * _mean(found)) @ right.T
-
-
-def _sum(chunk: Chunk) -> Tensor:
-    total = chunk.task_vector(chunk.names[0], torch.float64)
-    for name in chunk.names[1:]:
-        total.add_(chunk.task_vector(name, torch.float64))
-    return total
 
 
 def _mean(parts: list[Directions]) -> float:

@@ -99,6 +99,13 @@ class Chunk:
             return value.to(torch.float64, copy=True).sub_(self._base_float64).to(dtype)
         return value.to(torch.float32, copy=True).sub_(self._base_float32)
 
+    def total(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The sum of the task vectors, in the order of `names`."""
+        found = self.task_vector(self.names[0], dtype)
+        for name in self.names[1:]:
+            found.add_(self.task_vector(name, dtype))
+        return found
+
     @property
     def _base(self) -> Tensor:
         if self.base is None:

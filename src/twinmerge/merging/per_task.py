@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from twinmerge.files.checkpoint import TensorSpec
@@ -46,14 +45,6 @@ class PerTask(Method):
             specs: the tensors of the model.
             experts: how many tasks there are.
         """
-
-
-def total_of(chunk: Chunk) -> Tensor:
-    """The sum of the task vectors, in float32."""
-    total = torch.zeros_like(chunk.task_vector(chunk.names[0]))
-    for name in chunk.names:
-        total.add_(chunk.task_vector(name))
-    return total
 
 
 def masked_bytes(specs: Iterable[TensorSpec], experts: int, *, numbers: int = 0) -> dict[str, int]:
